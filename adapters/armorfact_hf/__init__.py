@@ -1,0 +1,1 @@
+"""Everything of armorfact that knows Hugging Face: models, calibration, checkpoints, evaluation."""

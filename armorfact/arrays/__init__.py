@@ -1,0 +1,127 @@
+"""The array layer: the one place that knows which library an array came from.
+
+Everything else takes ``xp = namespace(array)`` and writes to the array API standard.
+NumPy and CPU Torch arrays share memory with NumPy (`as_numpy`), so that compiled kernels serve
+both; other devices run the same mathematics as batched array operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+Array = Any
+
+
+def is_array(value: Any) -> bool:
+    """Whether ``value`` is an array of a library that array-api-compat knows."""
+    return array_api_compat.is_array_api_obj(value)
+
+
+def namespace(*values: Any) -> Any:
+    """The array API namespace common to the arrays given.
+
+    Raises:
+        TypeError: the arrays come from different libraries.
+    """
+    return array_api_compat.array_namespace(*values)
+
+
+def device(array: Array) -> Any:
+    """The device an array lives on."""
+    return array_api_compat.device(array)
+
+
+def library(array: Array) -> str:
+    """The name of the library an array came from, for messages."""
+    return type(array).__module__.partition(".")[0]
+
+
+def detached(array: Array) -> Array:
+    """The array without autograd history (Torch); others pass through."""
+    return array.detach() if array_api_compat.is_torch_array(array) else array
+
+
+def shares_memory_with_numpy(array: Array) -> bool:
+    """Whether `as_numpy` is free: NumPy itself, and Torch on the CPU."""
+    if array_api_compat.is_numpy_array(array):
+        return True
+    return array_api_compat.is_torch_array(array) and array.device.type == "cpu"
+
+
+def as_numpy(array: Array) -> np.ndarray:
+    """A NumPy view of an array for which `shares_memory_with_numpy` holds."""
+    return np.asarray(array)
+
+
+def float64(array: Array) -> Array:
+    """The array in float64, for small solves and reported losses."""
+    xp = namespace(array)
+    return xp.astype(array, xp.float64, copy=False)
+
+
+def epsilon(array: Array) -> float:
+    """Machine epsilon of the array's dtype."""
+    return float(namespace(array).finfo(array.dtype).eps)
+
+
+def total(array: Array) -> float:
+    """The sum of all entries, accumulated in float64."""
+    xp = namespace(array)
+    return float(xp.sum(array, dtype=xp.float64))
+
+
+def transpose(array: Array) -> Array:
+    """The last two axes exchanged (a view where the library has views)."""
+    return namespace(array).matrix_transpose(array)
+
+
+def solve_spd(matrix: Array, rhs: Array) -> Array:
+    """Solve ``matrix @ x = rhs`` in float64 for (batches of) positive definite matrices.
+
+    Returns ``x`` in the dtype of ``rhs``.
+    """
+    xp = namespace(matrix, rhs)
+    solution = xp.linalg.solve(float64(matrix), float64(rhs))
+    return xp.astype(solution, rhs.dtype, copy=False)
+
+
+def cholesky(matrix: Array) -> Array | None:
+    """The lower Cholesky factor, or None where the matrix is not positive definite."""
+    xp = namespace(matrix)
+    if not bool(xp.all(xp.isfinite(matrix))):
+        return None
+    try:
+        factor = xp.linalg.cholesky(matrix)
+    except (np.linalg.LinAlgError, RuntimeError):  # Torch's LinAlgError is a RuntimeError
+        return None
+    # CuPy reports failure as NaN instead of raising.
+    return factor if bool(xp.all(xp.isfinite(factor))) else None
+
+
+def sweep_blocks(
+    gradient: Array,
+    core: Array,
+    visit: Array,
+    left_gram: Array,
+    right_gram: Array,
+    inverses: Array,
+    supports: Array,
+) -> Array:
+    """One pass over the groups of independent blocks, on the device the arrays are on.
+
+    Compiled on the CPU (`kernels.sweep_blocks`, where the arguments are described), batched array
+    operations elsewhere (`batched.sweep_blocks`). ``gradient`` and ``core`` are updated in place.
+    """
+    arguments = (gradient, core, visit, left_gram, right_gram, inverses, supports)
+    if not shares_memory_with_numpy(core):
+        from armorfact.arrays import batched
+
+        return batched.sweep_blocks(*arguments)
+    from armorfact.arrays import kernels
+
+    fallen = kernels.sweep_blocks(*(as_numpy(argument) for argument in arguments))
+    xp = namespace(core)
+    return xp.asarray(fallen)

@@ -1,0 +1,102 @@
+"""Compiled CPU kernels (numba), cached on disk, parallel over independent blocks."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+
+@numba.njit(cache=True, inline="always")
+def _best_support(numerator, inverses, supports, best_values):
+    """The support with the largest gain ``h_m' S_mm^-1 h_m``; its values go to ``best_values``."""
+    keep = supports.shape[1]
+    best_gain = -1.0
+    best = 0
+    for m in range(supports.shape[0]):
+        gain = 0.0
+        for a in range(keep):
+            product = 0.0
+            for b in range(keep):
+                product += inverses[m, a, b] * numerator[supports[m, b]]
+            gain += product * numerator[supports[m, a]]
+        if gain > best_gain:
+            best_gain, best = gain, m
+    best_values[:] = 0.0
+    for a in range(keep):
+        for b in range(keep):
+            best_values[supports[best, a]] += inverses[best, a, b] * numerator[supports[best, b]]
+    return best_gain
+
+
+@numba.njit(cache=True)
+def _sweep_block(gradient, core, visit, left_gram, right_gram, inverses, supports):
+    """One Gauss-Seidel pass over the groups of one block; returns how much the loss fell.
+
+    ``gradient`` (rows, columns), the slice of T C S - P, and ``core`` are updated in place.
+    """
+    rows, columns = core.shape
+    groups, group = visit.shape[1], columns // visit.shape[1]
+    carried = np.zeros(columns, dtype=core.dtype)
+    numerator = np.empty(group, dtype=np.float64)
+    values = np.empty(group, dtype=np.float64)
+    fallen = 0.0
+    for r in range(rows):
+        t = np.float64(left_gram[r, r])
+        if t <= 0.0:
+            continue
+        carried[:] = 0
+        moved = False
+        for g in range(groups):
+            if not visit[r, g]:
+                continue
+            lo = g * group
+            before = 0.0
+            for a in range(group):
+                quadratic = 0.0
+                for b in range(group):
+                    quadratic += np.float64(right_gram[lo + a, lo + b]) * core[r, lo + b]
+                slope = np.float64(gradient[r, lo + a]) + t * carried[lo + a]
+                numerator[a] = t * quadratic - slope
+                before += (numerator[a] - slope) * core[r, lo + a]
+            gain = _best_support(numerator, inverses[g], supports, values) / t
+            if gain <= before:
+                continue
+            fallen += gain - before
+            moved = True
+            for a in range(group):
+                new = core.dtype.type(values[a] / t)
+                change = new - core[r, lo + a]
+                core[r, lo + a] = new
+                if change != 0:
+                    for c in range(columns):
+                        carried[c] += change * right_gram[lo + a, c]
+        if moved:
+            for other in range(r, rows):
+                weight = left_gram[other, r]
+                for c in range(columns):
+                    gradient[other, c] += weight * carried[c]
+    return fallen
+
+
+@numba.njit(cache=True, parallel=True)
+def sweep_blocks(gradient, core, visit, left_gram, right_gram, inverses, supports):
+    """`_sweep_block` over all (i, j) blocks at once; they must not interact.
+
+    Args:
+        gradient, core: (I, J, rows, columns) float32 or float64, updated in place.
+        visit: (I, J, rows, groups) bool, the groups to update.
+        left_gram: (I, rows, rows); right_gram: (J, columns, columns).
+        inverses: (J, groups, supports, keep, keep) float64, see `armorfact.steps.core`.
+        supports: (supports, keep) integer positions in a group.
+
+    Returns:
+        (I, J) float64: how much each block lowered the loss.
+    """
+    rows, columns = core.shape[0], core.shape[1]
+    fallen = np.zeros((rows, columns), dtype=np.float64)
+    for block in numba.prange(rows * columns):
+        i, j = block // columns, block % columns
+        fallen[i, j] = _sweep_block(
+            gradient[i, j], core[i, j], visit[i, j], left_gram[i], right_gram[j], inverses[j], supports
+        )
+    return fallen

@@ -1,0 +1,74 @@
+"""The Gram matrix H of the inputs, full or diagonal: what the steps may ask of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from armorfact import arrays, blocks
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class FullGram:
+    """H as a symmetric positive semidefinite matrix, (d_in, d_in)."""
+
+    matrix: Array
+
+    def multiply(self, left: Array) -> Array:
+        """``left @ H``."""
+        return left @ self.matrix
+
+    def inner(self, x: Array) -> float:
+        """``tr(x H x')``, one column panel at a time so that a float64 H never stands in memory."""
+        xp = arrays.namespace(x)
+        panel = 1024
+        loss = 0.0
+        for lo in range(0, x.shape[1], panel):
+            columns = xp.astype(self.matrix[:, lo : lo + panel], x.dtype, copy=False)
+            loss += arrays.total((x @ columns) * x[:, lo : lo + panel])
+        return loss
+
+    def scaled(self, scale: Array) -> FullGram:
+        """diag(scale) H diag(scale)."""
+        return FullGram(scale[:, None] * self.matrix * scale[None, :])
+
+    @property
+    def diagonal(self) -> Array:
+        """(d_in,) the energy of each input channel."""
+        xp = arrays.namespace(self.matrix)
+        return xp.linalg.diagonal(self.matrix)
+
+    def diagonal_blocks(self, size: int) -> Array:
+        """H_jj, (d_in / size, size, size)."""
+        return blocks.diagonal_blocks(self.matrix, size)
+
+
+@dataclass(frozen=True)
+class DiagonalGram:
+    """H = diag(diagonal); no d_in x d_in array is ever formed."""
+
+    diagonal: Array
+
+    def multiply(self, left: Array) -> Array:
+        """``left @ H``."""
+        return left * self.diagonal
+
+    def inner(self, x: Array) -> float:
+        """``tr(x H x')``."""
+        xp = arrays.namespace(x)
+        return arrays.total(x * x * xp.astype(self.diagonal, x.dtype, copy=False))
+
+    def scaled(self, scale: Array) -> DiagonalGram:
+        """diag(scale) H diag(scale)."""
+        return DiagonalGram(self.diagonal * scale * scale)
+
+    def diagonal_blocks(self, size: int) -> Array:
+        """H_jj, (d_in / size, size, size)."""
+        xp = arrays.namespace(self.diagonal)
+        eye = xp.eye(size, dtype=self.diagonal.dtype, device=arrays.device(self.diagonal))
+        return xp.reshape(self.diagonal, (-1, 1, size)) * eye
+
+
+Gram = FullGram | DiagonalGram

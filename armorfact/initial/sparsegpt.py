@@ -1,0 +1,150 @@
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column, later columns repair.
+
+The published sweep needs U, the upper Cholesky factor of H^-1. With the reversed factorization
+H = V V' (V upper triangular) that factor is V^-1, and the sweep can be written in V itself: when
+column j is reached, the errors made so far, E = W - C, have moved it to
+
+    w_j = W_j + sum_{k<j} E_k V_kj / V_jj,
+
+and the saliency w_j^2 / U_jj^2 is (w_j V_jj)^2. A whole group g, before its own columns are pruned,
+has moved to W_g + (E V)_g V_gg^-1. So no inverse but of M x M blocks is ever formed (the same
+identity underlies LDLQ in QuIP, Chee et al., arXiv 2307.13304, Theorem 6).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from armorfact import arrays, blocks, validate
+from armorfact.gram import DiagonalGram, FullGram, Gram
+from armorfact.pattern import Pattern
+
+Array = Any
+
+PANEL = 128
+MAX_DOUBLINGS = 40
+
+
+class DampingWarning(UserWarning):
+    """The Gram matrix needed more damping than was asked for."""
+
+
+def sparsegpt(
+    weight: Array,
+    XXt: Array | None,
+    *,
+    pattern: str | Pattern = "2:4",
+    damping: float = 0.01,
+) -> Array:
+    """Greedy minimization of tr((W - C) H (W - C)') over C of the pattern, one column at a time.
+
+    Each group's mask is chosen when the sweep reaches it, from the weights as they then are.
+
+    Args:
+        weight: W, (d_out, d_in), real floating point.
+        XXt: H = X X', (d_in, d_in), or its diagonal (d_in,); None is the identity.
+        pattern: "N:M".
+        damping: multiple of the mean diagonal of H added to it; doubled until H is definite,
+            which is reported as a `DampingWarning`.
+
+    Returns:
+        The pruned weight; same shape, dtype and device.
+
+    Raises:
+        TypeError, ValueError: as `armorfact.factorize`.
+    """
+    pattern = Pattern.parse(pattern)
+    weight = validate.weight(weight, pattern)
+    gram = validate.gram(XXt, weight, definite=False)
+    xp = arrays.namespace(weight)
+    pruned = prune(validate.working(weight), gram, pattern, damping)
+    return xp.astype(pruned, weight.dtype, copy=False)
+
+
+def prune(weight: Array, gram: Gram, pattern: Pattern, damping: float = 0.01) -> Array:
+    """`sparsegpt` on checked arguments of one working dtype."""
+    xp = arrays.namespace(weight)
+    added = damping * float(xp.mean(arrays.float64(gram.diagonal)))
+    if isinstance(gram, DiagonalGram):
+        # Columns do not couple: there is nothing to repair, only the saliency w^2 (h + damping).
+        score = weight**2 * (gram.diagonal + (added or 1.0))
+        return xp.where(pattern.top_mask(score), weight, xp.zeros_like(weight))
+    return _sweep(weight, damped_factor(gram, added), pattern)
+
+
+def damped_factor(gram: FullGram, added: float) -> Array:
+    """V, upper triangular with V V' = H + added * I, in float64, (d_in, d_in)."""
+    xp = arrays.namespace(gram.matrix)
+    reverse = xp.flip(arrays.float64(gram.matrix))
+    size = reverse.shape[0]
+    eye = xp.eye(size, dtype=reverse.dtype, device=arrays.device(reverse))
+    mean = float(xp.mean(xp.linalg.diagonal(reverse)))
+    added = added or (1e-12 * mean or 1.0)
+    for attempt in range(MAX_DOUBLINGS):
+        factor = arrays.cholesky(reverse + added * eye)
+        if factor is not None:
+            if attempt:
+                warnings.warn(
+                    f"the Gram matrix is not positive definite: SparseGPT's damping was doubled "
+                    f"{attempt} times, to {added:.3g} (mean diagonal {mean:.3g})",
+                    DampingWarning,
+                    stacklevel=2,
+                )
+            return xp.flip(factor)
+        added *= 2
+    raise np.linalg.LinAlgError(
+        f"the Gram matrix has no Cholesky factor even with {added:.3g} added to its diagonal; "
+        "is it symmetric and positive semidefinite?"
+    )
+
+
+def _sweep(weight: Array, factor: Array, pattern: Pattern) -> Array:
+    """The greedy sweep in panels of columns; ``carried`` is E V, the feedback before division."""
+    xp = arrays.namespace(weight)
+    inverses = xp.linalg.inv(blocks.diagonal_blocks(factor, pattern.group))
+    inverses = xp.astype(inverses, weight.dtype, copy=False)
+    factor = xp.astype(factor, weight.dtype, copy=False)
+    pruned = xp.zeros_like(weight)
+    error = xp.empty_like(weight)
+    d_in = weight.shape[1]
+    panel = max(PANEL // pattern.group, 1) * pattern.group
+    for lo in range(0, d_in, panel):
+        hi = min(lo + panel, d_in)
+        carried = error[:, :lo] @ factor[:lo, lo:hi]
+        for group in range(lo, hi, pattern.group):
+            columns = slice(group, group + pattern.group)
+            inside = slice(group - lo, group - lo + pattern.group)
+            pruned[:, columns] = _prune_group(
+                weight[:, columns],
+                carried[:, inside],
+                factor[columns, columns],
+                inverses[group // pattern.group, ...],
+                pattern,
+            )
+            error[:, columns] = weight[:, columns] - pruned[:, columns]
+            carried += error[:, columns] @ factor[columns, lo:hi]
+    return pruned
+
+
+def _prune_group(
+    weight: Array, carried: Array, factor: Array, inverse: Array, pattern: Pattern
+) -> Array:
+    """Prune one group of every row: its mask first, then its columns from left to right.
+
+    Args:
+        weight, carried: (d_out, M), the weights and E V over the columns before the group.
+        factor, inverse: (M, M), the group's diagonal block of V and its inverse.
+    """
+    xp = arrays.namespace(weight)
+    pivots = xp.linalg.diagonal(factor)
+    # All M columns as the sweep has moved them so far; U_jj = 1 / V_jj.
+    mask = pattern.top_mask(((weight + carried @ inverse) * pivots) ** 2)
+    pruned = xp.zeros_like(weight)
+    for j in range(pattern.group):
+        repaired = (weight - pruned)[:, :j] @ factor[:j, j : j + 1]
+        column = weight[:, j] + (carried[:, j] + repaired[:, 0]) / pivots[j]
+        pruned[:, j] = xp.where(mask[:, j], column, xp.zeros_like(column))
+    return pruned

@@ -1,0 +1,33 @@
+"""Wanda (Sun et al., arXiv 2306.11695): keep by |weight| times the norm of its input channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from armorfact import validate
+from armorfact.initial.masked import keep_largest
+from armorfact.pattern import Pattern
+
+Array = Any
+
+
+def wanda(weight: Array, XXt: Array | None, *, pattern: str | Pattern = "2:4") -> Array:
+    """Keep, in each group, the N weights with the largest |W_ij| * ||X_j||.
+
+    It minimizes tr((W - C) diag(H) (W - C)') over all C of the pattern.
+
+    Args:
+        weight: W, (d_out, d_in), real floating point.
+        XXt: H = X X', (d_in, d_in), or its diagonal (d_in,); None is the identity.
+        pattern: "N:M".
+
+    Returns:
+        The pruned weight; same shape, dtype and device.
+
+    Raises:
+        TypeError, ValueError: as `armorfact.factorize`.
+    """
+    pattern = Pattern.parse(pattern)
+    weight = validate.weight(weight, pattern)
+    gram = validate.gram(XXt, weight, definite=False)
+    return keep_largest(weight, abs(validate.working(weight)) * gram.diagonal**0.5, pattern)

@@ -1,0 +1,235 @@
+"""The core step: minimize the loss over the N:M core C, one group of M columns after another.
+
+With T = A'A, S = B H B' and the gradient slice Q = T C S - P = -A' (R H) B', the loss as a function
+of the group g of row r alone is
+
+    t (c - c_old) S_gg (c - c_old)' + 2 q (c - c_old),      t = T[r, r], q = Q[r, g].
+
+With h = t S_gg c_old - q, the support m has its optimum at (t S_mm)^-1 h_m and gains
+h_m' (t S_mm)^-1 h_m. The group takes the best of all supports, the old one among them, so the loss
+cannot rise; its change then moves the gradient of every group that it couples to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from armorfact import arrays, blocks
+from armorfact.gram import DiagonalGram
+from armorfact.pattern import Pattern
+from armorfact.problem import Factors, Problem
+from armorfact.steps.left import gram_root
+
+Array = Any
+
+# Columns that a compiled pass keeps in cache before the rest of the row is brought up to date.
+PANEL = 64
+
+
+def core_step(
+    problem: Problem, factors: Factors, residual_gram: Array, visit: Array | None = None
+) -> tuple[Factors, float]:
+    """One pass over the groups of C, each replaced by its global optimum over supports and values.
+
+    Blocks of A never interact, nor, when H is diagonal, do blocks of B: those go in parallel.
+
+    Args:
+        problem: the problem.
+        factors: the factors to start from; their core obeys the pattern.
+        residual_gram: R H at ``factors``, (d_out, d_in).
+        visit: (d_out, d_in / group) bool, the groups to replace; all of them if None.
+
+    Returns:
+        The factors with C replaced, and by how much the loss fell (>= 0).
+    """
+    gradient = core_gradient(factors, residual_gram)
+    if visit is None:
+        visit = _all_groups(problem)
+    if isinstance(problem.gram, DiagonalGram):
+        return _independent_blocks(problem, factors, gradient, visit)
+    return _panels(problem, factors, gradient, visit)
+
+
+def core_gradient(factors: Factors, residual_gram: Array) -> Array:
+    """Q = -A' (R H) B', half the gradient of the loss in C, (d_out, d_in)."""
+    half = blocks.right_product(residual_gram, arrays.transpose(factors.right))
+    return blocks.left_product(-arrays.transpose(factors.left), half)
+
+
+def _all_groups(problem: Problem) -> Array:
+    xp = arrays.namespace(problem.weight)
+    d_out, d_in = problem.weight.shape
+    shape = (d_out, d_in // problem.pattern.group)
+    return xp.ones(shape, dtype=xp.bool, device=arrays.device(problem.weight))
+
+
+def wrapped_gram(problem: Problem, right: Array) -> Array:
+    """S = B H B': (d_in, d_in), or (blocks, block_in, block_in) when H is diagonal."""
+    if isinstance(problem.gram, DiagonalGram):
+        energy = arrays.namespace(right).reshape(problem.gram.diagonal, (-1, 1, problem.block_in))
+        return (right * energy) @ arrays.transpose(right)
+    half = blocks.left_product(right, problem.gram.matrix)
+    return blocks.right_product(half, arrays.transpose(right))
+
+
+def _independent_blocks(
+    problem: Problem, factors: Factors, gradient: Array, visit: Array
+) -> tuple[Factors, float]:
+    xp = arrays.namespace(gradient)
+    rows, columns = problem.block_out, problem.block_in
+    gram = wrapped_gram(problem, factors.right)
+    core = xp.asarray(blocks.split_grid(factors.core, rows, columns), copy=True)
+    groups = xp.stack([group_grams(gram[j, ...], problem.pattern) for j in range(gram.shape[0])])
+    fallen = _sweep(
+        problem,
+        xp.asarray(blocks.split_grid(gradient, rows, columns), copy=True),
+        core,
+        blocks.split_grid(visit, rows, columns // problem.pattern.group),
+        factors,
+        gram,
+        support_inverses(groups, problem.pattern),
+    )
+    return factors.replace(core=blocks.join_grid(core)), fallen
+
+
+def _panels(
+    problem: Problem, factors: Factors, gradient: Array, visit: Array
+) -> tuple[Factors, float]:
+    """Panels of columns from left to right, the gradient of each brought up to date when it is its
+    turn: that product, (d_out, k) @ (k, panel), is all the large arithmetic there is.
+    """
+    xp = arrays.namespace(gradient)
+    pattern, size = problem.pattern, problem.block_out
+    gram = wrapped_gram(problem, factors.right)
+    inverses = support_inverses(group_grams(gram, pattern), pattern)
+    left_gram = arrays.transpose(factors.left) @ factors.left
+    core = xp.asarray(factors.core, copy=True)
+    carried = xp.empty_like(core)  # T times the change of the core
+    fallen = 0.0
+    d_in = core.shape[1]
+    panel = max(PANEL // pattern.group, 1) * pattern.group
+    for lo in range(0, d_in, panel):
+        hi = min(lo + panel, d_in)
+        if lo:
+            gradient[:, lo:hi] += carried[:, :lo] @ gram[:lo, lo:hi]
+        groups = slice(lo // pattern.group, hi // pattern.group)
+        block = xp.asarray(blocks.split_rows(core[:, lo:hi], size)[:, None, ...], copy=True)
+        fallen += _sweep(
+            problem,
+            xp.asarray(blocks.split_rows(gradient[:, lo:hi], size)[:, None, ...], copy=True),
+            block,
+            blocks.split_rows(visit[:, groups], size)[:, None, ...],
+            factors,
+            xp.asarray(gram[lo:hi, lo:hi][None, ...], copy=True),
+            inverses[groups, ...][None, ...],
+        )
+        new = blocks.join_rows(block[:, 0, ...])
+        change = blocks.split_rows(new - core[:, lo:hi], size)
+        carried[:, lo:hi] = blocks.join_rows(left_gram @ change)
+        core[:, lo:hi] = new
+    return factors.replace(core=core), fallen
+
+
+def _sweep(
+    problem: Problem,
+    gradient: Array,
+    core: Array,
+    visit: Array,
+    factors: Factors,
+    gram: Array,
+    inverses: Array,
+) -> float:
+    xp = arrays.namespace(core)
+    left_gram = arrays.transpose(factors.left) @ factors.left
+    supports = xp.asarray(problem.pattern.supports, device=arrays.device(core))
+    visit = xp.asarray(visit, copy=True)
+    return arrays.total(arrays.sweep_blocks(gradient, core, visit, left_gram, gram, inverses, supports))
+
+
+def group_grams(gram: Array, pattern: Pattern) -> Array:
+    """S_gg of every group, (groups, M, M)."""
+    return blocks.diagonal_blocks(gram, pattern.group)
+
+
+def support_inverses(group_gram: Array, pattern: Pattern) -> Array:
+    """S_mm^-1 for every group and support, (..., groups, supports, N, N) float64.
+
+    A direction that S_mm does not see beyond rounding (dead channels, a singular B) gets a zero
+    instead, which yields the optimum with that value at zero.
+    """
+    xp = arrays.namespace(group_gram)
+    keep = pattern.keep
+    pairs = [a * pattern.group + b for m in pattern.supports for a in m for b in m]
+    flat = xp.reshape(group_gram, (*group_gram.shape[:-2], pattern.group**2))
+    picked = xp.take(flat, xp.asarray(pairs, device=arrays.device(flat)), axis=-1)
+    picked = xp.reshape(picked, (*flat.shape[:-1], len(pattern.supports), keep, keep))
+    return _guarded_inverse(arrays.float64(picked), 10 * arrays.epsilon(group_gram))
+
+
+def _guarded_inverse(matrix: Array, tolerance: float) -> Array:
+    """A reflexive generalized inverse of small positive semidefinite matrices, (..., n, n).
+
+    Scaled to unit diagonal, then Goodnight's sweep operator (The American Statistician 33, 1979),
+    passing over every pivot that is not above ``tolerance``.
+    """
+    xp = arrays.namespace(matrix)
+    diagonal = xp.linalg.diagonal(matrix)
+    alive = diagonal > 0
+    scale = xp.where(alive, xp.where(alive, diagonal, xp.ones_like(diagonal)) ** -0.5, xp.zeros_like(diagonal))
+    outer = scale[..., :, None] * scale[..., None, :]
+    swept = matrix * outer
+    for k in range(matrix.shape[-1]):
+        pivot = swept[..., k : k + 1, k : k + 1]
+        usable = pivot > tolerance
+        inverse = xp.where(usable, 1.0 / xp.where(usable, pivot, xp.ones_like(pivot)), xp.zeros_like(pivot))
+        row = swept[..., k : k + 1, :] * inverse
+        column = swept[..., :, k : k + 1]
+        swept = swept - column * row
+        swept[..., k : k + 1, :] = row
+        swept[..., :, k : k + 1] = -column * inverse
+        swept[..., k : k + 1, k : k + 1] = inverse
+    return swept * outer
+
+
+def core_step_naive(problem: Problem, factors: Factors) -> Factors:
+    """Twin of `core_step` in NumPy: every support of every group by least squares, from scratch.
+
+    The groups are visited in the same order; nothing is carried from one to the next.
+    """
+    root = gram_root(problem)
+    weight = np.asarray(problem.weight, dtype=np.float64)
+    left, right = (
+        np.asarray(blocks.dense(x), dtype=np.float64) for x in (factors.left, factors.right)
+    )
+    core = np.array(factors.core, dtype=np.float64)
+    group = problem.pattern.group
+    whole_row = isinstance(problem.gram, DiagonalGram)
+    panel = problem.block_in if whole_row else max(PANEL // group, 1) * group
+    for start in range(0, core.shape[1], panel):
+        for r in range(core.shape[0]):
+            for lo in range(start, min(start + panel, core.shape[1]), group):
+                columns = slice(lo, lo + group)
+                core[r, columns] = 0
+                target = (weight - left @ core @ right) @ root
+                core[r, columns] = best_group(
+                    target, left[:, r], right[columns] @ root, problem.pattern
+                )
+    return replace(factors, core=core)
+
+
+def best_group(
+    target: np.ndarray, column: np.ndarray, rows: np.ndarray, pattern: Pattern
+) -> np.ndarray:
+    """Brute force: the (M,) values ``c`` of the pattern minimizing ||target - column c rows||."""
+    best, best_loss = np.zeros(pattern.group), np.inf
+    for support in map(list, pattern.supports):
+        system = np.kron(column[:, None], rows[support].T)
+        values = np.linalg.lstsq(system, target.reshape(-1), rcond=None)[0]
+        loss = np.sum((target.reshape(-1) - system @ values) ** 2)
+        if loss < best_loss * (1 - 1e-12):
+            best, best_loss = np.zeros(pattern.group), loss
+            best[support] = values
+    return best

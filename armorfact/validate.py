@@ -1,0 +1,209 @@
+"""Everything the user passes in is checked here, before any work is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from armorfact import arrays
+from armorfact.gram import DiagonalGram, FullGram, Gram
+from armorfact.pattern import Pattern
+
+Array = Any
+
+MAX_AUTO_BLOCK = 128
+
+
+def weight(value: Any, pattern: Pattern) -> Array:
+    """W as given, once it is a finite real matrix that the pattern's groups divide.
+
+    Raises:
+        TypeError: not an array, or not of a real floating dtype.
+        ValueError: not a matrix, empty, not divided by the group, NaN or infinite entries.
+    """
+    array = _floating(value, "W")
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"W must be a non-empty matrix (d_out, d_in), got shape {array.shape}")
+    if array.shape[1] % pattern.group:
+        raise ValueError(
+            f"pattern {pattern} needs d_in to be a multiple of {pattern.group}, but W has "
+            f"d_in = {array.shape[1]}; pad the columns or leave this layer dense"
+        )
+    _finite(array, "W")
+    return array
+
+
+def _floating(value: Any, name: str) -> Array:
+    if not arrays.is_array(value):
+        raise TypeError(
+            f"{name} must be a NumPy, Torch or CuPy array, got {type(value).__name__}; "
+            "numpy.asarray makes one"
+        )
+    xp = arrays.namespace(value)
+    if not xp.isdtype(value.dtype, "real floating"):
+        raise TypeError(
+            f"{name} must have a real floating dtype, got {value.dtype}; convert it to float32"
+        )
+    return arrays.detached(value)
+
+
+def _finite(array: Array, name: str) -> None:
+    xp = arrays.namespace(array)
+    finite = xp.isfinite(array)
+    if not bool(xp.all(finite)):
+        bad = int(xp.count_nonzero(~finite))
+        raise ValueError(f"{name} has {bad} NaN or infinite entries; the loss is not defined")
+
+
+def working_dtype(weight: Array) -> Any:
+    """float64 for a float64 weight, float32 for every other."""
+    xp = arrays.namespace(weight)
+    return xp.float64 if weight.dtype == xp.float64 else xp.float32
+
+
+def working(weight: Array) -> Array:
+    """W in its working dtype; shared with the user's array where that needs no conversion."""
+    return arrays.namespace(weight).astype(weight, working_dtype(weight), copy=False)
+
+
+def gram(value: Any, weight: Array, *, definite: bool = True) -> Gram:
+    """XXt in the working dtype of W: None, the diagonal, or the full matrix.
+
+    Args:
+        value: None (identity), (d_in,) or (d_in, d_in).
+        weight: W, already checked.
+        definite: also check that there is no negative eigenvalue beyond rounding.
+
+    Raises:
+        TypeError: not an array, not real floating, or of another library than W.
+        ValueError: wrong shape, another device, NaN or infinite entries, negative diagonal, not
+            symmetric, or not positive semidefinite.
+    """
+    xp = arrays.namespace(weight)
+    d_in, dtype = weight.shape[1], working_dtype(weight)
+    if value is None:
+        return DiagonalGram(xp.ones(d_in, dtype=dtype, device=arrays.device(weight)))
+    array = _floating(value, "XXt")
+    _same_home(array, weight)
+    if array.shape not in ((d_in,), (d_in, d_in)):
+        raise ValueError(
+            f"XXt must have shape ({d_in}, {d_in}), its diagonal ({d_in},), or be None, "
+            f"got {array.shape} for W of shape {weight.shape}"
+        )
+    _finite(array, "XXt")
+    diagonal = array if array.ndim == 1 else xp.linalg.diagonal(array)
+    if bool(xp.any(diagonal < 0)):
+        raise ValueError(
+            "XXt has a negative entry on its diagonal; it must be X @ X.T, whose diagonal is the "
+            "energy of each input channel"
+        )
+    converted = xp.astype(array, dtype, copy=False)
+    if converted.ndim == 1:
+        return DiagonalGram(converted)
+    rounding = max(arrays.epsilon(array), arrays.epsilon(converted)) * d_in
+    _semidefinite(converted, rounding, definite)
+    return FullGram(converted)
+
+
+def _same_home(array: Array, weight: Array) -> None:
+    if arrays.library(array) != arrays.library(weight):
+        raise TypeError(
+            f"W is a {arrays.library(weight)} array and XXt a {arrays.library(array)} one; "
+            "convert one of them so that both come from the same library"
+        )
+    if arrays.device(array) != arrays.device(weight):
+        raise ValueError(
+            f"W is on {arrays.device(weight)} and XXt on {arrays.device(array)}; move one of them"
+        )
+
+
+def _semidefinite(matrix: Array, rounding: float, definite: bool) -> None:
+    """Check symmetry and definiteness of H scaled to unit diagonal, so that channels of small
+    energy count as much as outliers."""
+    xp = arrays.namespace(matrix)
+    diagonal = xp.linalg.diagonal(matrix)
+    alive = diagonal > 0
+    scale = xp.where(alive, xp.where(alive, diagonal, xp.ones_like(diagonal)) ** -0.5, alive * 0.0)
+    scaled = matrix * scale[:, None] * scale[None, :]
+    tolerance = 10 * rounding
+    if float(xp.max(xp.abs(scaled - arrays.transpose(scaled)))) > tolerance:
+        raise ValueError(
+            "XXt is not symmetric; compute it as X @ X.T, or pass (XXt + XXt.T) / 2"
+        )
+    if bool(xp.any((matrix != 0) & ~(alive[:, None] & alive[None, :]))):
+        raise ValueError(
+            "XXt is not positive semidefinite: a channel with zero energy on the diagonal is "
+            "correlated with another one"
+        )
+    if not definite:
+        return
+    eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=arrays.device(matrix))
+    if arrays.cholesky(scaled + tolerance * eye) is None:
+        smallest = float(xp.min(xp.linalg.eigvalsh(arrays.float64(scaled))))
+        if smallest >= -tolerance:
+            return
+        raise ValueError(
+            f"XXt is not positive semidefinite: scaled to unit diagonal, its smallest eigenvalue "
+            f"is {smallest:.3g}; it must be X @ X.T of real inputs"
+        )
+
+
+def blocks(block: Any, shape: tuple[int, int], pattern: Pattern) -> tuple[int, int]:
+    """(block_out, block_in) that fit a (d_out, d_in) weight.
+
+    Args:
+        block: an int, a pair, or "auto": the largest size up to 128 that divides each dimension,
+            and for columns is a multiple of the pattern's group.
+
+    Raises:
+        TypeError: none of these.
+        ValueError: a size that does not fit; the message lists those that would.
+    """
+    groups = (1, pattern.group)
+    if isinstance(block, str):
+        if block != "auto":
+            raise ValueError(f"block must be an int, a pair of ints or 'auto', got {block!r}")
+        return tuple(max(_fitting(d, g)) for d, g in zip(shape, groups, strict=True))  # type: ignore[return-value]
+    pair = (block, block) if _is_int(block) else block
+    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_int, pair))):
+        raise TypeError(f"block must be an int, a pair of ints or 'auto', got {block!r}")
+    for size, length, group, name in zip(pair, shape, groups, ("d_out", "d_in"), strict=True):
+        if size < 1 or length % size or size % group:
+            rule = f" and is a multiple of the pattern's group {group}" if group > 1 else ""
+            raise ValueError(
+                f"block {size} does not fit {name} = {length}: it needs a size that divides "
+                f"{length}{rule}; these fit: {_fitting(length, group, length)}, or block='auto'"
+            )
+    return int(pair[0]), int(pair[1])
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _fitting(length: int, group: int, most: int = MAX_AUTO_BLOCK) -> list[int]:
+    return [size for size in range(group, most + 1, group) if length % size == 0]
+
+
+def row_weights(value: Any, weight: Array) -> Array | None:
+    """The importance of each output row, (d_out,), in the working dtype.
+
+    Raises:
+        TypeError: not an array of W's library with a real floating dtype.
+        ValueError: wrong shape, or entries that are not finite and positive.
+    """
+    if value is None:
+        return None
+    array = _floating(value, "row_weight")
+    _same_home(array, weight)
+    if array.shape != (weight.shape[0],):
+        raise ValueError(
+            f"row_weight must have shape ({weight.shape[0]},), one entry a row of W, "
+            f"got {array.shape}"
+        )
+    _finite(array, "row_weight")
+    xp = arrays.namespace(array)
+    if bool(xp.any(array <= 0)):
+        raise ValueError(
+            "row_weight must be positive; give a row that hardly matters a small weight"
+        )
+    return xp.astype(array, working_dtype(weight), copy=False)
