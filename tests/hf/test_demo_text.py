@@ -72,7 +72,7 @@ def serve(monkeypatch, tmp_path):
 def dump(serve):
     """A fake dump of 12 articles, with a redirect, a short page and an empty one among them."""
     sources = [article(number) for number in range(12)]
-    sources[3:3] = ["#REDIRECT [[Elsewhere]]", "Too short.", ""]
+    sources[3:3] = ["#REDIRECT " + article(99), "Too short.", ""]
     pages = "".join(
         f"<page>{'<redirect/>' if source.startswith('#') else ''}<revision><text>{source}</text></revision></page>"
         for source in sources
