@@ -1,0 +1,37 @@
+"""armorfact: W ~ A C B, a 2:4 sparse core between two thin block-diagonal wrappers."""
+
+from armorfact.driver import Progress, Sweep
+from armorfact.factorization import factorize
+from armorfact.initial import magnitude, nowag, sparsegpt, wanda
+from armorfact.initial.sparsegpt import DampingWarning
+from armorfact.packed import Core
+from armorfact.pattern import Pattern
+from armorfact.problem import Factors, Problem
+from armorfact.result import BlockDiagonal, Result
+from armorfact.solvers import Adam, Exact, Gradient, Solver, State
+from armorfact.solvers.exact import Extrapolation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adam",
+    "BlockDiagonal",
+    "Core",
+    "DampingWarning",
+    "Exact",
+    "Extrapolation",
+    "Factors",
+    "Gradient",
+    "Pattern",
+    "Problem",
+    "Progress",
+    "Result",
+    "Solver",
+    "State",
+    "Sweep",
+    "factorize",
+    "magnitude",
+    "nowag",
+    "sparsegpt",
+    "wanda",
+]

@@ -35,8 +35,7 @@ class Pattern:
     def __post_init__(self) -> None:
         if not 1 <= self.keep < self.group:
             raise ValueError(
-                f"an N:M pattern needs 1 <= N < M, got {self.keep}:{self.group}; "
-                "hardware accelerates '2:4'"
+                f"an N:M pattern needs 1 <= N < M, got {self.keep}:{self.group}; hardware accelerates '2:4'"
             )
         if math.comb(self.group, self.keep) > MAX_SUPPORTS:
             raise ValueError(

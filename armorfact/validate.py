@@ -35,14 +35,11 @@ def weight(value: Any, pattern: Pattern) -> Array:
 def _floating(value: Any, name: str) -> Array:
     if not arrays.is_array(value):
         raise TypeError(
-            f"{name} must be a NumPy, Torch or CuPy array, got {type(value).__name__}; "
-            "numpy.asarray makes one"
+            f"{name} must be a NumPy, Torch or CuPy array, got {type(value).__name__}; numpy.asarray makes one"
         )
     xp = arrays.namespace(value)
     if not xp.isdtype(value.dtype, "real floating"):
-        raise TypeError(
-            f"{name} must have a real floating dtype, got {value.dtype}; convert it to float32"
-        )
+        raise TypeError(f"{name} must have a real floating dtype, got {value.dtype}; convert it to float32")
     return arrays.detached(value)
 
 
@@ -111,9 +108,7 @@ def _same_home(array: Array, weight: Array) -> None:
             "convert one of them so that both come from the same library"
         )
     if arrays.device(array) != arrays.device(weight):
-        raise ValueError(
-            f"W is on {arrays.device(weight)} and XXt on {arrays.device(array)}; move one of them"
-        )
+        raise ValueError(f"W is on {arrays.device(weight)} and XXt on {arrays.device(array)}; move one of them")
 
 
 def _semidefinite(matrix: Array, rounding: float, definite: bool) -> None:
@@ -126,9 +121,7 @@ def _semidefinite(matrix: Array, rounding: float, definite: bool) -> None:
     scaled = matrix * scale[:, None] * scale[None, :]
     tolerance = 10 * rounding
     if float(xp.max(xp.abs(scaled - arrays.transpose(scaled)))) > tolerance:
-        raise ValueError(
-            "XXt is not symmetric; compute it as X @ X.T, or pass (XXt + XXt.T) / 2"
-        )
+        raise ValueError("XXt is not symmetric; compute it as X @ X.T, or pass (XXt + XXt.T) / 2")
     if bool(xp.any((matrix != 0) & ~(alive[:, None] & alive[None, :]))):
         raise ValueError(
             "XXt is not positive semidefinite: a channel with zero energy on the diagonal is "
@@ -196,14 +189,9 @@ def row_weights(value: Any, weight: Array) -> Array | None:
     array = _floating(value, "row_weight")
     _same_home(array, weight)
     if array.shape != (weight.shape[0],):
-        raise ValueError(
-            f"row_weight must have shape ({weight.shape[0]},), one entry a row of W, "
-            f"got {array.shape}"
-        )
+        raise ValueError(f"row_weight must have shape ({weight.shape[0]},), one entry a row of W, got {array.shape}")
     _finite(array, "row_weight")
     xp = arrays.namespace(array)
     if bool(xp.any(array <= 0)):
-        raise ValueError(
-            "row_weight must be positive; give a row that hardly matters a small weight"
-        )
+        raise ValueError("row_weight must be positive; give a row that hardly matters a small weight")
     return xp.astype(array, working_dtype(weight), copy=False)

@@ -39,8 +39,9 @@ def load(layer: str, windows: int = WINDOWS) -> tuple[np.ndarray, np.ndarray]:
 
 def _measure(layer: str, windows: int) -> tuple[np.ndarray, np.ndarray]:
     import torch
-    from armorfact_hf import demo_models, demo_text
     from transformers import AutoModel, AutoTokenizer
+
+    from armorfact_hf import demo_models, demo_text
 
     folder = demo_models.fetch_model(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(folder)

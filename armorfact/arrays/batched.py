@@ -65,9 +65,7 @@ def _row(vector: Array) -> Array:
     return vector[..., None, :]
 
 
-def _best_groups(
-    old: Array, slope: Array, t: Array, gram: Array, inverses: Array, place: Array
-) -> tuple[Array, Array]:
+def _best_groups(old: Array, slope: Array, t: Array, gram: Array, inverses: Array, place: Array) -> tuple[Array, Array]:
     """The best values of one group of every block, and how much they lower the loss.
 
     Args:

@@ -129,9 +129,7 @@ def _sweep(weight: Array, factor: Array, pattern: Pattern) -> Array:
     return pruned
 
 
-def _prune_group(
-    weight: Array, carried: Array, factor: Array, inverse: Array, pattern: Pattern
-) -> Array:
+def _prune_group(weight: Array, carried: Array, factor: Array, inverse: Array, pattern: Pattern) -> Array:
     """Prune one group of every row: its mask first, then its columns from left to right.
 
     Args:

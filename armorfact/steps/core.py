@@ -75,9 +75,7 @@ def wrapped_gram(problem: Problem, right: Array) -> Array:
     return blocks.right_product(half, arrays.transpose(right))
 
 
-def _independent_blocks(
-    problem: Problem, factors: Factors, gradient: Array, visit: Array
-) -> tuple[Factors, float]:
+def _independent_blocks(problem: Problem, factors: Factors, gradient: Array, visit: Array) -> tuple[Factors, float]:
     xp = arrays.namespace(gradient)
     rows, columns = problem.block_out, problem.block_in
     gram = wrapped_gram(problem, factors.right)
@@ -95,9 +93,7 @@ def _independent_blocks(
     return factors.replace(core=blocks.join_grid(core)), fallen
 
 
-def _panels(
-    problem: Problem, factors: Factors, gradient: Array, visit: Array
-) -> tuple[Factors, float]:
+def _panels(problem: Problem, factors: Factors, gradient: Array, visit: Array) -> tuple[Factors, float]:
     """Panels of columns from left to right, the gradient of each brought up to date when it is its
     turn: that product, (d_out, k) @ (k, panel), is all the large arithmetic there is.
     """
@@ -201,9 +197,7 @@ def core_step_naive(problem: Problem, factors: Factors) -> Factors:
     """
     root = gram_root(problem)
     weight = np.asarray(problem.weight, dtype=np.float64)
-    left, right = (
-        np.asarray(blocks.dense(x), dtype=np.float64) for x in (factors.left, factors.right)
-    )
+    left, right = (np.asarray(blocks.dense(x), dtype=np.float64) for x in (factors.left, factors.right))
     core = np.array(factors.core, dtype=np.float64)
     group = problem.pattern.group
     whole_row = isinstance(problem.gram, DiagonalGram)
@@ -214,15 +208,11 @@ def core_step_naive(problem: Problem, factors: Factors) -> Factors:
                 columns = slice(lo, lo + group)
                 core[r, columns] = 0
                 target = (weight - left @ core @ right) @ root
-                core[r, columns] = best_group(
-                    target, left[:, r], right[columns] @ root, problem.pattern
-                )
+                core[r, columns] = best_group(target, left[:, r], right[columns] @ root, problem.pattern)
     return replace(factors, core=core)
 
 
-def best_group(
-    target: np.ndarray, column: np.ndarray, rows: np.ndarray, pattern: Pattern
-) -> np.ndarray:
+def best_group(target: np.ndarray, column: np.ndarray, rows: np.ndarray, pattern: Pattern) -> np.ndarray:
     """Brute force: the (M,) values ``c`` of the pattern minimizing ||target - column c rows||."""
     best, best_loss = np.zeros(pattern.group), np.inf
     for support in map(list, pattern.supports):

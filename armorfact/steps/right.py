@@ -45,13 +45,9 @@ def _minimize(outer_gram: Array, slope: Array, input_gram: Array) -> Array:
     return arrays.transpose(arrays.solve_spd(damped(input_gram), arrays.transpose(half)))
 
 
-def sweep_right(
-    problem: Problem, factors: Factors, residual_gram: Array, update: Update
-) -> tuple[Factors, Array]:
+def sweep_right(problem: Problem, factors: Factors, residual_gram: Array, update: Update) -> tuple[Factors, Array]:
     """Visit the blocks of B with ``update(G_j' G_j, G_j' (R H)_j, H_jj) -> dB_j``."""
-    outer = blocks.split_columns(
-        blocks.left_product(factors.left, factors.core), problem.block_in
-    )
+    outer = blocks.split_columns(blocks.left_product(factors.left, factors.core), problem.block_in)
     outer_gram = arrays.transpose(outer) @ outer
     if isinstance(problem.gram, DiagonalGram):
         return _all_at_once(problem, factors, residual_gram, update, outer, outer_gram)

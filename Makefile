@@ -1,0 +1,33 @@
+# Each target creates the virtual environment it needs; remove .venv to start over.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test lint docs bench clean
+
+.venv/ready: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[hf,dev]'
+	touch $@
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[docs]'
+	touch $@
+
+test: .venv/ready  ## run every test that needs no network and no GPU
+	$(BIN)/python -m pytest
+
+lint: .venv/ready  ## style, imports, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/docs-ready  ## build the documentation into docs/_build
+	$(BIN)/sphinx-build -W -b html docs docs/_build
+
+bench: .venv/ready  ## the figures of docs/benchmarks.md
+	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.adam
+
+clean:
+	rm -rf .venv docs/_build

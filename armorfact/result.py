@@ -1,0 +1,112 @@
+"""What `factorize` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from armorfact import arrays, blocks
+from armorfact.driver import Sweep
+from armorfact.packed import Core, array_bytes
+from armorfact.problem import Factors
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """A block-diagonal square matrix.
+
+    Args:
+        blocks: (count, size, size).
+    """
+
+    blocks: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(count * size, count * size)."""
+        count, size, _ = self.blocks.shape
+        return count * size, count * size
+
+    def dense(self) -> Array:
+        """The matrix with its zeros, for inspection."""
+        return blocks.dense(self.blocks)
+
+    def apply(self, x: Array) -> Array:
+        """``x @ self.dense().T`` for x (..., count * size)."""
+        xp = arrays.namespace(x, self.blocks)
+        flat = xp.reshape(x, (-1, x.shape[-1]))
+        product = blocks.right_product(flat, arrays.transpose(self.blocks))
+        return xp.reshape(product, x.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks."""
+        return array_bytes(self.blocks)
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """A factorization W ~ A C B and how it came about.
+
+    The losses are those of the factors held here, in the dtype held here, evaluated in float64:
+    tr((W - A C B) H (W - A C B)'), with the normalization and row weights that were asked for.
+
+    Args:
+        left: A. core: C. right: B.
+        loss: of this factorization.
+        initial_loss: of the initialization, rounded to the same dtype.
+        weight_loss: of the zero matrix, tr(W H W').
+        history: the accepted sweeps, sweep 0 being the start; their losses never rise.
+        status: why the run ended, in a sentence.
+        original_nbytes: bytes of W.
+    """
+
+    left: BlockDiagonal
+    core: Core
+    right: BlockDiagonal
+    loss: float
+    initial_loss: float
+    weight_loss: float
+    history: tuple[Sweep, ...]
+    status: str
+    original_nbytes: int
+
+    @property
+    def factors(self) -> Factors:
+        """A, C (dense) and B as arrays: what a warm start takes."""
+        return Factors(self.left.blocks, self.core.dense(), self.right.blocks)
+
+    @property
+    def relative_loss(self) -> float:
+        """The loss over that of the zero matrix; 0 where both vanish."""
+        return self.loss / self.weight_loss if self.weight_loss else 0.0
+
+    def dense(self) -> Array:
+        """A C B, (d_out, d_in)."""
+        return self.factors.dense()
+
+    def apply(self, x: Array) -> Array:
+        """``x @ (A C B)'`` for x (..., d_in), as three thin products; A C B is never formed."""
+        return self.left.apply(self.core.apply(self.right.apply(x)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the wrappers, the kept values and the packed positions."""
+        return self.left.nbytes + self.core.nbytes + self.right.nbytes
+
+    @property
+    def compression(self) -> float:
+        """Bytes of W over `nbytes`; above 1 is smaller."""
+        return self.original_nbytes / self.nbytes
+
+    def __repr__(self) -> str:
+        d_out, d_in = self.core.shape
+        return (
+            f"Result({d_out}x{d_in}, {self.core.pattern}, "
+            f"block=({self.left.blocks.shape[-1]}, {self.right.blocks.shape[-1]}), "
+            f"relative loss {self.relative_loss:.4g} "
+            f"(initial {self.initial_loss / (self.weight_loss or 1.0):.4g}), "
+            f"{self.nbytes:,} bytes, {1 / self.compression:.3f} of dense; {self.status})"
+        )

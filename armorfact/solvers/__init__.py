@@ -1,0 +1,8 @@
+"""Solvers: each contributes ``init`` and ``step``; the driver owns the loop."""
+
+from armorfact.solvers.adam import Adam
+from armorfact.solvers.exact import Exact
+from armorfact.solvers.gradient import Gradient
+from armorfact.solvers.protocol import Solver, State
+
+__all__ = ["Adam", "Exact", "Gradient", "Solver", "State"]
