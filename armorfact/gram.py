@@ -26,8 +26,9 @@ class FullGram:
         panel = 1024
         loss = 0.0
         for lo in range(0, x.shape[1], panel):
-            columns = xp.astype(self.matrix[:, lo : lo + panel], x.dtype, copy=False)
-            loss += arrays.total((x @ columns) * x[:, lo : lo + panel])
+            hi = min(lo + panel, x.shape[1])
+            columns = xp.astype(self.matrix[:, lo:hi], x.dtype, copy=False)
+            loss += arrays.total((x @ columns) * x[:, lo:hi])
         return loss
 
     def scaled(self, scale: Array) -> FullGram:

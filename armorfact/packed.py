@@ -112,7 +112,7 @@ class Core:
         xp = arrays.namespace(x, self.values)
         outputs = []
         for lo in range(0, self.shape[0], rows_at_once):
-            rows = slice(lo, lo + rows_at_once)
+            rows = slice(lo, min(lo + rows_at_once, self.shape[0]))
             panel = Core(self.values[rows, :], self.packed[rows, :], self.pattern, self.columns)
             outputs.append(x @ arrays.transpose(panel.dense()))
         return xp.concat(outputs, axis=-1)

@@ -117,7 +117,7 @@ def _semidefinite(matrix: Array, rounding: float, definite: bool) -> None:
     xp = arrays.namespace(matrix)
     diagonal = xp.linalg.diagonal(matrix)
     alive = diagonal > 0
-    scale = xp.where(alive, xp.where(alive, diagonal, xp.ones_like(diagonal)) ** -0.5, alive * 0.0)
+    scale = xp.where(alive, xp.where(alive, diagonal, xp.ones_like(diagonal)) ** -0.5, xp.zeros_like(diagonal))
     scaled = matrix * scale[:, None] * scale[None, :]
     tolerance = 10 * rounding
     if float(xp.max(xp.abs(scaled - arrays.transpose(scaled)))) > tolerance:

@@ -8,11 +8,12 @@ from armorfact import arrays
 
 Array = Any
 
+# Relative to each diagonal entry: above float32's rounding, far below what slows a step down.
 DAMPING = 1e-6
 
 
-def damped(gram: Array, damping: float = DAMPING) -> Array:
-    """``gram + damping * diag(gram)``, in float64, with ones where the diagonal is zero.
+def damped(gram: Array) -> Array:
+    """``gram + DAMPING * diag(gram)``, in float64, with ones where the diagonal is zero.
 
     A step that solves with the damped matrix is a proximal step in the metric diag(gram): it is
     monotone for every damping >= 0. Damping by the own diagonal, not by its mean, makes the step
@@ -21,11 +22,10 @@ def damped(gram: Array, damping: float = DAMPING) -> Array:
 
     Args:
         gram: (..., b, b) symmetric positive semidefinite.
-        damping: relative to each diagonal entry.
     """
     xp = arrays.namespace(gram)
     gram = arrays.float64(gram)
     diagonal = xp.linalg.diagonal(gram)
-    added = xp.where(diagonal > 0, damping * diagonal, xp.ones_like(diagonal))
+    added = xp.where(diagonal > 0, DAMPING * diagonal, xp.ones_like(diagonal))
     eye = xp.eye(gram.shape[-1], dtype=gram.dtype, device=arrays.device(gram))
     return gram + added[..., None] * eye

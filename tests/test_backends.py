@@ -1,0 +1,68 @@
+"""NumPy, Torch and array-api-strict give the same factors, in their own type and dtype."""
+
+from __future__ import annotations
+
+import array_api_strict
+import numpy as np
+import pytest
+import torch
+
+from armorfact import factorize, nowag, sparsegpt, wanda
+from tests.conftest import gram_matrix
+
+CONVERSIONS = [torch.tensor, array_api_strict.asarray]
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((16, 24)), gram_matrix(rng, 24, "plain")
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS)
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("solver", ["exact", "gradient", "adam"])
+def test_same_factors_as_numpy(convert, diagonal, solver):
+    weight, gram = inputs()
+    gram = gram.diagonal().copy() if diagonal else gram
+    options = {"block": 8, "solver": solver, "max_sweeps": 3}
+    expected = factorize(weight, gram, **options)
+    result = factorize(convert(weight), convert(gram), **options)
+    assert type(result.core.values) is type(convert(weight))
+    for found, wanted in zip(
+        (result.left.blocks, result.core.values, result.core.packed, result.right.blocks),
+        (expected.left.blocks, expected.core.values, expected.core.packed, expected.right.blocks),
+        strict=True,
+    ):
+        np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-7, atol=1e-9)
+    x = np.random.default_rng(1).standard_normal((3, 24))
+    np.testing.assert_allclose(np.asarray(result.apply(convert(x))), expected.apply(x), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS)
+@pytest.mark.parametrize("method", [sparsegpt, wanda, nowag])
+def test_same_pruning_as_numpy(convert, method):
+    weight, gram = inputs()
+    pruned = method(convert(weight), convert(gram))
+    assert type(pruned) is type(convert(weight))
+    np.testing.assert_allclose(np.asarray(pruned), method(weight, gram), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_torch_dtypes_come_back_and_the_loss_is_that_of_the_rounded_factors(dtype):
+    weight, gram = (torch.tensor(x) for x in inputs())
+    parameter = torch.nn.Parameter(weight.to(dtype))
+    result = factorize(parameter, gram.float(), block=8, max_sweeps=4)
+    assert result.core.values.dtype == dtype
+    residual = parameter.detach().double() - result.factors.astype(torch.float64).dense()
+    assert result.loss == pytest.approx(float(torch.sum(residual @ gram.float().double() * residual)), rel=1e-5)
+    assert result.loss <= result.initial_loss
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_factors_of_the_cpu():
+    weight, gram = (torch.tensor(x) for x in inputs())
+    expected = factorize(weight, gram, block=8, max_sweeps=3)
+    result = factorize(weight.cuda(), gram.cuda(), block=8, max_sweeps=3)
+    assert result.core.values.device.type == "cuda"
+    torch.testing.assert_close(result.dense().cpu(), expected.dense(), rtol=1e-6, atol=1e-8)

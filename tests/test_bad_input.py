@@ -1,0 +1,92 @@
+"""Bad input: a clear error before any work, with the way out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from armorfact import Exact, factorize
+from tests.conftest import gram_matrix
+
+WEIGHT = np.random.default_rng(0).standard_normal((8, 16))
+GRAM = gram_matrix(np.random.default_rng(1), 16, "plain")
+
+
+def changed(array: np.ndarray, value: float) -> np.ndarray:
+    copy = array.copy()
+    copy[1, 2] = value
+    return copy
+
+
+INDEFINITE = GRAM - 2 * np.linalg.eigvalsh(GRAM)[2] * np.eye(16)
+NEGATIVE_DIAGONAL = GRAM - 1000 * np.eye(16)
+SILENT_BUT_CORRELATED = GRAM.copy()
+SILENT_BUT_CORRELATED[0, 0] = 0
+
+CASES = {
+    "weight not an array": (([[1.0] * 4],), {}, TypeError, "numpy.asarray"),
+    "integer weight": ((np.ones((4, 4), dtype=int),), {}, TypeError, "float32"),
+    "complex weight": ((np.ones((4, 4), dtype=complex),), {}, TypeError, "real floating"),
+    "vector weight": ((np.ones(4),), {}, ValueError, r"\(d_out, d_in\)"),
+    "empty weight": ((np.ones((0, 4)),), {}, ValueError, "non-empty"),
+    "nan weight": ((changed(WEIGHT, np.nan),), {}, ValueError, "1 NaN or infinite"),
+    "inf gram": ((WEIGHT, changed(GRAM, np.inf)), {}, ValueError, "XXt has 1"),
+    "gram of the wrong size": ((WEIGHT, GRAM[:8, :8]), {}, ValueError, r"\(16, 16\)"),
+    "asymmetric gram": ((WEIGHT, changed(GRAM, 1e3)), {}, ValueError, "not symmetric"),
+    "indefinite gram": ((WEIGHT, INDEFINITE), {}, ValueError, "smallest eigenvalue"),
+    "negative diagonal": ((WEIGHT, NEGATIVE_DIAGONAL), {}, ValueError, "negative entry"),
+    "silent channel": ((WEIGHT, SILENT_BUT_CORRELATED), {}, ValueError, "zero energy"),
+    "integer gram": ((WEIGHT, np.eye(16, dtype=int)), {}, TypeError, "XXt must have a real floating"),
+    "group does not divide": ((WEIGHT[:, :14],), {}, ValueError, "multiple of 4"),
+    "block does not divide": ((WEIGHT,), {"block": 3}, ValueError, r"these fit: \[1, 2, 4, 8\]"),
+    "block not of the group": ((WEIGHT,), {"block": (8, 2)}, ValueError, r"these fit: \[4, 8, 16\]"),
+    "block of a wrong type": ((WEIGHT,), {"block": 8.0}, TypeError, "block must be"),
+    "block of a wrong name": ((WEIGHT,), {"block": "big"}, ValueError, "auto"),
+    "two frameworks": ((torch.tensor(WEIGHT), GRAM), {}, TypeError, "torch array and XXt a numpy"),
+    "unknown init": ((WEIGHT,), {"init": "lottery"}, ValueError, "sparsegpt"),
+    "init of a wrong type": ((WEIGHT,), {"init": 3}, TypeError, "boolean mask"),
+    "mask not boolean": ((WEIGHT,), {"init": np.ones((8, 16))}, TypeError, "must be boolean"),
+    "mask too full": ((WEIGHT,), {"init": np.ones((8, 16), dtype=bool)}, ValueError, "allows 2"),
+    "mask of a wrong shape": ((WEIGHT,), {"init": np.zeros((4, 16), dtype=bool)}, ValueError, "shape of W"),
+    "unknown solver": ((WEIGHT,), {"solver": "magic"}, ValueError, "exact"),
+    "solver class": ((WEIGHT,), {"solver": Exact}, TypeError, "call the class"),
+    "not a solver": ((WEIGHT,), {"solver": object()}, TypeError, "lacks"),
+    "unknown normalization": ((WEIGHT,), {"normalize": "l2"}, ValueError, "nowag"),
+    "row weights of a wrong shape": ((WEIGHT,), {"row_weight": np.ones(16)}, ValueError, r"\(8,\)"),
+    "row weights not positive": ((WEIGHT,), {"row_weight": np.zeros(8)}, ValueError, "positive"),
+    "pattern of a wrong type": ((WEIGHT,), {"pattern": 24}, TypeError, "'2:4'"),
+    "negative budget": ((WEIGHT,), {"max_sweeps": -1}, ValueError, "must not be negative"),
+    "negative time": ((WEIGHT,), {"time_limit": -1.0}, ValueError, "must not be negative"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(name):
+    arguments, options, error, message = CASES[name]
+
+    class NeverRun(Exact):
+        def init(self, problem, factors, seed):
+            raise AssertionError("work was done before the check")
+
+    options = {"block": (8, 8), "solver": NeverRun(), **options}
+    with pytest.raises(error, match=message):
+        factorize(*arguments, **options)
+
+
+def test_a_warm_start_of_another_shape_is_refused():
+    result = factorize(WEIGHT, block=4, max_sweeps=1)
+    with pytest.raises(ValueError, match="warm start"):
+        factorize(WEIGHT, block=8, init=result)
+
+
+def test_auto_takes_the_largest_block_up_to_128_that_fits():
+    result = factorize(np.ones((192, 24)), max_sweeps=0)
+    assert (result.left.blocks.shape[-1], result.right.blocks.shape[-1]) == (96, 24)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_gram_matrix_with_rounding_in_it_is_accepted(dtype):
+    rng = np.random.default_rng(2)
+    gram = gram_matrix(rng, 64, "deficient").astype(dtype)
+    assert factorize(rng.standard_normal((8, 64)), gram, block=8, max_sweeps=1).loss >= 0

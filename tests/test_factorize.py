@@ -1,0 +1,204 @@
+"""Theorems about whole runs: monotone, never worse than the start, invariant, exact where it can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import armorfact
+from armorfact import Adam, Exact, Factors, Gradient, factorize, sparsegpt
+from tests.conftest import KINDS, gram_matrix
+
+
+def case(seed: int, kind: str = "plain", d_out: int = 16, d_in: int = 24):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((d_out, d_in)), gram_matrix(rng, d_in, kind)
+
+
+def trace_loss(weight, approximation, gram) -> float:
+    residual = np.float64(weight) - np.float64(approximation)
+    return float(np.sum((residual @ np.float64(gram)) * residual))
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(KINDS),
+    st.booleans(),
+    st.sampled_from([np.float16, np.float32, np.float64]),
+    st.sampled_from([(8, 8), (16, 24), (1, 4), (4, 12)]),
+    st.sampled_from([Exact(max_sweeps=6), Gradient(max_sweeps=6), Adam(max_sweeps=6, learning_rate=1e-2)]),
+)
+def test_losses_never_rise_and_never_end_above_sparsegpt(seed, kind, diagonal, dtype, block, solver):
+    weight, gram = case(seed, kind)
+    weight, gram = weight.astype(dtype), gram.astype(np.float32)
+    given_gram = gram.diagonal().copy() if diagonal else gram
+    result = factorize(weight, given_gram, block=block, solver=solver)
+    losses = [sweep.loss for sweep in result.history]
+    assert losses == sorted(losses, reverse=True)
+    assert result.loss <= result.initial_loss
+    full = np.diag(given_gram) if diagonal else gram
+    assert result.loss == pytest.approx(trace_loss(weight, _dense64(result), full), rel=1e-6, abs=1e-9)
+    start = trace_loss(weight, sparsegpt(weight, given_gram), full)
+    assert result.initial_loss == pytest.approx(start, rel=1e-3 if dtype != np.float64 else 1e-9)
+    assert result.dense().dtype == dtype
+    assert result.core.pattern.most_kept(result.core.dense()) <= 2
+
+
+def _dense64(result):
+    return result.factors.astype(np.float64).dense()
+
+
+@pytest.mark.parametrize("solver", ["exact", "gradient", "adam"])
+def test_same_input_and_seed_give_the_same_bits(solver):
+    weight, gram = case(3)
+    first, second = (factorize(weight, gram, block=8, solver=solver, max_sweeps=5, seed=7) for _ in range(2))
+    for a, b in zip(dataclasses.astuple(first.factors), dataclasses.astuple(second.factors), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_inputs_are_not_modified_and_may_be_read_only_and_strided():
+    weight, gram = case(4)
+    strided = np.repeat(weight, 2, axis=1)[:, ::2]
+    strided.flags.writeable = False
+    gram.flags.writeable = False
+    expected = factorize(weight.copy(), gram.copy(), block=8, max_sweeps=3)
+    result = factorize(strided, gram, block=8, max_sweeps=3)
+    np.testing.assert_array_equal(result.dense(), expected.dense())
+    np.testing.assert_array_equal(strided, weight)
+
+
+@given(st.integers(0, 10**6))
+def test_scaling_weight_or_inputs_scales_the_answer(seed):
+    weight, gram = case(seed)
+    base = factorize(weight, gram, block=8, max_sweeps=4)
+    scaled = factorize(4 * weight, gram, block=8, max_sweeps=4)
+    louder = factorize(weight, 16 * gram, block=8, max_sweeps=4)
+    np.testing.assert_allclose(scaled.dense(), 4 * base.dense(), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(louder.dense(), base.dense(), rtol=1e-6, atol=1e-8)
+    assert louder.loss == pytest.approx(16 * base.loss, rel=1e-6)
+
+
+def test_permuting_the_blocks_of_a_permutes_the_answer():
+    weight, gram = case(5)
+    order = np.r_[8:16, 0:8]
+    base = factorize(weight, gram, block=8, max_sweeps=4)
+    permuted = factorize(weight[order], gram, block=8, max_sweeps=4)
+    np.testing.assert_allclose(permuted.dense(), base.dense()[order], rtol=1e-8, atol=1e-10)
+
+
+def test_permuting_rows_inside_a_block_leaves_the_initial_and_left_step_loss_alone():
+    weight, gram = case(5)
+    order = np.r_[np.random.default_rng(0).permutation(8), 8:16]
+    base, permuted = (factorize(w, gram, block=8, max_sweeps=0) for w in (weight, weight[order]))
+    assert permuted.loss == pytest.approx(base.loss, rel=1e-10)
+
+
+def test_factors_are_in_the_canonical_gauge():
+    result = factorize(*case(6), block=8, max_sweeps=4)
+    np.testing.assert_allclose(np.linalg.norm(result.left.blocks, axis=1), 1, rtol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(result.right.blocks, axis=2), 1, rtol=1e-12)
+
+
+def test_a_planted_factorization_is_recovered_from_its_support():
+    rng = np.random.default_rng(8)
+    _, gram = case(8)
+    core = rng.standard_normal((16, 24))
+    mask = armorfact.Pattern(2, 4).top_mask(np.abs(core))
+    left, right = (np.eye(4) + 0.2 * rng.standard_normal((count, 4, 4)) for count in (4, 6))
+    weight = Factors(left, np.where(mask, core, 0), right).dense()
+    result = factorize(weight, gram, block=4, init=mask, max_sweeps=3000, rtol=0)
+    assert result.relative_loss < 1e-8
+
+
+def test_one_dense_block_reaches_zero():
+    weight, gram = case(9, d_out=16, d_in=16)
+    result = factorize(weight, gram, block=16, max_sweeps=100, rtol=0)
+    assert result.relative_loss < 1e-9
+
+
+def test_warm_start_goes_on_from_where_the_result_ended():
+    weight, gram = case(10)
+    first = factorize(weight, gram, block=8, max_sweeps=3)
+    second = factorize(weight, gram, block=8, max_sweeps=3, init=first)
+    assert second.initial_loss == pytest.approx(first.loss, rel=1e-9)
+    assert second.loss < first.loss
+
+
+def test_row_weights_are_factors_of_the_rows_errors():
+    weight, gram = case(11)
+    row_weight = np.linspace(0.5, 4, 16)
+    result = factorize(weight, gram, block=8, row_weight=row_weight, max_sweeps=4)
+    root = np.sqrt(row_weight)[:, None]
+    assert result.loss == pytest.approx(trace_loss(root * weight, root * result.dense(), gram), rel=1e-9)
+
+
+def test_nowag_normalization_measures_the_papers_loss():
+    weight, gram = case(12)
+    column = np.linalg.norm(weight, axis=0)
+    row = np.linalg.norm(weight / column, axis=1)
+    scale = row[:, None] * column
+    energy = gram.diagonal().copy()
+    result = factorize(weight, energy, block=8, normalize="nowag", max_sweeps=4)
+    assert result.loss == pytest.approx(trace_loss(weight / scale, result.dense() / scale, np.diag(energy)), rel=1e-9)
+    assert result.loss < result.initial_loss
+
+
+def test_apply_multiplies_by_the_factors():
+    result = factorize(*case(13), block=(4, 8), max_sweeps=2)
+    x = np.random.default_rng(0).standard_normal((2, 5, 24))
+    np.testing.assert_allclose(result.apply(x), x @ result.dense().T, rtol=1e-10, atol=1e-12)
+    kept, packed, wrappers = 16 * 12 * 8, 16 * 3, (16 * 4 + 24 * 8) * 8
+    assert result.nbytes == kept + packed + wrappers
+    assert result.compression == 16 * 24 * 8 / result.nbytes
+
+
+def test_callback_and_budgets_stop_the_run_with_a_sentence():
+    weight, gram = case(14)
+    seen = []
+    result = factorize(weight, gram, block=8, callback=lambda p: seen.append(p) or len(seen) == 2)
+    assert "callback" in result.status
+    assert [p.sweep for p in seen] == [1, 2]
+    assert "time limit" in factorize(weight, gram, block=8, time_limit=0).status
+    assert "sweep limit of 2" in factorize(weight, gram, block=8, max_sweeps=2).status
+    assert "converged" in factorize(weight, gram, block=8, rtol=0.5).status
+
+
+def test_a_solver_of_the_users_own_runs_and_a_rising_one_does_no_harm():
+    class Worse:
+        max_sweeps, rtol, patience = 3, 0.0, 5
+
+        def init(self, problem, factors, seed):
+            return Exact().init(problem, factors, seed)
+
+        def step(self, problem, state):
+            moved = state.factors.replace(core=2 * state.factors.core)
+            return dataclasses.replace(state, factors=moved, loss=problem.loss(moved))
+
+    result = factorize(*case(15), block=8, solver=Worse())
+    assert len(result.history) == 1
+    assert result.loss == result.initial_loss
+
+
+@pytest.mark.parametrize("init", ["sparsegpt", "wanda", "nowag", "magnitude"])
+@pytest.mark.parametrize("weight", [np.zeros((8, 8)), np.ones((8, 8)), np.eye(8)])
+def test_zero_constant_and_tied_weights_are_normal(init, weight):
+    gram = gram_matrix(np.random.default_rng(0), 8, "dead")
+    result = factorize(weight, gram, block=4, init=init, max_sweeps=3)
+    assert result.loss <= result.initial_loss
+    assert np.isfinite(result.dense()).all()
+    assert np.isfinite(factorize(weight, 0 * gram, block=4, init=init, max_sweeps=3).dense()).all()
+
+
+def test_the_core_imports_no_framework():
+    code = (
+        "import sys, armorfact, numpy as np;"
+        "armorfact.factorize(np.eye(8, dtype=np.float32), block=4, max_sweeps=1);"
+        "assert not {'torch', 'cupy', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
