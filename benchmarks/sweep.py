@@ -80,11 +80,10 @@ def peak_memory(size: int) -> float:
 def print_peak(size: int) -> None:
     factorize(np.eye(8, dtype=np.float32), block=8, max_sweeps=1)
     weight, gram = layer(size)
-    gram_inputs_gone = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    current = _resident() - weight.nbytes - gram.nbytes
+    before = _resident() - weight.nbytes - gram.nbytes
     factorize(weight, gram, block=BLOCK, max_sweeps=3)
-    peak = max(gram_inputs_gone, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
-    print((peak - current) / (weight.nbytes + gram.nbytes))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print((peak - before) / (weight.nbytes + gram.nbytes))
 
 
 def _resident() -> int:
