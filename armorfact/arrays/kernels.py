@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numba
 import numpy as np
+
+# Entries below which handing work to another thread costs more than it saves.
+WORTH_A_THREAD = 1 << 14
 
 
 @numba.njit(cache=True, inline="always")
@@ -99,9 +107,21 @@ def _sweep_block(gradient, core, visit, left_gram, right_gram, inverses, support
     return fallen
 
 
-@numba.njit(cache=True, parallel=True)
+@numba.njit(cache=True, nogil=True)
+def _sweep_range(gradient, core, visit, left_gram, right_gram, inverses, supports, fallen, start, stop):
+    columns = core.shape[1]
+    for block in range(start, stop):
+        i, j = block // columns, block % columns
+        fallen[i, j] = _sweep_block(
+            gradient[i, j], core[i, j], visit[i, j], left_gram[i], right_gram[j], inverses[j], supports
+        )
+
+
 def sweep_blocks(gradient, core, visit, left_gram, right_gram, inverses, supports):
-    """`_sweep_block` over all (i, j) blocks at once; they must not interact.
+    """`_sweep_block` over all (i, j) blocks; they must not interact, so any split gives the same bits.
+
+    Threads of Python's own pool, which sleep between calls: a numba thread pool spins, and takes
+    the cores from the matrix products that come in between.
 
     Args:
         gradient, core: (I, J, rows, columns) float32 or float64, updated in place.
@@ -113,11 +133,27 @@ def sweep_blocks(gradient, core, visit, left_gram, right_gram, inverses, support
     Returns:
         (I, J) float64: how much each block lowered the loss.
     """
-    rows, columns = core.shape[0], core.shape[1]
-    fallen = np.zeros((rows, columns), dtype=np.float64)
-    for block in numba.prange(rows * columns):
-        i, j = block // columns, block % columns
-        fallen[i, j] = _sweep_block(
-            gradient[i, j], core[i, j], visit[i, j], left_gram[i], right_gram[j], inverses[j], supports
-        )
+    fallen = np.zeros(core.shape[:2], dtype=np.float64)
+    arguments = (gradient, core, visit, left_gram, right_gram, inverses, supports, fallen)
+    parts = min(_threads(), fallen.size) if core.size >= WORTH_A_THREAD else 1
+    cuts = [fallen.size * k // parts for k in range(parts + 1)]
+    ranges = list(itertools.pairwise(cuts))
+    others = [_pool().submit(_sweep_range, *arguments, *part) for part in ranges[1:]]
+    _sweep_range(*arguments, *ranges[0])
+    for other in others:
+        other.result()
     return fallen
+
+
+@functools.cache
+def _threads() -> int:
+    return numba.get_num_threads()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=_threads(), thread_name_prefix="armorfact")
+
+
+# A forked child inherits the pool but not its threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
