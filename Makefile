@@ -27,6 +27,7 @@ docs: .venv/docs-ready  ## build the documentation into docs/_build
 
 bench: .venv/ready  ## the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.first_sweep
 	$(BIN)/python -m benchmarks.adam
 
 clean:

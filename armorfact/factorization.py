@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from armorfact import arrays, driver, initial, validate
@@ -13,7 +14,7 @@ from armorfact.gram import Gram
 from armorfact.initial.nowag import normalize as nowag_normalization
 from armorfact.packed import Core, array_bytes
 from armorfact.pattern import Pattern
-from armorfact.problem import Factors, Problem
+from armorfact.problem import Factors, Problem, residual_panels
 from armorfact.result import BlockDiagonal, Result
 from armorfact.solvers import Adam, Exact, Gradient, Solver
 
@@ -117,11 +118,11 @@ class Scaling:
             row = row_weight**-0.5 if row is None else row * row_weight**-0.5
         return cls(row, column)
 
-    def scaled(self, weight: Array) -> Array:
-        """W as the solver sees it."""
+    def scaled(self, weight: Array, rows: slice = slice(None)) -> Array:
+        """W, or those of its rows, as the solver sees it."""
         if self.column is not None:
             weight = weight / self.column
-        return weight if self.row is None else weight / self.row[:, None]
+        return weight if self.row is None else weight / self.row[rows][:, None]
 
     def into(self, factors: Factors) -> Factors:
         """Factors of W as factors of the scaled W.
@@ -244,7 +245,7 @@ def _initial_core(init: Any, weight: Array, gram: Gram, pattern: Pattern) -> Arr
 
 def _measured(weight: Array, problem: Problem, scaling: Scaling, start: Factors, run: driver.Run) -> Result:
     """Round to the dtype of W, measure what is returned, and keep the start if rounding made it best."""
-    measure = _Measure(weight, problem, scaling)
+    measure = partial(_loss, weight, problem, scaling)
     found = canonical(scaling.out_of(run.factors)).astype(weight.dtype)
     rounded_start = start.astype(weight.dtype)
     loss, initial_loss = measure(found), measure(rounded_start)
@@ -258,23 +259,15 @@ def _measured(weight: Array, problem: Problem, scaling: Scaling, start: Factors,
         right=BlockDiagonal(found.right),
         loss=loss,
         initial_loss=initial_loss,
-        weight_loss=measure(None),
+        weight_loss=measure(rounded_start.replace(core=0 * rounded_start.core)),
         history=run.history,
         status=status,
         original_nbytes=array_bytes(weight),
     )
 
 
-@dataclass(frozen=True)
-class _Measure:
+def _loss(weight: Array, problem: Problem, scaling: Scaling, factors: Factors) -> float:
     """The loss of factors of W, in float64, in the objective asked for."""
-
-    weight: Array
-    problem: Problem
-    scaling: Scaling
-
-    def __call__(self, factors: Factors | None) -> float:
-        residual = arrays.float64(self.weight)
-        if factors is not None:
-            residual = residual - factors.astype(arrays.namespace(residual).float64).dense()
-        return self.problem.gram.inner(self.scaling.scaled(residual))
+    return sum(
+        problem.gram.inner(scaling.scaled(residual, rows)) for rows, residual in residual_panels(weight, factors)
+    )

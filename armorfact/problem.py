@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,9 @@ from armorfact.gram import Gram
 from armorfact.pattern import Pattern
 
 Array = Any
+
+# Rows whose residual stands in float64 at a time.
+PANEL_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,18 @@ class Factors:
     def replace(self, **changes: Array) -> Factors:
         """A copy with some of the factors exchanged."""
         return replace(self, **changes)
+
+
+def residual_panels(weight: Array, factors: Factors) -> Iterator[tuple[slice, Array]]:
+    """R = W - A C B in float64, a panel of whole blocks of A at a time: (rows, R[rows])."""
+    xp = arrays.namespace(weight)
+    count, size, _ = factors.left.shape
+    at_once = max(PANEL_ROWS // size, 1)
+    for lo in range(0, count, at_once):
+        hi = min(lo + at_once, count)
+        rows = slice(lo * size, hi * size)
+        panel = Factors(factors.left[lo:hi, ...], factors.core[rows, :], factors.right).astype(xp.float64)
+        yield rows, arrays.float64(weight[rows, :]) - panel.dense()
 
 
 @dataclass(frozen=True)
@@ -75,9 +91,7 @@ class Problem:
 
     def loss(self, factors: Factors) -> float:
         """L in float64, straight from its definition."""
-        xp = arrays.namespace(self.weight)
-        factors = factors.astype(xp.float64)
-        return self.gram.inner(arrays.float64(self.weight) - factors.dense())
+        return sum(self.gram.inner(residual) for _, residual in residual_panels(self.weight, factors))
 
     def identity_wrapped(self, core: Array) -> Factors:
         """The factors I, ``core``, I: where every initialization starts."""

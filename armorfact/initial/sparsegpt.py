@@ -78,13 +78,13 @@ def prune(weight: Array, gram: Gram, pattern: Pattern, damping: float = 0.01) ->
 def damped_factor(gram: FullGram, added: float) -> Array:
     """V, upper triangular with V V' = H + added * I, in float64, (d_in, d_in)."""
     xp = arrays.namespace(gram.matrix)
-    reverse = xp.flip(arrays.float64(gram.matrix))
-    size = reverse.shape[0]
-    eye = xp.eye(size, dtype=reverse.dtype, device=arrays.device(reverse))
-    mean = float(xp.mean(xp.linalg.diagonal(reverse)))
+    size = gram.matrix.shape[0]
+    mean = float(xp.mean(arrays.float64(gram.diagonal)))
     added = added or (1e-12 * mean or 1.0)
     for attempt in range(MAX_DOUBLINGS):
-        factor = arrays.cholesky(reverse + added * eye)
+        flat = xp.reshape(xp.astype(xp.flip(gram.matrix), xp.float64), (-1,))
+        flat[:: size + 1] += added
+        factor = arrays.cholesky(xp.reshape(flat, (size, size)))
         if factor is not None:
             if attempt:
                 warnings.warn(
