@@ -23,7 +23,7 @@ class FullGram:
     def inner(self, x: Array) -> float:
         """``tr(x H x')``, one column panel at a time so that a float64 H never stands in memory."""
         xp = arrays.namespace(x)
-        panel = 1024
+        panel = 256
         loss = 0.0
         for lo in range(0, x.shape[1], panel):
             hi = min(lo + panel, x.shape[1])

@@ -95,11 +95,12 @@ def sweep(problem: Problem, factors: Factors) -> tuple[Factors, float]:
 
 def extrapolate(old: Factors, new: Factors, beta: float) -> Factors:
     """``new + beta (new - old)``; core values only where both supports hold them, so N:M stays."""
-    xp = arrays.namespace(new.core)
-    both = (new.core != 0) & (old.core != 0)
-    change = xp.where(both, new.core - old.core, xp.zeros_like(new.core))
+    core = new.core - old.core
+    core[(new.core == 0) | (old.core == 0)] = 0
+    core *= beta
+    core += new.core
     return Factors(
         left=new.left + beta * (new.left - old.left),
-        core=new.core + beta * change,
+        core=core,
         right=new.right + beta * (new.right - old.right),
     )

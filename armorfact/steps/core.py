@@ -103,7 +103,7 @@ def _panels(problem: Problem, factors: Factors, gradient: Array, visit: Array) -
     inverses = support_inverses(group_grams(gram, pattern), pattern)
     left_gram = arrays.transpose(factors.left) @ factors.left
     core = xp.asarray(factors.core, copy=True)
-    carried = xp.empty_like(core)  # T times the change of the core
+    carried = gradient  # T times the change of the core takes the place of what has been visited
     fallen = 0.0
     d_in = core.shape[1]
     panel = max(PANEL // pattern.group, 1) * pattern.group
