@@ -40,9 +40,9 @@ def factorize(
     callback: Callable[[Progress], object] | None = None,
     seed: int = 0,
 ) -> Result:
-    """Minimize tr((W - A C B) H (W - A C B)') over block-diagonal A, B and an N:M core C.
+    r"""Minimize :math:`\operatorname{tr}((W - ACB)\,H\,(W - ACB)^\top)` over block-diagonal A, B and an N:M core C.
 
-    H = X X' is the Gram matrix of the layer's inputs, so this is ||(W - A C B) X||_F^2. The loss
+    :math:`H = XX^\top` is the Gram matrix of the layer's inputs, so this is :math:`\|(W - ACB)X\|_F^2`. The loss
     returned is never above that of the initialization (ARMOR, arXiv 2510.05528, Theorem 3.1).
 
     Args:

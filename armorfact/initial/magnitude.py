@@ -12,9 +12,9 @@ Array = Any
 
 
 def magnitude(weight: Array, *, pattern: str | Pattern = "2:4") -> Array:
-    """Keep, in each group, the N weights with the largest |W_ij|.
+    r"""Keep, in each group, the N weights with the largest :math:`|W_{ij}|`.
 
-    It minimizes ||W - C||_F^2 over all C of the pattern.
+    It minimizes :math:`\|W - C\|_F^2` over all C of the pattern.
 
     Args:
         weight: W, (d_out, d_in), real floating point.

@@ -37,9 +37,9 @@ def _norms(matrix: Array, axis: int) -> Array:
 
 
 def nowag(weight: Array, XXt: Array | None, *, pattern: str | Pattern = "2:4") -> Array:
-    """Keep, in each group, the N weights with the largest Wn_ij^2 * ||X_j||^2.
+    r"""Keep, in each group, the N weights with the largest :math:`\bar W_{ij}^2\,\|X_j\|^2`.
 
-    Wn is W with its columns and then its rows scaled to unit norm (`normalize`).
+    :math:`\bar W` is W with its columns and then its rows scaled to unit norm (`normalize`).
 
     Args:
         weight: W, (d_out, d_in), real floating point.

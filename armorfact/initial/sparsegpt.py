@@ -39,7 +39,7 @@ def sparsegpt(
     pattern: str | Pattern = "2:4",
     damping: float = 0.01,
 ) -> Array:
-    """Greedy minimization of tr((W - C) H (W - C)') over C of the pattern, one column at a time.
+    r"""Greedy minimization of :math:`\operatorname{tr}((W - C)H(W - C)^\top)`, one column at a time.
 
     Each group's mask is chosen when the sweep reaches it, from the weights as they then are.
 

@@ -12,9 +12,9 @@ Array = Any
 
 
 def wanda(weight: Array, XXt: Array | None, *, pattern: str | Pattern = "2:4") -> Array:
-    """Keep, in each group, the N weights with the largest |W_ij| * ||X_j||.
+    r"""Keep, in each group, the N weights with the largest :math:`|W_{ij}|\,\|X_j\|`.
 
-    It minimizes tr((W - C) diag(H) (W - C)') over all C of the pattern.
+    It minimizes :math:`\operatorname{tr}((W - C)\operatorname{diag}(H)(W - C)^\top)` over all C of the pattern.
 
     Args:
         weight: W, (d_out, d_in), real floating point.

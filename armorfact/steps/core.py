@@ -1,12 +1,12 @@
-"""The core step: minimize the loss over the N:M core C, one group of M columns after another.
+r"""The core step: minimize the loss over the N:M core C, one group of M columns after another.
 
-With T = A'A, S = B H B' and the gradient slice Q = T C S - P = -A' (R H) B', the loss as a function
-of the group g of row r alone is
+With :math:`T = A^\top A`, :math:`S = BHB^\top` and the gradient slice :math:`Q = -A^\top (RH) B^\top`, the loss as a
+function of the group g of row r alone is
 
-    t (c - c_old) S_gg (c - c_old)' + 2 q (c - c_old),      t = T[r, r], q = Q[r, g].
+.. math:: t\,(c - c_{old})\,S_{gg}\,(c - c_{old})^\top + 2\,q\,(c - c_{old})^\top, \qquad t = T_{rr},\; q = Q_{r,g}.
 
-With h = t S_gg c_old - q, the support m has its optimum at (t S_mm)^-1 h_m and gains
-h_m' (t S_mm)^-1 h_m. The group takes the best of all supports, the old one among them, so the loss
+With :math:`h = t\,S_{gg}c_{old} - q`, the support m has its optimum at :math:`(t S_{mm})^{-1} h_m` and gains
+:math:`h_m^\top (t S_{mm})^{-1} h_m`. The group takes the best of all supports, the old one among them, so the loss
 cannot rise; its change then moves the gradient of every group that it couples to.
 """
 

@@ -1,11 +1,12 @@
-"""The left step: minimize the loss over the block-diagonal left wrapper A.
+r"""The left step: minimize the loss over the block-diagonal left wrapper A.
 
 With Z = C B, each block row i is a least-squares problem of its own,
 
-    minimize over A_i   tr((W_i - A_i Z_i) H (W_i - A_i Z_i)'),
+.. math:: \min_{A_i}\; \operatorname{tr}\bigl((W_i - A_i Z_i)\,H\,(W_i - A_i Z_i)^\top\bigr),
 
-whose normal equations are A_i D_i = W_i H Z_i', with D_i = Z_i H Z_i'. The step adds
-E_i (D_i + eps diag D_i)^-1 to A_i, where E_i = (R H)_i Z_i' is minus half the gradient.
+whose normal equations are :math:`A_i D_i = W_i H Z_i^\top`, with :math:`D_i = Z_i H Z_i^\top`. The step adds
+:math:`E_i (D_i + \varepsilon\operatorname{diag} D_i)^{-1}` to A_i, where :math:`E_i = (RH)_i Z_i^\top` is minus half the
+gradient.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""The right step: minimize the loss over the block-diagonal right wrapper B.
+r"""The right step: minimize the loss over the block-diagonal right wrapper B.
 
 With G = A C, the blocks of B couple through H, so they are visited in turn. For block j,
 
-    minimize over dB   tr((R - G_j dB E_j) H (R - G_j dB E_j)')      (E_j picks the rows of block j)
+.. math:: \min_\Delta\; \operatorname{tr}\bigl((R - G_j \Delta P_j)\,H\,(R - G_j \Delta P_j)^\top\bigr)
 
-has the solution dB = (G_j' G_j)^-1 G_j' (R H)_{:,j} (H_jj)^-1; R H is brought up to date after each.
+(:math:`P_j` picks the rows of block j) has the solution
+:math:`\Delta = (G_j^\top G_j)^{-1}\,G_j^\top (RH)_{:,j}\,H_{jj}^{-1}`; R H is brought up to date after each.
 With a diagonal H the blocks do not couple and are solved at once.
 """
 
