@@ -5,8 +5,8 @@ With Z = C B, each block row i is a least-squares problem of its own,
 .. math:: \min_{A_i}\; \operatorname{tr}\bigl((W_i - A_i Z_i)\,H\,(W_i - A_i Z_i)^\top\bigr),
 
 whose normal equations are :math:`A_i D_i = W_i H Z_i^\top`, with :math:`D_i = Z_i H Z_i^\top`. The step adds
-:math:`E_i (D_i + \varepsilon\operatorname{diag} D_i)^{-1}` to A_i, where :math:`E_i = (RH)_i Z_i^\top` is minus half the
-gradient.
+:math:`E_i (D_i + \varepsilon\operatorname{diag} D_i)^{-1}` to A_i, where :math:`E_i = (RH)_i Z_i^\top` is minus
+half the gradient.
 """
 
 from __future__ import annotations
