@@ -12,6 +12,7 @@ cannot rise; its change then moves the gradient of every group that it couples t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,18 +40,17 @@ def core_step(
     Args:
         problem: the problem.
         factors: the factors to start from; their core obeys the pattern.
-        residual_gram: R H at ``factors``, (d_out, d_in).
+        residual_gram: R H at ``factors``, (d_out, d_in); it is overwritten.
         visit: (d_out, d_in / group) bool, the groups to replace; all of them if None.
 
     Returns:
         The factors with C replaced, and by how much the loss fell (>= 0).
     """
-    gradient = core_gradient(factors, residual_gram)
     if visit is None:
         visit = _all_groups(problem)
     if isinstance(problem.gram, DiagonalGram):
-        return _independent_blocks(problem, factors, gradient, visit)
-    return _panels(problem, factors, gradient, visit)
+        return _independent_blocks(problem, factors, core_gradient(factors, residual_gram), visit)
+    return _panels(problem, factors, residual_gram, visit)
 
 
 def core_gradient(factors: Factors, residual_gram: Array) -> Array:
@@ -86,47 +86,59 @@ def _independent_blocks(problem: Problem, factors: Factors, gradient: Array, vis
         xp.asarray(blocks.split_grid(gradient, rows, columns), copy=True),
         core,
         blocks.split_grid(visit, rows, columns // problem.pattern.group),
-        factors,
+        arrays.transpose(factors.left) @ factors.left,
         gram,
         support_inverses(groups, problem.pattern),
     )
     return factors.replace(core=blocks.join_grid(core)), fallen
 
 
-def _panels(problem: Problem, factors: Factors, gradient: Array, visit: Array) -> tuple[Factors, float]:
-    """Panels of columns from left to right, the gradient of each brought up to date when it is its
-    turn: that product, (d_out, k) @ (k, panel), is all the large arithmetic there is.
+def _panels(problem: Problem, factors: Factors, residual_gram: Array, visit: Array) -> tuple[Factors, float]:
+    """Panels of columns from left to right, the gradient of each formed when it is its turn.
+
+    What the panels before carry to it, (d_out, k) @ (k, panel), is all the large arithmetic there
+    is. T times the change of the core takes the place of the columns of R H already used.
     """
-    xp = arrays.namespace(gradient)
-    pattern, size = problem.pattern, problem.block_out
+    xp = arrays.namespace(residual_gram)
     gram = wrapped_gram(problem, factors.right)
-    inverses = support_inverses(group_grams(gram, pattern), pattern)
+    inverses = support_inverses(group_grams(gram, problem.pattern), problem.pattern)
     left_gram = arrays.transpose(factors.left) @ factors.left
     core = xp.asarray(factors.core, copy=True)
-    carried = gradient  # T times the change of the core takes the place of what has been visited
+    carried = residual_gram
     fallen = 0.0
-    d_in = core.shape[1]
-    panel = max(PANEL // pattern.group, 1) * pattern.group
-    for lo in range(0, d_in, panel):
-        hi = min(lo + panel, d_in)
+    for lo, hi, gradient in _gradient_panels(problem, factors, residual_gram):
         if lo:
-            gradient[:, lo:hi] += carried[:, :lo] @ gram[:lo, lo:hi]
-        groups = slice(lo // pattern.group, hi // pattern.group)
-        block = xp.asarray(blocks.split_rows(core[:, lo:hi], size)[:, None, ...], copy=True)
+            gradient += carried[:, :lo] @ gram[:lo, lo:hi]
+        groups = slice(lo // problem.pattern.group, hi // problem.pattern.group)
+        block = xp.asarray(blocks.split_rows(core[:, lo:hi], problem.block_out)[:, None, ...], copy=True)
         fallen += _sweep(
             problem,
-            xp.asarray(blocks.split_rows(gradient[:, lo:hi], size)[:, None, ...], copy=True),
+            xp.asarray(blocks.split_rows(gradient, problem.block_out)[:, None, ...], copy=True),
             block,
-            blocks.split_rows(visit[:, groups], size)[:, None, ...],
-            factors,
+            blocks.split_rows(visit[:, groups], problem.block_out)[:, None, ...],
+            left_gram,
             xp.asarray(gram[lo:hi, lo:hi][None, ...], copy=True),
             inverses[groups, ...][None, ...],
         )
         new = blocks.join_rows(block[:, 0, ...])
-        change = blocks.split_rows(new - core[:, lo:hi], size)
+        change = blocks.split_rows(new - core[:, lo:hi], problem.block_out)
         carried[:, lo:hi] = blocks.join_rows(left_gram @ change)
         core[:, lo:hi] = new
     return factors.replace(core=core), fallen
+
+
+def _gradient_panels(problem: Problem, factors: Factors, residual_gram: Array) -> Iterator[tuple[int, int, Array]]:
+    """(lo, hi, Q[:, lo:hi]) from left to right; Q is formed for whole blocks of B at a time."""
+    size, group = problem.block_in, problem.pattern.group
+    panel = max(PANEL // group, 1) * group
+    at_once = max(panel // size, 1)
+    for j in range(0, factors.right.shape[0], at_once):
+        right = factors.right[j : min(j + at_once, factors.right.shape[0]), ...]
+        start, stop = j * size, (j + right.shape[0]) * size
+        gradient = core_gradient(factors.replace(right=right), residual_gram[:, start:stop])
+        for lo in range(start, stop, panel):
+            hi = min(lo + panel, stop)
+            yield lo, hi, gradient[:, lo - start : hi - start]
 
 
 def _sweep(
@@ -134,12 +146,11 @@ def _sweep(
     gradient: Array,
     core: Array,
     visit: Array,
-    factors: Factors,
+    left_gram: Array,
     gram: Array,
     inverses: Array,
 ) -> float:
     xp = arrays.namespace(core)
-    left_gram = arrays.transpose(factors.left) @ factors.left
     supports = xp.asarray(problem.pattern.supports, device=arrays.device(core))
     visit = xp.asarray(visit, copy=True)
     return arrays.total(arrays.sweep_blocks(gradient, core, visit, left_gram, gram, inverses, supports))
@@ -200,11 +211,14 @@ def core_step_naive(problem: Problem, factors: Factors) -> Factors:
     left, right = (np.asarray(blocks.dense(x), dtype=np.float64) for x in (factors.left, factors.right))
     core = np.array(factors.core, dtype=np.float64)
     group = problem.pattern.group
-    whole_row = isinstance(problem.gram, DiagonalGram)
-    panel = problem.block_in if whole_row else max(PANEL // group, 1) * group
-    for start in range(0, core.shape[1], panel):
+    size = problem.block_in
+    if isinstance(problem.gram, DiagonalGram):
+        panels = [(lo, lo + size) for lo in range(0, core.shape[1], size)]
+    else:
+        panels = [(lo, hi) for lo, hi, _ in _gradient_panels(problem, factors, factors.core)]
+    for start, stop in panels:
         for r in range(core.shape[0]):
-            for lo in range(start, min(start + panel, core.shape[1]), group):
+            for lo in range(start, stop, group):
                 columns = slice(lo, lo + group)
                 core[r, columns] = 0
                 target = (weight - left @ core @ right) @ root
