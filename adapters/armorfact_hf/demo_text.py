@@ -18,7 +18,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from armorfact_hf.demo_models import Log, WheelMember, cache_folder, fetch_joined, written_whole
+from armorfact_hf.demo_models import Log, WheelMember, cache_folder, fetch_joined
+from armorfact_hf.files import written_whole
 
 _log: Log = logging.getLogger(__name__).info
 

@@ -1,0 +1,256 @@
+"""What pruning cost: perplexity and tasks of finished folders, always beside those of their dense model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from armorfact_hf import sources
+from armorfact_hf.checkpoint import stored_tensors
+from armorfact_hf.config import PruneConfig
+from armorfact_hf.demo_models import cache_folder
+from armorfact_hf.files import written_beside
+from armorfact_hf.journal import model_fingerprint, tokens_fingerprint
+from armorfact_hf.perplexity import evaluate_perplexity
+from armorfact_hf.plan import Plan
+from armorfact_hf.prune import Step
+from armorfact_hf.report import write_report
+from armorfact_hf.sources import Loaded, Log
+from armorfact_hf.tasks import evaluate_tasks
+from armorfact_hf.workflow import Calibration, Json, prune_to_folder, read_report
+
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which text perplexity is measured on, and how.
+
+    Args:
+        text: a file of plain text, "demo:gensim-enwiki" or "demo:qasper".
+        windows: how many at most (None is all of the text); length: tokens of each.
+        stride: see `evaluate_perplexity`.
+    """
+
+    text: str = "demo:gensim-enwiki"
+    windows: int | None = 6
+    length: int = 2048
+    stride: int | None = None
+
+
+def perplexity_of(loaded: Loaded, evaluation: Evaluation, progress: Progress | None = None, log: Log = print) -> Json:
+    """The perplexity of a model on a text, with what it depends on; measured once, then read from the cache folder.
+
+    Returns:
+        text, split, sha256 (of the tokens), window, stride, bos, windows, tokens (scored), perplexity.
+    """
+    text = sources.evaluation_source(evaluation.text, log)
+    tokens = torch.from_numpy(sources.tokens_of(text, loaded))
+    asked = {
+        "text": text.name,
+        "split": text.split,
+        "sha256": tokens_fingerprint(tokens),
+        "window": loaded.window(evaluation.length),
+        "stride": evaluation.stride,
+        "bos": loaded.bos,
+        "windows": evaluation.windows,
+    }
+    key = {**asked, "model": model_fingerprint(loaded.model)}
+    return _remembered(key, lambda: asked | _measured(loaded, tokens, asked, progress))
+
+
+def _measured(loaded: Loaded, tokens: torch.Tensor, asked: Json, progress: Progress | None) -> Json:
+    found = evaluate_perplexity(
+        loaded.model,
+        tokens,
+        window=asked["window"],
+        stride=asked["stride"],
+        bos=asked["bos"],
+        max_windows=asked["windows"],
+        progress=progress,
+    )
+    return {"stride": found.stride, "tokens": found.tokens, "perplexity": found.value}
+
+
+def _remembered(key: Json, measure: Callable[[], Json]) -> Json:
+    """``measure()``, kept in the cache folder under ``key``."""
+    name = tokens_fingerprint(torch.tensor(list(json.dumps(key, sort_keys=True).encode())))
+    path = cache_folder() / "perplexity" / f"{name[:32]}.json"
+    if not path.exists():
+        found = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(path) as draft:
+            draft.write_text(json.dumps({"key": key, "found": found}), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))["found"]
+
+
+def dense_model(report: Json, device: str | None = None, log: Log = print) -> Loaded:
+    """The dense model that a report's folder was pruned from.
+
+    Raises:
+        ValueError: it cannot be loaded, or is another one by now.
+    """
+    facts = report["model"]
+    loaded = sources.load_model(facts["name"], dtype=facts["dtype"], device=device, log=log)
+    if model_fingerprint(loaded.model) != facts["fingerprint"]:
+        raise ValueError(f"{facts['name']} is not the model that was pruned: its weights have changed since")
+    return loaded
+
+
+def evaluate_folder(
+    folder: Path,
+    evaluations: Sequence[Evaluation] = (Evaluation(),),
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    device: str | None = None,
+    beside: Sequence[Path] = (),
+    progress: Progress | None = None,
+    log: Log = print,
+) -> Json:
+    """Measure a finished folder beside its dense model, and write the figures into its report.
+
+    Args:
+        folder: what `prune_to_folder` wrote.
+        evaluations: texts for perplexity. tasks, limit: see `evaluate_tasks`.
+        device: see `load_model`.
+        beside: folders of the same model, whose figures are put into the report as well.
+
+    Returns:
+        The report.
+    """
+    report = read_report(folder)
+    reference = evaluate_dense(dense_model(report, device, log), evaluations, tasks, limit, progress=progress, log=log)
+    entries = reference["evaluations"]
+    for path in (*beside, folder):
+        loaded = sources.load_model(str(path), device=device, log=log)
+        facts = {"name": read_report(path)["config"]["method"], "mean_loss": mean_loss(read_report(path))}
+        for entry, evaluation in zip(entries, evaluations, strict=True):
+            found = perplexity_of(loaded, evaluation, progress, log)
+            entry["methods"].append(facts | {"perplexity": found["perplexity"]})
+    if tasks:
+        after = evaluate_tasks(loaded.model, loaded.tokenizer, tasks, limit, log=log)
+        for row, score in zip(reference["tasks"], after, strict=True):
+            row |= {"pruned": score.accuracy, "standard_error": score.standard_error}
+    report["evaluations"] = _merged(report["evaluations"], entries, ("text", "sha256", "window", "stride", "windows"))
+    report["tasks"] = _merged(report["tasks"], reference["tasks"], ("task", "questions"))
+    write_report(folder, report)
+    return report
+
+
+def evaluate_dense(
+    loaded: Loaded,
+    evaluations: Sequence[Evaluation] = (Evaluation(),),
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    progress: Progress | None = None,
+    log: Log = print,
+) -> Json:
+    """Measure a model by itself; "evaluations" and "tasks" as in a report, without any pruned method."""
+    found = [perplexity_of(loaded, evaluation, progress, log) for evaluation in evaluations]
+    scores = evaluate_tasks(loaded.model, loaded.tokenizer, tasks, limit, log=log) if tasks else []
+    return {
+        "evaluations": [{**entry, "dense": entry.pop("perplexity"), "methods": []} for entry in found],
+        "tasks": [
+            {
+                "task": score.task,
+                "questions": score.questions,
+                "dense": score.accuracy,
+                "pruned": None,
+                "standard_error": score.standard_error,
+            }
+            for score in scores
+        ],
+    }
+
+
+def _merged(old: list[Json], new: list[Json], keys: tuple[str, ...]) -> list[Json]:
+    """The old entries that no new one replaces, then the new ones."""
+    replaced = {tuple(entry[key] for key in keys) for entry in new}
+    return [entry for entry in old if tuple(entry.get(key) for key in keys) not in replaced] + new
+
+
+def mean_loss(report: Json) -> float:
+    """The mean over a report's layers of the relative loss of the method that was stored."""
+    method = report["config"]["method"]
+    return sum(layer["losses"][method] for layer in report["layers"]) / len(report["layers"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table that compares the dense model and what became of it.
+
+    Args:
+        name: "dense", or a method.
+        perplexity: by text. ratio: of those to the dense model's.
+        mean_loss: mean relative loss over the pruned layers.
+        bytes: of all tensors on disk. seconds: that pruning took.
+    """
+
+    name: str
+    perplexity: dict[str, float]
+    ratio: dict[str, float]
+    mean_loss: float
+    bytes: int
+    seconds: float
+
+
+def rows(folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
+    """The table of an evaluated folder: its dense model, the folders ``beside``, then the folder itself."""
+    evaluations = read_report(folder)["evaluations"]
+    dense = {entry["text"]: entry["dense"] for entry in evaluations}
+    pruned = [_row(path, evaluations, dense) for path in (*beside, folder)]
+    totals = read_report(folder)["totals"]
+    size = pruned[-1].bytes - totals["bytes"] + totals["dense_bytes"]
+    return [Row("dense", dense, dict.fromkeys(dense, 1.0), 0.0, size, 0.0), *pruned]
+
+
+def _row(folder: Path, evaluations: Sequence[Json], dense: dict[str, float]) -> Row:
+    report = read_report(folder)
+    method = report["config"]["method"]
+    perplexity = {
+        entry["text"]: row["perplexity"] for entry in evaluations for row in entry["methods"] if row["name"] == method
+    }
+    ratio = {text: value / dense[text] for text, value in perplexity.items()}
+    size = sum(tensor.nbytes for _, tensor in stored_tensors(folder))
+    return Row(method, perplexity, ratio, mean_loss(report), size, report["totals"]["seconds"])
+
+
+def compare(
+    model: str,
+    out: Path,
+    config: PruneConfig,
+    methods: Sequence[str],
+    calibration: Calibration,
+    evaluations: Sequence[Evaluation],
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Progress | None = None,
+    pruning: Callable[[Step], object] | None = None,
+    on_plan: Callable[[Plan], object] | None = None,
+    log: Log = print,
+) -> list[Row]:
+    """Prune a model by ``config`` into ``out`` and by other methods into folders beside it, and measure all alike.
+
+    What is finished already is reused.
+
+    Args:
+        model, dtype, device: see `load_model`.
+        methods: of one shot; each goes to the folder ``<out>-<method>``.
+        progress: called during evaluations. pruning: called during pruning. on_plan: called with each plan.
+    """
+    beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
+    for method, folder in {**beside, config.method: out}.items():
+        log(f"Pruning {model} by {method}, into {folder}.")
+        loaded = sources.load_model(model, dtype, device, log)
+        chosen = replace(config, method=method)
+        prune_to_folder(loaded, folder, chosen, calibration, progress=pruning, on_plan=on_plan, log=log)
+        del loaded
+    evaluate_folder(out, evaluations, beside=list(beside.values()), progress=progress, log=log)
+    return rows(out, list(beside.values()))

@@ -1,0 +1,149 @@
+"""What to prune and how: one frozen record that is checked at once and saved with the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from armorfact import Pattern
+
+METHODS = ("armorfact", "sparsegpt", "wanda", "nowag", "magnitude")
+BASELINES = ("sparsegpt", "wanda", "nowag", "magnitude", "paper")
+OBJECTIVES = ("gram", "diagonal", "nowag")
+DEFAULT_SHRINKAGE = 1.0
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How each chosen linear layer W (d_out, d_in) is replaced, given its inputs X.
+
+    Args:
+        method: "armorfact" factorizes W ~ A C B; "sparsegpt", "wanda", "nowag" and "magnitude" prune in one shot,
+            without wrappers.
+        pattern: "N:M", at most N non-zeros in M consecutive inputs.
+        block: size of the wrappers' blocks, which has to divide d_out and d_in; "auto" takes the largest up to 128
+            whose wrappers add at most an eighth to the layer.
+        objective: "gram" minimizes ||(W - ACB) X||^2 with the full Gram matrix H = X X'; "diagonal" sees only diag(H);
+            "nowag" sees diag(H) and W normalized by rows and columns, which is the objective of the ARMOR paper.
+        shrinkage: λ in H + λ diag(H), for the objective "gram" (None is 1.0): a finite sample of tokens overstates how
+            far inputs are correlated.
+        propagate: "pruned" takes X from the decoder blocks before this one as they are after pruning; "dense" from the
+            dense model.
+        target: "weight" aims at W X; "output" aims at what the dense model computes there, W X_dense, while the input
+            is the pruned one (for propagate="pruned" and objective="gram").
+        init: where the factorization starts, a method of one shot.
+        sweeps: most sweeps of the solver over a layer.
+        rtol: a layer ends after three sweeps that each lower its loss by less than this share.
+        include: which linear layers of the decoder blocks: module names or their last parts ("q_proj",
+            "mlp.down_proj"), or regular expressions after "re:" that match from the start of the name.
+        ignore: layers to leave dense all the same, written like ``include``.
+        head: prune the output head too; a head tied to the embedding is untied.
+        baselines: methods whose loss on every layer the report shows beside the chosen one; "paper" is the ARMOR
+            paper's objective solved to convergence.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, a combination that contradicts itself.
+        TypeError: a value of the wrong type.
+    """
+
+    method: str = "armorfact"
+    pattern: str = "2:4"
+    block: int | str = "auto"
+    objective: str = "gram"
+    shrinkage: float | None = None
+    propagate: str = "pruned"
+    target: str = "weight"
+    init: str = "sparsegpt"
+    sweeps: int = 10
+    rtol: float = 1e-3
+    include: tuple[str, ...] = ("re:.*",)
+    ignore: tuple[str, ...] = ()
+    head: bool = False
+    baselines: tuple[str, ...] = ("sparsegpt", "wanda", "nowag")
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("objective", self.objective, OBJECTIVES)
+        _one_of("propagate", self.propagate, ("pruned", "dense"))
+        _one_of("target", self.target, ("weight", "output"))
+        _one_of("init", self.init, METHODS[1:])
+        Pattern.parse(self.pattern)
+        self._check_numbers()
+        self._check_combinations()
+        for name, known in (("include", None), ("ignore", None), ("baselines", BASELINES)):
+            object.__setattr__(self, name, _names(name, getattr(self, name), known))
+
+    def _check_numbers(self) -> None:
+        if self.block != "auto" and (not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1):
+            raise ValueError(f"block must be a positive number of channels or 'auto', got {self.block!r}")
+        if self.sweeps < 0 or not 0 <= self.rtol < 1:
+            raise ValueError(f"expected sweeps >= 0 and 0 <= rtol < 1, got sweeps={self.sweeps}, rtol={self.rtol}")
+        if self.shrinkage is not None and not 0 <= self.shrinkage < float("inf"):
+            raise ValueError(f"shrinkage must be a finite number >= 0, got {self.shrinkage}")
+
+    def _check_combinations(self) -> None:
+        if self.objective != "gram" and self.shrinkage is not None:
+            raise ValueError(
+                f"shrinkage acts on the correlations that objective={self.objective!r} does not look at; "
+                "leave it out, or take objective='gram'"
+            )
+        if self.target == "output" and (self.objective, self.propagate) != ("gram", "pruned"):
+            raise ValueError(
+                "target='output' corrects for what pruning the blocks before did to the inputs: it needs "
+                f"objective='gram' and propagate='pruned', got {self.objective!r} and {self.propagate!r}"
+            )
+
+    @property
+    def diagonal_weight(self) -> float:
+        """λ as a number: the default where ``shrinkage`` is None, 0 for objectives without correlations."""
+        if self.objective != "gram":
+            return 0.0
+        return DEFAULT_SHRINKAGE if self.shrinkage is None else self.shrinkage
+
+    @property
+    def needs_correlations(self) -> bool:
+        """Whether any method asked for looks at the whole Gram matrix, not only its diagonal."""
+        ours = self.method == "armorfact" and (self.objective == "gram" or self.init == "sparsegpt")
+        return ours or self.method == "sparsegpt" or "sparsegpt" in self.baselines or self.target == "output"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruneConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key that this version does not know.
+        """
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown settings {sorted(unknown)}: written by another version of armorfact?")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _names(name: str, value: Iterable[str], known: tuple[str, ...] | None) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(part, str) for part in value):
+        raise TypeError(f"{name} must be a tuple of strings, got {value!r}")
+    names = tuple(value)
+    for part in names:
+        if known is not None:
+            _one_of(name, part, known)
+        elif part.startswith("re:"):
+            _compile(name, part[3:])
+    return names
+
+
+def _compile(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name}: {expression!r} is not a regular expression: {error}") from error

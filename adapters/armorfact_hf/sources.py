@@ -1,0 +1,174 @@
+"""Where models and texts come from: folders, the hub, or the packages that carry the demo ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from armorfact_hf import demo_text
+from armorfact_hf.checkpoint import Description, NotPruned, load_pruned, stored_tensors
+from armorfact_hf.demo_models import DEMO_MODELS, fetch_model
+
+Log = Callable[[str], None]
+
+DEMO = "demo:"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer, and the name under which it was asked for."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+
+    @property
+    def bos(self) -> int | None:
+        """The token that the tokenizer puts before a text, if it does."""
+        found = self.tokenizer("a")["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None and found and found[0] == bos else None
+
+    def window(self, wanted: int) -> int:
+        """``wanted`` tokens, or fewer where the model was trained for fewer."""
+        return min(wanted, getattr(self.model.config, "max_position_embeddings", None) or wanted)
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None, log: Log = print) -> Loaded:
+    """A causal language model and its tokenizer, dense or pruned by armorfact.
+
+    No code of a checkpoint is run, and only safetensors files are read.
+
+    Args:
+        name: a folder; "demo:smollm2" and the like, which package indexes carry; or a name on the hub.
+        dtype: of the weights: "auto" is the one they are stored in.
+        device: "cuda", "cpu", …; None is "cuda" where there is one.
+        log: called with a sentence for each slow step.
+
+    Raises:
+        ValueError: an unknown name or dtype, a folder without model or tokenizer, a damaged file (it is named).
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    where = _folder_or_hub_name(name, log)
+    if Path(where).is_dir():
+        check_files(Path(where))
+    model = _model(where, dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Loaded(name, model.to(device).eval(), _tokenizer(where))
+
+
+def _folder_or_hub_name(name: str, log: Log) -> str:
+    if name.startswith(DEMO):
+        known = ", ".join(DEMO + key for key in DEMO_MODELS)
+        if name.removeprefix(DEMO) not in DEMO_MODELS:
+            raise ValueError(f"unknown demo model {name!r}: expected one of {known}")
+        return str(fetch_model(name.removeprefix(DEMO), log))
+    if Path(name).is_dir() or not (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        return name
+    raise ValueError(
+        f"{name!r} is no folder, no name on the hub (they look like 'owner/name'), and no demo model "
+        f"({', '.join(DEMO + key for key in DEMO_MODELS)})"
+    )
+
+
+def check_files(folder: Path) -> None:
+    """Read every tensor's place in a model folder.
+
+    Raises:
+        ValueError: no config.json, no safetensors file, or one that is missing or damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model: it has no config.json")
+    for _ in stored_tensors(folder):
+        pass
+
+
+def _model(where: str, dtype: str) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(where)
+        try:
+            Description.of(config, where)
+        except NotPruned:
+            return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"cannot load the model {where!r}: {error}") from error
+    model = load_pruned(where)
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+
+
+def _tokenizer(where: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} has no tokenizer that transformers can load ({error}): save one there") from error
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and what is said of it where its figures are shown.
+
+    Args:
+        name, split: which text, which part of it.
+        content: the text.
+    """
+
+    name: str
+    split: str
+    content: str
+
+
+def calibration_source(name: str, log: Log = print) -> Text:
+    """The text to calibrate on: a file of plain text, or "demo:gensim-enwiki" without its held-out articles.
+
+    Raises:
+        ValueError: an unknown name, or an empty or unreadable file.
+    """
+    if name == "demo:gensim-enwiki":
+        return Text("gensim-enwiki", "four of five articles", demo_text.calibration_text(log))
+    return _text_file(name, "demo:gensim-enwiki")
+
+
+def evaluation_source(name: str, log: Log = print) -> Text:
+    """The text to measure perplexity on: a file, "demo:gensim-enwiki" (held-out articles) or "demo:qasper".
+
+    Raises:
+        ValueError: an unknown name, or an empty or unreadable file.
+    """
+    if name == "demo:gensim-enwiki":
+        return Text("gensim-enwiki", "every fifth article, held out", demo_text.held_out_text(log))
+    if name == "demo:qasper":
+        return Text("qasper", "all papers", demo_text.fetch_second_domain(log))
+    return _text_file(name, "demo:gensim-enwiki, demo:qasper")
+
+
+def _text_file(name: str, known: str) -> Text:
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"{name!r} is no text file, and none of the demo texts: {known}")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} as UTF-8 text: {error}") from error
+    if not content.strip():
+        raise ValueError(f"{path} holds no text")
+    return Text(path.name, "whole file", content)
+
+
+def tokens_of(text: Text, loaded: Loaded) -> Any:
+    """The token numbers of a text, (n,) int64, without special tokens.
+
+    Raises:
+        ValueError: the tokenizer makes none of it.
+    """
+    tokens = demo_text.tokenize(text.content, loaded.tokenizer)
+    if not len(tokens):
+        raise ValueError(f"the tokenizer of {loaded.name} makes no tokens of {text.name}: is it the model's own?")
+    return tokens

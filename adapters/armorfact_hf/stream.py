@@ -1,0 +1,102 @@
+"""Run one decoder block at a time, through the model's own forward pass.
+
+A model prepares masks, position embeddings and more for its blocks, each family in its own way. To run block i on hidden
+states that were stored earlier, the model is called on the tokens, the blocks before i return the stored states without
+any work, and the pass ends once block i has run. What the model prepares is thus always its own, no family needs a
+special case, and nothing but the hidden states has to be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Done(Exception):
+    """Ends a forward pass once the module of interest has been reached."""
+
+
+@dataclass(frozen=True)
+class BlockStream:
+    """The decoder blocks of a model, to be run one at a time.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        blocks: its decoder blocks in order.
+        extras: for blocks that return a tuple, how many values follow the hidden states; filled by `run`.
+    """
+
+    model: nn.Module
+    blocks: Sequence[nn.Module]
+    extras: dict[int, int] = field(default_factory=dict)
+
+    def run(self, index: int, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """What block ``index`` makes of ``hidden``.
+
+        Args:
+            index: from 0; blocks have to be run in order the first time.
+            tokens: (1, length) token numbers that ``hidden`` stems from.
+            hidden: (1, length, width) what the block before returned; None for the first block.
+        """
+        block = self.blocks[index]
+        forward = block.forward
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            output = forward(*args, **kwargs)
+            if not isinstance(output, tuple):
+                return output
+            self.extras[index] = len(output) - 1
+            return output[0]
+
+        return self._until(block, run, tokens, index, hidden)
+
+    def head_input(self, head: nn.Module, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the output head is given when the last block returns ``hidden``."""
+        return self._until(head, lambda x: x, tokens, len(self.blocks), hidden)
+
+    @torch.no_grad()
+    def _until(
+        self, module: nn.Module, act: Callable[..., Tensor], tokens: Tensor, before: int, hidden: Tensor | None
+    ) -> Tensor:
+        """Call the model with ``hidden`` in place of its first blocks, up to ``module``; return ``act`` of its arguments."""
+        reached = []
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            reached.append(act(*args, **kwargs))
+            raise _Done
+
+        with ExitStack() as stack:
+            for index in range(before):
+                stack.enter_context(replaced_forward(self.blocks[index], self._returning(index, hidden)))
+            stack.enter_context(replaced_forward(module, stop))
+            try:
+                self.model(input_ids=tokens.to(self.model.device), use_cache=False)
+            except _Done:
+                return reached[0]
+        raise RuntimeError(
+            f"the forward pass of {type(self.model).__name__} does not call its {type(module).__name__} in the order "
+            "of its decoder blocks"
+        )
+
+    def _returning(self, index: int, hidden: Tensor | None) -> Callable[..., Any]:
+        """A forward that returns ``hidden`` in the form in which block ``index`` returns its output."""
+        output = (hidden, *(None,) * self.extras[index]) if index in self.extras else hidden
+        return lambda *args, **kwargs: output
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """``module`` computes ``forward`` inside the context."""
+    kept = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if kept is not None:
+            module.forward = kept
