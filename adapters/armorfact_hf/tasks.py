@@ -34,8 +34,9 @@ REQUESTS = tuple(
 REQUESTS_SHA256 = "ff04892c1fd58169994511d090d6cc93514e94b3a3162e9632b17cd3b8c4f73d"
 FIRST_UNCONDITIONAL = 1_000_000  # from this doc_id on, the questions come again, with their context blanked out
 
-# A forward pass takes that many sequences times the vocabulary: with float32 logits, 4 GiB for every thousand tokens.
-BATCH_LOGITS = 2**20
+# Sequences of one forward pass times the vocabulary. Logits, their copy in float32, and log-probabilities of this batch
+# and the last take up to 14 bytes each: 7 GB where the sequences have a thousand tokens, which few questions have.
+BATCH_LOGITS = 2**19
 LARGEST_BATCH = 32
 
 Question = dict[str, Any]
