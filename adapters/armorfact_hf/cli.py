@@ -1,8 +1,8 @@
-"""The command `armorfact`: every command is a call of a function of this package, with its progress and result shown."""
+"""The command `armorfact`: each command calls one function of this package, and shows its progress and result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -259,6 +259,9 @@ def export(
 @contextmanager
 def _errors_as_sentences() -> Iterator[None]:
     """Failures that the user can mend end the command with their sentence, not with a traceback."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # there is one bar, and it is ours
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
@@ -305,10 +308,20 @@ def _show_plan(plan: Any) -> None:
         f"{100 * plan.wrapper_overhead:.1f}% of it for wrappers); about {plan.peak_bytes / 1e9:.1f} GB of memory",
         highlight=False,
     )
-    for layer in plan.dense_layers:
-        _say(f"Left dense: {layer.name}: {layer.reason}")
+    for sentence in _left_dense(plan.dense_layers):
+        _say(sentence)
     if plan.seconds is not None:
         console.print(f"Estimated time, from a measured first layer: {_duration(plan.seconds)}", highlight=False)
+
+
+def _left_dense(layers: Sequence[Any]) -> Iterator[str]:
+    """A sentence a reason; the report names every layer."""
+    by_reason: dict[str, list[str]] = {}
+    for layer in layers:
+        by_reason.setdefault(layer.reason, []).append(layer.name)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"Left dense, {reason}: {', '.join(names[:3])}{more}"
 
 
 def _duration(seconds: float) -> str:

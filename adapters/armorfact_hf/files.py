@@ -25,7 +25,7 @@ def written_beside(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` to build a file or folder at; renamed to ``target`` only if the block ends without error.
+    """A path beside ``target`` to build a file or folder at; renamed to it only if the block ends without error.
 
     The parent of that path is a scratch folder: what else the block leaves there is thrown away. If another process
     made ``target`` in the meantime, theirs is kept.

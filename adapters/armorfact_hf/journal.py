@@ -1,8 +1,8 @@
 """The finished decoder blocks of a run, on disk: what a killed run resumes from.
 
 One safetensors file a block holds the tensors of its pruned layers, and in its header the reports; `manifest.json` says
-which model, settings and calibration tokens they belong to. Files are written beside their target and renamed, so a file
-that is there is whole.
+which model, settings and calibration tokens they belong to. Files are written beside their target and renamed, so a
+file that is there is whole.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Journal:
             dtype=tensors["values"].dtype,
             device=device,
         )
-        # Copied into memory of PyTorch's own: the same alignment as in a run without interruption, and so the same bits.
+        # Copied into memory of PyTorch's own: aligned as in a run without interruption, and so the same bits.
         layer.load_state_dict(tensors)
         return layer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ def evaluate_perplexity(
 ) -> Perplexity:
     """The perplexity of a causal language model on a text.
 
-    The first window scores all its tokens but the first (which only a bos can predict); each later one scores those
-    that the window before it did not hold, and so no token is scored twice.
+    A window scores all its tokens but the first (which only a bos can predict), as far as the window before it did not
+    hold them: no token is scored twice.
 
     Args:
         model: of transformers, on any device.
@@ -61,7 +61,7 @@ def evaluate_perplexity(
         window: tokens a window, bos included; at most what the model was trained for.
         stride: tokens between the starts of two windows; the text of a whole window by default, so that none overlap.
         bos: a token number for the head of every window (Gemma needs it), or None.
-        max_windows: stop after so many; all whole windows by default.
+        max_windows: take so many, spread evenly over the text; all whole windows by default.
         progress: called with the windows done and their number.
 
     Raises:
@@ -73,20 +73,19 @@ def evaluate_perplexity(
     starts = _starts(text, length, stride, max_windows)
     model.eval()
     total, scored = 0.0, 0
-    for done, start in enumerate(starts):
-        if progress is not None:
-            progress(done, len(starts))
+    end = 0
+    for done, start in enumerate(starts, 1):
         row = text[start : start + length]
         row = row if bos is None else torch.cat([torch.tensor([bos], dtype=row.dtype), row])
-        fresh = length if done == 0 else min(stride, length)
+        fresh = min(start + length - end, length)
         losses = token_losses(model, row.to(torch.int64))[-fresh:]
-        total, scored = total + float(losses.sum(dtype=torch.float64)), scored + len(losses)
-    if progress is not None:
-        progress(len(starts), len(starts))
+        total, scored, end = total + float(losses.sum(dtype=torch.float64)), scored + len(losses), start + length
+        if progress is not None:
+            progress(done, len(starts))
     return Perplexity(_exp(total / scored), scored, window, stride, bos)
 
 
-def _starts(text: Tensor, length: int, stride: int, max_windows: int | None) -> range:
+def _starts(text: Tensor, length: int, stride: int, max_windows: int | None) -> list[int]:
     if text.ndim != 1 or text.is_floating_point():
         raise ValueError(f"expected a vector of token numbers, got shape {tuple(text.shape)} of {text.dtype}")
     if length < 2 or not 1 <= stride <= length or (max_windows is not None and max_windows < 1):
@@ -98,8 +97,14 @@ def _starts(text: Tensor, length: int, stride: int, max_windows: int | None) -> 
         raise ValueError(
             f"one window needs {length} tokens of text, got {len(text)}: give more text or a shorter window"
         )
-    starts = range(0, len(text) - length + 1, stride)
-    return starts if max_windows is None else starts[:max_windows]
+    return spread(range(0, len(text) - length + 1, stride), max_windows)
+
+
+def spread(items: Sequence[Any], count: int | None) -> list[Any]:
+    """``count`` of the items, evenly from first to last; all of them if there are no more, or with None."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[k * len(items) // count] for k in range(count)]
 
 
 def _exp(mean: float) -> float:

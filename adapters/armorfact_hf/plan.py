@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from armorfact import Pattern
 from armorfact_hf.config import PruneConfig
-from armorfact_hf.layer import fitting_block, prune_layer
+from armorfact_hf.layer import fitting_block, layer_flops, prune_layer
 from armorfact_hf.linear import FactorizedLinear
 from armorfact_hf.prune import checked_tokens, fitting_layers
 from armorfact_hf.statistics import Statistics, recorded_inputs
@@ -122,41 +124,44 @@ def _peak_bytes(model: nn.Module, tokens: Tensor, layers: list[Layer], config: P
         d_in = layer.shape[1]
         square = d_in * d_in if config.needs_correlations else d_in
         by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + 8 * square * copies
-    solver = max(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in layers))
-    return int(model_bytes + states + max(by_block.values()) + SOLVER_COPIES * solver)
+    sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in layers))
+    at_once = torch.get_num_threads() if layers[0].weight.device.type == "cpu" else 1
+    return int(model_bytes + states + max(by_block.values()) + SOLVER_COPIES * sum(sizes[-at_once:]))
 
 
 def _estimated_seconds(model: nn.Module, tokens: Tensor, layers: list[Layer], config: PruneConfig) -> float:
     """Time one window and one layer of the first block that is pruned, and scale by the work."""
-    prefix, blocks = decoder_blocks(model)
-    stream = BlockStream(model.eval(), blocks)
-    window = tokens[:1]
-    here = [layer for layer in layers if layer.decoder_block == 0] or layers[:1]
+    blocks = decoder_blocks(model)[1]
+    stream, window = BlockStream(model.eval(), blocks), tokens[:1]
+    first = len(blocks) - 1 if layers[0].decoder_block is None else layers[0].decoder_block
+    here = [layer for layer in layers if layer.decoder_block == first]
+    hidden = None
+    for index in range(first):
+        hidden = stream.run(index, window, hidden)
+    stream.run(first, window, hidden)  # warms caches and lazily built parts
+    plain = _seconds(lambda: stream.run(first, window, hidden))
     statistics = Statistics(config.needs_correlations)
-    stream.run(0, window, None)  # warms caches and lazily built parts
-    start = time.perf_counter()
-    stream.run(0, window, None)
-    plain = time.perf_counter() - start
-    start = time.perf_counter()
-    with recorded_inputs({layer.name: layer.module for layer in here}) as inputs:
-        stream.run(0, window, None)
-    statistics.add(inputs)
-    gathering = time.perf_counter() - start
-    probe = next((layer for layer in here if layer.name in statistics.leader), None)
-    solving = 0.0 if probe is None else _seconds_a_flop(probe, statistics, config) * sum(map(_work, layers))
+
+    def gather() -> None:
+        with recorded_inputs({layer.name: layer.module for layer in here}) as inputs:
+            stream.run(first, window, hidden)
+        statistics.add(inputs)
+
+    gathering = _seconds(gather)
+    reached = [layer for layer in here if layer.name in statistics.leader]
+    solving = _seconds_a_flop(reached[0], statistics, config) * sum(map(layer_flops, layers)) if reached else 0.0
     passes = (config.propagate == "pruned") + (config.target == "output")
-    return len(tokens) * len(blocks) * (gathering + passes * plain) + solving
+    last = max(first if layer.decoder_block is None else layer.decoder_block for layer in layers)
+    return len(tokens) * (last + 1) * (gathering + passes * plain) + solving
 
 
 def _seconds_a_flop(layer: Layer, statistics: Statistics, config: PruneConfig) -> float:
     moments = replace(statistics.of(layer.name), cross=None)
-    settings = replace(config, target="weight")
-    prune_layer(layer, moments, replace(settings, sweeps=min(settings.sweeps, 1)))  # compiles, and warms caches
+    prune_layer(layer, moments, replace(config, sweeps=min(config.sweeps, 1)))  # compiles, and warms caches
+    return _seconds(lambda: prune_layer(layer, moments, config)) / layer_flops(layer)
+
+
+def _seconds(act: Callable[[], object]) -> float:
     start = time.perf_counter()
-    prune_layer(layer, moments, settings)
-    return (time.perf_counter() - start) / _work(layer)
-
-
-def _work(layer: Layer) -> float:
-    d_out, d_in = layer.shape
-    return float(d_out) * d_in * d_in
+    act()
+    return time.perf_counter() - start

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import armorfact
 from armorfact_hf.config import PruneConfig
 from armorfact_hf.journal import Journal, Pruned, flat_manifest, model_fingerprint, tokens_fingerprint
-from armorfact_hf.layer import LayerReport, fitting_block, prune_layer
+from armorfact_hf.layer import LayerReport, damping_noted, fitting_block, prune_layers
 from armorfact_hf.linear import FactorizedLinear
 from armorfact_hf.statistics import Inputs, NonFiniteActivations, Statistics, first_nonfinite, recorded_inputs
 from armorfact_hf.stream import BlockStream
@@ -93,7 +93,8 @@ def prune_(
     stored = None if journal is None else open_journal(Path(journal), model, tokens, config, layers)
     model.eval()
     run = _Run(model, list(tokens.split(1)), config, layers, stored, progress)
-    reports = tuple(run.reports())
+    with damping_noted():
+        reports = tuple(run.reports())
     describe_(model, config, reports)
     return PruneReport(config, reports, (*dense, *run.untouched), time.perf_counter() - start)
 
@@ -268,13 +269,12 @@ class _Run:
         return statistics
 
     def _finish(self, key: str, layers: list[Layer], statistics: Statistics) -> Pruned:
-        pruned = []
-        for layer in layers:
-            self._tell(1, layer.name)
-            if layer.name in statistics.leader:
-                pruned.append(prune_layer(layer, statistics.of(layer.name), self.config))
-            else:
-                self.untouched.append(DenseLayer(layer.name, "no calibration token reached it"))
+        reached = [layer for layer in layers if layer.name in statistics.leader]
+        self.untouched += [
+            DenseLayer(layer.name, "no calibration token reached it") for layer in layers if layer not in reached
+        ]
+        work = [(layer, statistics.of(layer.name)) for layer in reached]
+        pruned = prune_layers(work, self.config, lambda layer: self._tell(1, layer.name))
         if self.journal is not None:
             self.journal.write(key, pruned)
         return pruned

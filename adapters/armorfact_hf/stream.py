@@ -1,9 +1,9 @@
 """Run one decoder block at a time, through the model's own forward pass.
 
-A model prepares masks, position embeddings and more for its blocks, each family in its own way. To run block i on hidden
-states that were stored earlier, the model is called on the tokens, the blocks before i return the stored states without
-any work, and the pass ends once block i has run. What the model prepares is thus always its own, no family needs a
-special case, and nothing but the hidden states has to be kept.
+A model prepares masks, position embeddings and more for its blocks, each family in its own way. To run block i on
+hidden states that were stored earlier, the model is called on the tokens, the blocks before i return the stored states
+without any work, and the pass ends once block i has run. What the model prepares is thus always its own, no family
+needs a special case, and nothing but the hidden states has to be kept.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class BlockStream:
     def _until(
         self, module: nn.Module, act: Callable[..., Tensor], tokens: Tensor, before: int, hidden: Tensor | None
     ) -> Tensor:
-        """Call the model with ``hidden`` in place of its first blocks, up to ``module``; return ``act`` of its arguments."""
+        """Call the model, ``hidden`` in place of its first blocks, up to ``module``; ``act`` of its arguments."""
         reached = []
 
         def stop(*args: Any, **kwargs: Any) -> None:

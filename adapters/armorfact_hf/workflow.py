@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import armorfact
@@ -19,6 +20,7 @@ from armorfact_hf.checkpoint import save_pruned
 from armorfact_hf.config import PruneConfig
 from armorfact_hf.files import check_room, written_whole
 from armorfact_hf.journal import DifferentRun, check_same, flat_manifest, model_fingerprint, tokens_fingerprint
+from armorfact_hf.perplexity import spread
 from armorfact_hf.plan import Plan, make_plan
 from armorfact_hf.prune import PruneReport, Step, prune_
 from armorfact_hf.report import write_report
@@ -33,7 +35,7 @@ class Calibration:
 
     Args:
         text: a file of plain text, or "demo:gensim-enwiki".
-        windows: how many; length: tokens of each.
+        windows: how many, spread evenly over the text; length: tokens of each.
     """
 
     text: str = "demo:gensim-enwiki"
@@ -47,8 +49,10 @@ class Calibration:
             ValueError: too few tokens, or no text.
         """
         tokens = sources.tokens_of(sources.calibration_source(self.text, log), loaded)
-        windows = demo_text.windows(tokens, loaded.window(self.length), self.windows, bos=loaded.bos)
-        return torch.from_numpy(windows)
+        length = loaded.window(self.length)
+        demo_text.windows(tokens, length, self.windows, bos=loaded.bos)  # raises if there are too few tokens
+        every = demo_text.windows(tokens, length, bos=loaded.bos)
+        return torch.from_numpy(np.stack(spread(every, self.windows)))
 
 
 def prune_to_folder(
