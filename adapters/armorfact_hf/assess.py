@@ -58,6 +58,7 @@ def perplexity_of(loaded: Loaded, evaluation: Evaluation, progress: Progress | N
         "stride": evaluation.stride,
         "bos": loaded.bos,
         "windows": evaluation.windows,
+        "chosen": "evenly over the text",
     }
     key = {**asked, "model": model_fingerprint(loaded.model)}
     return _remembered(key, lambda: asked | _measured(loaded, tokens, asked, progress))

@@ -81,8 +81,12 @@ def save_pruned(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> 
         tokenizer.save_pretrained(folder)
 
 
-def load_pruned(folder: Path | str, device: Any = None) -> nn.Module:
+def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
     """The model that a folder holds, in evaluation mode; its logits are those of the model that was saved.
+
+    Args:
+        folder: what `save_pruned` wrote.
+        device: where the model goes. dtype: of its weights; None is the one they are stored in.
 
     Raises:
         NotPruned: the folder holds no pruned model.
@@ -93,7 +97,7 @@ def load_pruned(folder: Path | str, device: Any = None) -> nn.Module:
         raise NotPruned(f"{folder} is no folder of a model: it has no config.json")
     config = AutoConfig.from_pretrained(folder)
     description = Description.of(config, folder)
-    dtype = config.dtype or torch.float32
+    dtype = dtype or config.dtype or torch.float32
     model = _skeleton(config, dtype)
     _place_layers(model, description, dtype)
     _load_tensors(model, folder)
@@ -125,12 +129,13 @@ def _load_tensors(model: nn.Module, folder: Path) -> None:
     for name, tensor in stored_tensors(folder):
         if name not in wanted:
             raise ValueError(f"{folder}: tensor {name} belongs to no module of the model")
-        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
+        held = wanted[name]
+        if tensor.shape != held.shape or tensor.is_floating_point() != held.is_floating_point():
             raise ValueError(
                 f"{folder}: tensor {name} is {tuple(tensor.shape)} of {tensor.dtype}, expected "
-                f"{tuple(wanted[name].shape)} of {wanted[name].dtype}"
+                f"{tuple(held.shape)} of {held.dtype}"
             )
-        wanted[name].copy_(tensor)
+        held.copy_(tensor)
         seen.add(name)
     if missing := sorted(set(wanted) - seen - tied):
         raise ValueError(f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
@@ -183,13 +188,10 @@ def to_dense_(model: nn.Module) -> nn.Module:
 
 
 def _dense_linear(like: nn.Module, layer: FactorizedLinear) -> nn.Module:
-    """An ordinary layer of the class of ``like``, with the weight and bias of a pruned one."""
-    transposed, has_bias = isinstance(like, Conv1D), layer.bias is not None
-    dense = Conv1D(layer.out_features, layer.in_features) if transposed else nn.Linear(1, 1, bias=has_bias)
+    """The layer ``like`` of an empty dense model, with the weight and bias of a pruned one."""
     weight = layer.weight
-    dense.weight = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
-    if has_bias:
-        dense.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-    if not transposed:
-        dense.out_features, dense.in_features = layer.out_features, layer.in_features
-    return dense
+    weight = weight.T.contiguous() if isinstance(like, Conv1D) else weight
+    like.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        like.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return like

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from armorfact import Pattern
 from armorfact_hf.config import PruneConfig
-from armorfact_hf.layer import fitting_block, layer_flops, prune_layer
+from armorfact_hf.fitting import fitting_block, fitting_layers
+from armorfact_hf.layer import prune_layer
 from armorfact_hf.linear import FactorizedLinear
-from armorfact_hf.prune import checked_tokens, fitting_layers
+from armorfact_hf.prune import checked_tokens
+from armorfact_hf.side_by_side import layer_flops
 from armorfact_hf.statistics import Statistics, recorded_inputs
 from armorfact_hf.stream import BlockStream
 from armorfact_hf.structure import DenseLayer, Layer, decoder_blocks

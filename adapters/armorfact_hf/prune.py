@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import armorfact
+from armorfact_hf.block_by_block import BlockByBlock, Step
 from armorfact_hf.config import PruneConfig
-from armorfact_hf.journal import Journal, Pruned, flat_manifest, model_fingerprint, tokens_fingerprint
-from armorfact_hf.layer import LayerReport, damping_noted, fitting_block, prune_layers
+from armorfact_hf.fitting import fitting_layers
+from armorfact_hf.journal import Journal, flat_manifest, model_fingerprint, tokens_fingerprint
+from armorfact_hf.layer import LayerReport
 from armorfact_hf.linear import FactorizedLinear
-from armorfact_hf.statistics import Inputs, NonFiniteActivations, Statistics, first_nonfinite, recorded_inputs
-from armorfact_hf.stream import BlockStream
-from armorfact_hf.structure import DenseLayer, Layer, Select, chosen_layers, decoder_blocks
+from armorfact_hf.notes import damping_noted
+from armorfact_hf.structure import DenseLayer, Layer, Select
 
 QUANT_METHOD = "armorfact"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a progress callback is told: ``done`` of ``total`` units of work, and what comes next."""
-
-    done: int
-    total: int
-    doing: str
 
 
 @dataclass(frozen=True)
@@ -92,11 +84,12 @@ def prune_(
     start = time.perf_counter()
     stored = None if journal is None else open_journal(Path(journal), model, tokens, config, layers)
     model.eval()
-    run = _Run(model, list(tokens.split(1)), config, layers, stored, progress)
     with damping_noted():
-        reports = tuple(run.reports())
+        reports = tuple(BlockByBlock(model, list(tokens.split(1)), config, layers, stored, progress).reports())
     describe_(model, config, reports)
-    return PruneReport(config, reports, (*dense, *run.untouched), time.perf_counter() - start)
+    pruned = {report.name for report in reports}
+    dense += [DenseLayer(x.name, "no calibration token reached it") for x in layers if x.name not in pruned]
+    return PruneReport(config, reports, tuple(dense), time.perf_counter() - start)
 
 
 def checked_tokens(model: nn.Module, calibration: Any) -> Tensor:
@@ -128,27 +121,6 @@ def refuse_pruned(model: nn.Module) -> None:
             raise ValueError(f"the model is pruned already ({name}); load the dense model again")
 
 
-def fitting_layers(
-    model: nn.Module, config: PruneConfig, select: Select | None = None
-) -> tuple[list[Layer], list[DenseLayer]]:
-    """The layers that will be pruned, and what stays dense with the reasons.
-
-    Raises:
-        ValueError: see `chosen_layers`; or no block fits any layer.
-    """
-    chosen, dense = chosen_layers(model, config.include, config.ignore, config.head, select)
-    layers = []
-    for layer in chosen:
-        block, reason = fitting_block(layer.shape, config)
-        if block is None:
-            dense.append(DenseLayer(layer.name, reason))
-        else:
-            layers.append(layer)
-    if not layers:
-        raise ValueError(f"no layer can be pruned with these settings; {dense[-1].name}: {dense[-1].reason}")
-    return layers, dense
-
-
 def open_journal(
     folder: Path, model: nn.Module, tokens: Tensor, config: PruneConfig, layers: Sequence[Layer]
 ) -> Journal:
@@ -161,136 +133,6 @@ def open_journal(
         layers=[layer.name for layer in layers],
     )
     return Journal.open(folder, manifest, config.pattern)
-
-
-@dataclass
-class _Run:
-    """The loop over the decoder blocks.
-
-    ``hidden`` holds, for each window, the states between two blocks that statistics are taken from; ``dense`` those of
-    the dense model, where the target is its output.
-    """
-
-    model: nn.Module
-    windows: list[Tensor]
-    config: PruneConfig
-    layers: list[Layer]
-    journal: Journal | None
-    progress: Callable[[Step], object] | None
-    untouched: list[DenseLayer] = field(default_factory=list)
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        self.prefix, self.blocks = decoder_blocks(self.model)
-        self.stream = BlockStream(self.model, self.blocks)
-        self.hidden: list[Tensor | None] = [None] * len(self.windows)
-        self.dense: list[Tensor | None] = [None] * len(self.windows)
-        last = len(self.blocks) - 1
-        self.last = max(last if x.decoder_block is None else x.decoder_block for x in self.layers)
-
-    def reports(self) -> Iterator[LayerReport]:
-        """Prune every block, then the head; the reports of their layers."""
-        for index in range(self.last + 1):
-            layers = [layer for layer in self.layers if layer.decoder_block == index]
-            yield from self._prune_block(index, layers)
-        for layer in self.layers:
-            if layer.decoder_block is None:
-                yield from self._replace(self._restored("head") or self._finish("head", [layer], self._at_head(layer)))
-        self._tell(0, "done")
-
-    def _prune_block(self, index: int, layers: list[Layer]) -> Iterator[LayerReport]:
-        key = f"block-{index:04}"
-        pruned = self._restored(key) if layers else []
-        if pruned is None:
-            pruned = self._finish(key, layers, self._inside_block(index, layers))
-        else:
-            self._tell(len(layers), f"decoder block {index + 1} is finished already")
-            self._run_dense(index)
-        yield from self._replace(pruned)
-        if self.config.propagate == "pruned" and (index < self.last or self.config.head):
-            for window in range(len(self.windows)):
-                self.hidden[window] = self._states_after(index, window, self.hidden)
-
-    def _restored(self, key: str) -> Pruned | None:
-        return None if self.journal is None else self.journal.read(key, self.model.device)
-
-    def _inside_block(self, index: int, layers: list[Layer]) -> Statistics:
-        """The moments of the layers' inputs; what follows the dense model moves on to the next block."""
-        modules = {layer.name: layer.module for layer in layers}
-        statistics = Statistics(self.config.needs_correlations)
-        for window in range(len(self.windows)):
-            with recorded_inputs(modules) as inputs:
-                states = self._states_after(index, window, self.hidden, inputs)
-            dense = None
-            if self.config.target == "output":
-                with recorded_inputs(modules) as dense:
-                    self.dense[window] = self._states_after(index, window, self.dense, dense)
-            elif self.config.propagate == "dense":
-                self.hidden[window] = states
-            statistics.add(inputs, dense)
-        return statistics
-
-    def _run_dense(self, index: int) -> None:
-        """Move on what follows the dense model, through a block that is still dense."""
-        followers = {"pruned": self.dense if self.config.target == "output" else None, "dense": self.hidden}
-        states = followers[self.config.propagate]
-        for window in range(len(self.windows)):
-            if states is None:
-                self._tell(1, "")
-            else:
-                states[window] = self._states_after(index, window, states)
-
-    def _states_after(
-        self, index: int, window: int, states: list[Tensor | None], inputs: Inputs | None = None
-    ) -> Tensor:
-        """What block ``index`` makes of the states of a window, once that is finite."""
-        tokens, hidden = self.windows[window], states[window]
-        self._tell(1, f"decoder block {index + 1} of {len(self.blocks)}, window {window + 1}")
-        after = self.stream.run(index, tokens, hidden)
-        if not all(torch.isfinite(x).all() for x in (after, *(inputs.tensors.values() if inputs else ()))):
-            block, name = self.blocks[index], f"{self.prefix}.{index}"
-            culprit = first_nonfinite(block, name, lambda: self.stream.run(index, tokens, hidden)) or name
-            raise NonFiniteActivations(
-                f"{culprit} is the first module to return NaN or infinite values, on calibration window {window}; "
-                "load the model in bfloat16 or float32, or leave that window out"
-            )
-        return after
-
-    def _at_head(self, layer: Layer) -> Statistics:
-        statistics = Statistics(self.config.needs_correlations)
-        for window, hidden in enumerate(self.hidden):
-            seen = Inputs()
-            seen.see(layer.name, self.stream.head_input(layer.module, self.windows[window], hidden))
-            dense = None
-            if self.config.target == "output":
-                dense = Inputs()
-                dense.see(layer.name, self.stream.head_input(layer.module, self.windows[window], self.dense[window]))
-            statistics.add(seen, dense)
-        return statistics
-
-    def _finish(self, key: str, layers: list[Layer], statistics: Statistics) -> Pruned:
-        reached = [layer for layer in layers if layer.name in statistics.leader]
-        self.untouched += [
-            DenseLayer(layer.name, "no calibration token reached it") for layer in layers if layer not in reached
-        ]
-        work = [(layer, statistics.of(layer.name)) for layer in reached]
-        pruned = prune_layers(work, self.config, lambda layer: self._tell(1, layer.name))
-        if self.journal is not None:
-            self.journal.write(key, pruned)
-        return pruned
-
-    def _replace(self, pruned: Pruned) -> Iterator[LayerReport]:
-        for layer, report in pruned:
-            self.model.set_submodule(report.name, layer)
-            yield report
-
-    def _tell(self, units: int, doing: str) -> None:
-        """Say what comes next; it is counted as done when the next thing is said."""
-        if self.progress is not None:
-            passes = 1 + (self.config.propagate == "pruned") + (self.config.target == "output")
-            total = len(self.layers) + passes * len(self.windows) * (self.last + 1)
-            self.progress(Step(min(self.done, total), total, doing))
-        self.done += units
 
 
 def describe_(model: nn.Module, config: PruneConfig, reports: Sequence[LayerReport]) -> None:

@@ -100,8 +100,7 @@ def _model(where: str, dtype: str) -> nn.Module:
             return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True)
     except OSError as error:
         raise ValueError(f"cannot load the model {where!r}: {error}") from error
-    model = load_pruned(where)
-    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+    return load_pruned(where, dtype=None if dtype == "auto" else getattr(torch, dtype))
 
 
 def _tokenizer(where: str) -> Any:
