@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from armorfact_hf.stream import replaced_forward
+from armorfact_hf.stream import BlockStream
+from armorfact_hf.structure import decoder_blocks
 
 # Positions whose logits stand in memory at a time: with 262k words in the vocabulary, 0.3 GB in float32.
 POSITIONS_AT_ONCE = 256
@@ -40,7 +40,6 @@ class Perplexity:
         return asdict(self)
 
 
-@torch.no_grad()
 def evaluate_perplexity(
     model: nn.Module,
     tokens: Any,
@@ -111,19 +110,18 @@ def _exp(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
+@torch.no_grad()
 def token_losses(model: nn.Module, row: Tensor) -> Tensor:
     """The negative log-likelihood of each token of a window after its first, (length - 1,) float32.
 
     The logits come from the model's own head, which may scale or cap them, a few positions at a time.
     """
     row = row.to(model.device)[None]
-    base = model.base_model
-    hidden = base(input_ids=row, use_cache=False)[0]
+    stream, head = BlockStream(model, decoder_blocks(model)[1]), model.get_output_embeddings()
+    given = stream.head_input(head, row)
     losses = []
     for lo in range(0, row.shape[1] - 1, POSITIONS_AT_ONCE):
         part = slice(lo, min(lo + POSITIONS_AT_ONCE, row.shape[1] - 1))
-        output = BaseModelOutputWithPast(last_hidden_state=hidden[:, part])
-        with replaced_forward(base, lambda *_, output=output, **__: output):
-            logits = model(input_ids=row[:, part], use_cache=False).logits[0]
+        logits = stream.logits(head, row[:, part], given[:, part])[0]
         losses.append(functional.cross_entropy(logits.float(), row[0, 1:][part], reduction="none"))
     return torch.cat(losses).cpu()

@@ -47,17 +47,32 @@ class BlockStream:
         forward = block.forward
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
-            output = forward(*args, **kwargs)
-            if not isinstance(output, tuple):
-                return output
-            self.extras[index] = len(output) - 1
-            return output[0]
+            return self._noted(index, forward(*args, **kwargs))
 
         return self._until(block, run, tokens, index, hidden)
 
-    def head_input(self, head: nn.Module, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What the output head is given when the last block returns ``hidden``."""
-        return self._until(head, lambda x: x, tokens, len(self.blocks), hidden)
+    def head_input(self, head: nn.Module, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """What the head is given when the last block returns ``hidden``; with None, when the model is just run."""
+        if hidden is not None:
+            return self._until(head, lambda x: x, tokens, len(self.blocks), hidden)
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.callback(block.register_forward_hook(self._noting(index)).remove)
+            return self._until(head, lambda x: x, tokens, 0, None)
+
+    def logits(self, head: nn.Module, tokens: Tensor, given: Tensor) -> Tensor:
+        """The logits, (1, length, vocabulary), for what the head is given, scaled or capped as the model does it.
+
+        Args:
+            tokens: (1, length), as many as positions in ``given``; they have no influence.
+            given: (1, length, width), a part of what `head_input` returned.
+        """
+        forward = head.forward
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(replaced_forward(block, self._handing_on(index)))
+            stack.enter_context(replaced_forward(head, lambda _: forward(given)))
+            return self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
 
     @torch.no_grad()
     def _until(
@@ -72,7 +87,7 @@ class BlockStream:
 
         with ExitStack() as stack:
             for index in range(before):
-                stack.enter_context(replaced_forward(self.blocks[index], self._returning(index, hidden)))
+                stack.enter_context(replaced_forward(self.blocks[index], self._handing_on(index, hidden)))
             stack.enter_context(replaced_forward(module, stop))
             try:
                 self.model(input_ids=tokens.to(self.model.device), use_cache=False)
@@ -83,10 +98,28 @@ class BlockStream:
             "of its decoder blocks"
         )
 
-    def _returning(self, index: int, hidden: Tensor | None) -> Callable[..., Any]:
-        """A forward that returns ``hidden`` in the form in which block ``index`` returns its output."""
-        output = (hidden, *(None,) * self.extras[index]) if index in self.extras else hidden
-        return lambda *args, **kwargs: output
+    def _noting(self, index: int) -> Callable[[nn.Module, tuple, Any], None]:
+        def hook(_: nn.Module, __: tuple, output: Any) -> None:
+            self._noted(index, output)
+
+        return hook
+
+    def _noted(self, index: int, output: Any) -> Tensor:
+        """The hidden states in what block ``index`` returned; that it returned more is remembered."""
+        if not isinstance(output, tuple):
+            return output
+        self.extras[index] = len(output) - 1
+        return output[0]
+
+    def _handing_on(self, index: int, hidden: Tensor | None = None) -> Callable[..., Any]:
+        """A forward that returns ``hidden``, or its own argument, in the form in which block ``index`` returns it."""
+        extras = self.extras.get(index)
+
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            states = (args[0] if args else kwargs["hidden_states"]) if hidden is None else hidden
+            return states if extras is None else (states, *(None,) * extras)
+
+        return hand_on
 
 
 @contextmanager

@@ -4,10 +4,10 @@ import json
 import math
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from armorfact_hf import report as report_module
 from armorfact_hf.plots import FRAME, log_axis, shortened, spread
 from armorfact_hf.report import duration, render_html, size, write_report
 

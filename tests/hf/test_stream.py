@@ -26,7 +26,7 @@ def test_blocks_one_at_a_time_are_the_whole_model(family):
     head = model.get_output_embeddings()
     handles.append(head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0])))
     tokens = random_tokens(windows=1)
-    model(input_ids=tokens)
+    logits = model(input_ids=tokens).logits
     expected, expected_head = list(seen), head_inputs[0]
     for handle in handles:
         handle.remove()
@@ -34,7 +34,9 @@ def test_blocks_one_at_a_time_are_the_whole_model(family):
     for index in range(BLOCKS):
         hidden = stream.run(index, tokens, hidden)
         torch.testing.assert_close(hidden, expected[index], rtol=0, atol=0)
-    torch.testing.assert_close(stream.head_input(head, tokens, hidden), expected_head, rtol=0, atol=0)
+    assert torch.equal(stream.head_input(head, tokens, hidden), expected_head)
+    assert torch.equal(stream.head_input(head, tokens), expected_head)
+    torch.testing.assert_close(stream.logits(head, tokens[:, 5:9], expected_head[:, 5:9]), logits[:, 5:9])
 
 
 def test_the_model_is_left_as_it_was():
