@@ -2,17 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint docs bench clean
+.PHONY: demo test lint docs bench clean
 
-.venv/ready: pyproject.toml constraints-dev.txt
+.venv/hf-ready: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[hf,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[hf]'
+	touch $@
+
+.venv/ready: .venv/hf-ready
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[hf,tasks,dev]'
 	touch $@
 
 .venv/docs-ready: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[docs]'
 	touch $@
+
+demo: .venv/hf-ready  ## prune a real model by three methods and compare them; continues where it was stopped
+	$(BIN)/armorfact prune demo:smollm2 --out pruned-smollm2 --dtype bfloat16 --compare wanda,sparsegpt
 
 test: .venv/ready  ## run every test that needs no network and no GPU
 	$(BIN)/python -m pytest

@@ -253,5 +253,6 @@ def compare(
         chosen = replace(config, method=method)
         prune_to_folder(loaded, folder, chosen, calibration, progress=pruning, on_plan=on_plan, log=log)
         del loaded
-    evaluate_folder(out, evaluations, beside=list(beside.values()), progress=progress, log=log)
+    if evaluations:
+        evaluate_folder(out, evaluations, device=device, beside=list(beside.values()), progress=progress, log=log)
     return rows(out, list(beside.values()))

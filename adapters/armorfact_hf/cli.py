@@ -275,19 +275,19 @@ def _errors_as_sentences() -> Iterator[None]:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar; the function given sets what is being done, and how much of it is done."""
-    columns = (
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    """A progress bar, or a line every tenth of the way into a file; the function given says how far it is."""
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    columns = BarColumn(), TaskProgressColumn(), *times, TextColumn("{task.description}")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
+        tenths = {"said": -1}
 
         def told(doing: str, done: int, total: int) -> None:
             bar.update(task, description=doing, completed=done, total=total)
+            tenth = 10 * done // max(total, 1)
+            if bar.disable and tenth != tenths["said"]:
+                tenths["said"] = tenth
+                _say(f"{10 * tenth:3d}%  {doing}")
 
         yield told
 
@@ -298,6 +298,10 @@ def _say(sentence: str) -> None:
 
 def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _show_plan(plan: Any) -> None:
@@ -335,7 +339,7 @@ def _show_rows(rows: list[Any]) -> None:
     headers = [header for text in texts for header in (f"perplexity, {text}", "x dense")]
     table = Table("method", *headers, "mean layer loss", "MB on disk", "seconds", box=None)
     for row in rows:
-        cells = [cell for text in texts for cell in (f"{row.perplexity[text]:.2f}", f"{row.ratio[text]:.2f}")]
+        cells = [_number(found.get(text)) for text in texts for found in (row.perplexity, row.ratio)]
         dense = row.name == "dense"
         table.add_row(
             row.name,

@@ -56,7 +56,7 @@ class PruneConfig:
     propagate: str = "pruned"
     target: str = "weight"
     init: str = "sparsegpt"
-    sweeps: int = 10
+    sweeps: int = 20
     rtol: float = 1e-3
     include: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] = ()

@@ -27,7 +27,7 @@ class Frame(NamedTuple):
 
 
 FRAME = Frame(440, 290, 48, 338, 28, 248)  # with room for labels at the right
-PANEL_FRAME = Frame(200, 140, 44, 192, 8, 116)
+PANEL_FRAME = Frame(200, 140, 52, 192, 8, 116)
 
 
 class Tick(NamedTuple):
