@@ -15,6 +15,7 @@ from armorfact_hf.config import PruneConfig
 from armorfact_hf.demo_models import cache_folder
 from armorfact_hf.files import written_beside
 from armorfact_hf.journal import model_fingerprint, tokens_fingerprint
+from armorfact_hf.linear import FactorizedLinear
 from armorfact_hf.perplexity import evaluate_perplexity
 from armorfact_hf.plan import Plan
 from armorfact_hf.prune import Step
@@ -125,6 +126,7 @@ def evaluate_folder(
         The report.
     """
     report = read_report(folder)
+    _check_beside(report, beside)
     reference = evaluate_dense(dense_model(report, device, log), evaluations, tasks, limit, progress=progress, log=log)
     entries = reference["evaluations"]
     for path in (*beside, folder):
@@ -143,6 +145,17 @@ def evaluate_folder(
     return report
 
 
+def _check_beside(report: Json, beside: Sequence[Path]) -> None:
+    methods = [report["config"]["method"]]
+    for path in beside:
+        other = read_report(path)
+        if other["model"]["fingerprint"] != report["model"]["fingerprint"]:
+            raise ValueError(f"{path} was pruned from another model ({other['model']['name']}): leave it out")
+        methods.append(other["config"]["method"])
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"expected folders by different methods side by side, got {', '.join(methods)}")
+
+
 def evaluate_dense(
     loaded: Loaded,
     evaluations: Sequence[Evaluation] = (Evaluation(),),
@@ -152,11 +165,17 @@ def evaluate_dense(
     progress: Progress | None = None,
     log: Log = print,
 ) -> Json:
-    """Measure a model by itself; "evaluations" and "tasks" as in a report, without any pruned method."""
+    """Measure a dense model by itself; "evaluations" and "tasks" as in a report, without any pruned method.
+
+    Raises:
+        ValueError: the model is pruned; `evaluate_folder` compares it with its dense one.
+    """
+    if any(isinstance(module, FactorizedLinear) for module in loaded.model.modules()):
+        raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
     found = [perplexity_of(loaded, evaluation, progress, log) for evaluation in evaluations]
     scores = evaluate_tasks(loaded.model, loaded.tokenizer, tasks, limit, log=log) if tasks else []
     return {
-        "evaluations": [{**entry, "dense": entry.pop("perplexity"), "methods": []} for entry in found],
+        "evaluations": [{"dense": entry.pop("perplexity"), **entry, "methods": []} for entry in found],
         "tasks": [
             {
                 "task": score.task,
@@ -203,11 +222,18 @@ class Row:
 
 def rows(folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
     """The table of an evaluated folder: its dense model, the folders ``beside``, then the folder itself."""
-    evaluations = read_report(folder)["evaluations"]
+    names = {read_report(path)["config"]["method"] for path in (*beside, folder)}
+    evaluations = [
+        entry for entry in read_report(folder)["evaluations"] if names <= {row["name"] for row in entry["methods"]}
+    ]
+    # Texts of the same name are told apart by what is in them.
+    texts = [name for name, _ in {(entry["text"], entry["sha256"]) for entry in evaluations}]
+    for entry in evaluations:
+        if texts.count(entry["text"]) > 1:
+            entry["text"] += f" {entry['sha256'][:6]}"
     dense = {entry["text"]: entry["dense"] for entry in evaluations}
     pruned = [_row(path, evaluations, dense) for path in (*beside, folder)]
-    totals = read_report(folder)["totals"]
-    size = pruned[-1].bytes - totals["bytes"] + totals["dense_bytes"]
+    size = read_report(folder)["model"]["bytes"]
     return [Row("dense", dense, dict.fromkeys(dense, 1.0), 0.0, size, 0.0), *pruned]
 
 
@@ -246,6 +272,8 @@ def compare(
         methods: of one shot; each goes to the folder ``<out>-<method>``.
         progress: called during evaluations. pruning: called during pruning. on_plan: called with each plan.
     """
+    for evaluation in evaluations:
+        sources.evaluation_source(evaluation.text, log)  # raises before the work if there is none
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
     for method, folder in {**beside, config.method: out}.items():
         log(f"Pruning {model} by {method}, into {folder}.")

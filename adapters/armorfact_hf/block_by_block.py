@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.config import PruneConfig
-from armorfact_hf.journal import Journal, Pruned
+from armorfact_hf.journal import Finished, Journal, Pruned
 from armorfact_hf.layer import LayerReport
 from armorfact_hf.side_by_side import prune_layers
 from armorfact_hf.statistics import Inputs, NonFiniteActivations, Statistics, first_nonfinite, recorded_inputs
@@ -56,6 +57,8 @@ class BlockByBlock:
         self.hidden: list[Tensor | None] = [None] * len(self.windows)
         self.dense: list[Tensor | None] = [None] * len(self.windows)
         last = len(self.blocks) - 1
+        self.earlier = 0.0  # seconds spent on what was finished already
+        self.clock = time.perf_counter()
         self.last = max(last if x.decoder_block is None else x.decoder_block for x in self.layers)
 
     def reports(self) -> Iterator[LayerReport]:
@@ -82,7 +85,11 @@ class BlockByBlock:
                 self.hidden[window] = self._states_after(index, window, self.hidden)
 
     def _restored(self, key: str) -> Pruned | None:
-        return None if self.journal is None else self.journal.read(key, self.model.device)
+        finished = None if self.journal is None else self.journal.read(key, self.model.device)
+        if finished is None:
+            return None
+        self.earlier += finished.seconds
+        return finished.layers
 
     def _inside_block(self, index: int, layers: list[Layer]) -> Statistics:
         """The moments of the layers' inputs; what follows the dense model moves on to the next block."""
@@ -106,7 +113,7 @@ class BlockByBlock:
         states = followers[self.config.propagate]
         for window in range(len(self.windows)):
             if states is None:
-                self._tell(1, "")
+                self._tell(1, f"decoder block {index + 1} of {len(self.blocks)}")
             else:
                 states[window] = self._states_after(index, window, states)
 
@@ -143,7 +150,9 @@ class BlockByBlock:
         work = [(layer, statistics.of(layer.name)) for layer in layers if layer.name in statistics.leader]
         pruned = prune_layers(work, self.config, lambda layer: self._tell(1, layer.name))
         if self.journal is not None:
-            self.journal.write(key, pruned)
+            now = time.perf_counter()
+            self.journal.write(key, Finished(pruned, now - self.clock))
+            self.clock = now
         return pruned
 
     def _replace(self, pruned: Pruned) -> Iterator[LayerReport]:
@@ -154,7 +163,9 @@ class BlockByBlock:
     def _tell(self, units: int, doing: str) -> None:
         """Say what comes next; it is counted as done when the next thing is said."""
         if self.progress is not None:
-            passes = 1 + (self.config.propagate == "pruned") + (self.config.target == "output")
-            total = len(self.layers) + passes * len(self.windows) * (self.last + 1)
+            follows_pruned = self.config.propagate == "pruned"
+            passes = (1 + follows_pruned + (self.config.target == "output")) * (self.last + 1)
+            passes -= follows_pruned and not self.config.head  # nothing needs what the last block makes of it
+            total = len(self.layers) + passes * len(self.windows)
             self.progress(Step(min(self.done, total), total, doing))
         self.done += units

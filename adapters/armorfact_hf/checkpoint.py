@@ -61,12 +61,26 @@ class Description:
             )
         try:
             modules = {
-                name: (_pair(entry["shape"]), None if entry["block"] is None else _pair(entry["block"]))
-                for name, entry in found["modules"].items()
+                str(entry["name"]): (_pair(entry["shape"]), None if entry["block"] is None else _pair(entry["block"]))
+                for entry in found["modules"]
             }
             return cls(PruneConfig.from_dict(found["prune"]), modules)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}/config.json: its quantization_config is malformed ({error!r})") from error
+
+
+def describe_folder(folder: Path) -> tuple[PretrainedConfig, Description]:
+    """The config of a pruned folder, and what it says of the pruned layers.
+
+    Raises:
+        NotPruned, ValueError: see `Description.of`.
+    """
+    if not (folder / "config.json").is_file():
+        raise NotPruned(
+            f"{folder} is no folder of a model (it has no config.json): name one that `armorfact prune` wrote"
+        )
+    config = AutoConfig.from_pretrained(folder)
+    return config, Description.of(config, folder)
 
 
 def _pair(values: Any) -> tuple[int, int]:
@@ -93,10 +107,7 @@ def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | Non
         ValueError: a damaged or missing file, tensors that are missing, unexpected or of the wrong shape; each named.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise NotPruned(f"{folder} is no folder of a model: it has no config.json")
-    config = AutoConfig.from_pretrained(folder)
-    description = Description.of(config, folder)
+    config, description = describe_folder(folder)
     dtype = dtype or config.dtype or torch.float32
     model = _skeleton(config, dtype)
     _place_layers(model, description, dtype)
@@ -149,14 +160,17 @@ def shards(folder: Path) -> list[Path]:
     """
     index = folder / INDEX
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}): copy or download it again") from error
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     files = [folder / Path(name).name for name in names]
     if absent := [path.name for path in files if not path.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(absent)}, which its index lists: copy or download it again")
     if not files:
-        raise ValueError(f"{folder} holds no safetensors file")
+        raise ValueError(f"{folder} holds no safetensors file: save the model there with `save_pretrained`")
     return files
 
 

@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+errors = Console(stderr=True)
 
 MODEL_HELP = "A model folder, a name on the hub, or demo:smollm2, demo:gemma3-270m, demo:qwen2.5-coder-0.5b."
 TEXT_HELP = "A file of plain text, demo:gensim-enwiki or demo:qasper; may be given more than once."
@@ -61,7 +62,7 @@ def prune(
     ignore: Annotated[list[str], typer.Option(help="Layers to leave dense, written like --include.")] = [],  # noqa: B006
     head: Annotated[bool, typer.Option("--head", help="Prune the output head too.")] = False,
     baseline: Annotated[
-        list[str], typer.Option(help=f"Losses to show beside in the report: {', '.join(settings.BASELINES)}.")
+        list[str], typer.Option(help=f"Losses to show beside in the report: {', '.join(settings.BASELINES)}; or none.")
     ] = list(DEFAULTS.baselines),  # noqa: B006
     calibration: Annotated[
         str, typer.Option(help="A file of plain text, or demo:gensim-enwiki.")
@@ -105,7 +106,7 @@ def prune(
             include=tuple(include),
             ignore=tuple(ignore),
             head=head,
-            baselines=tuple(baseline),
+            baselines=() if baseline == ["none"] else tuple(baseline),
         )
         _prune(
             model,
@@ -203,6 +204,8 @@ def evaluate_command(
             told("measuring perplexity", done, total)
 
         if (Path(model) / "report.json").exists():
+            if dtype != "auto":
+                raise ValueError("a pruned folder is measured in the dtype it is stored in: leave out --dtype")
             report = assess.evaluate_folder(
                 Path(model), chosen, names, limit, device=device, progress=progress, log=_say
             )
@@ -265,11 +268,11 @@ def _errors_as_sentences() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        console.print(f"[bold red]Error:[/] {type(error).__name__}: ", end="")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]Error:[/] {type(error).__name__}: ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        console.print("Interrupted; the same command continues from the last finished decoder block.")
+        errors.print("Interrupted; the same command continues from the last finished decoder block.")
         raise typer.Exit(130) from None
 
 

@@ -28,6 +28,14 @@ MANIFEST = "manifest.json"
 Pruned = list[tuple[FactorizedLinear, LayerReport]]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The pruned layers of a decoder block with their reports, and the seconds that they took."""
+
+    layers: Pruned
+    seconds: float
+
+
 class DifferentRun(ValueError):
     """A folder holds the work of another run; the message says what differs."""
 
@@ -54,25 +62,27 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / MANIFEST
         if path.exists():
-            check_same(json.loads(path.read_text(encoding="utf-8")), manifest, folder)
+            check_same(_read_manifest(path), manifest, folder)
+        elif any(not found.name.endswith(".part") for found in folder.iterdir()):
+            raise DifferentRun(f"{folder} exists and holds no journal of armorfact: name another, or remove it")
         else:
             with written_beside(path) as draft:
                 draft.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         return cls(folder, Pattern.parse(pattern))
 
-    def write(self, key: str, pruned: Pruned) -> None:
-        """Store the layers of a finished block under ``key``."""
+    def write(self, key: str, finished: Finished) -> None:
+        """Store a finished block under ``key``."""
         tensors = {
             f"{report.name}.{name}": tensor.contiguous()
-            for layer, report in pruned
+            for layer, report in finished.layers
             for name, tensor in layer.state_dict().items()
         }
-        reports = json.dumps([report.to_dict() for _, report in pruned])
+        reports = json.dumps([report.to_dict() for _, report in finished.layers])
         with written_beside(self._path(key)) as draft:
-            save_file(tensors, draft, metadata={"reports": reports})
+            save_file(tensors, draft, metadata={"reports": reports, "seconds": repr(finished.seconds)})
 
-    def read(self, key: str, device: Any = None) -> Pruned | None:
-        """The layers stored under ``key``, or None.
+    def read(self, key: str, device: Any = None) -> Finished | None:
+        """The block stored under ``key``, or None.
 
         Raises:
             ValueError: the file is damaged.
@@ -82,9 +92,11 @@ class Journal:
             return None
         try:
             with safe_open(path, "pt") as stored:
-                reports = [_report(values) for values in json.loads(stored.metadata()["reports"])]
-                return [(self._layer(stored, report, device), report) for report in reports]
-        except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+                header = stored.metadata()
+                reports = [_report(values) for values in json.loads(header["reports"])]
+                layers = [(self._layer(stored, report, device), report) for report in reports]
+                return Finished(layers, float(header["seconds"]))
+        except (SafetensorError, LookupError, TypeError, RuntimeError, ArithmeticError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); delete that one file, and its decoder block is pruned again"
             ) from error
@@ -119,6 +131,16 @@ def _report(values: dict[str, Any]) -> LayerReport:
             "notes": tuple(values["notes"]),
         }
     )
+
+
+def _read_manifest(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected a dictionary, got {type(found).__name__}")
+        return found
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete its folder, and start again") from error
 
 
 def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

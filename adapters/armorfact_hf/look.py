@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from armorfact_hf import sources
-from armorfact_hf.checkpoint import Description, stored_tensors, to_dense_
+from armorfact_hf.checkpoint import describe_folder, stored_tensors, to_dense_
 from armorfact_hf.files import check_room, written_whole
 from armorfact_hf.workflow import read_report
 
@@ -20,7 +18,7 @@ class HeldLayer:
     Args:
         name, shape, block: which layer; block is None for a core alone.
         bytes: of its tensors. dense_bytes: of the weight they stand for, in the same dtype.
-        loss, initial_loss: the relative loss in the report, and SparseGPT's; None where the report is missing.
+        loss, sparsegpt_loss: relative losses in the report, this one's and SparseGPT's; None where it has none.
     """
 
     name: str
@@ -39,7 +37,7 @@ def inspect_folder(folder: Path) -> list[HeldLayer]:
         NotPruned: the folder holds no pruned model.
         ValueError: a damaged or missing file, or a layer without its tensors.
     """
-    description = Description.of(AutoConfig.from_pretrained(folder), folder)
+    _, description = describe_folder(folder)
     sizes: dict[str, int] = {}
     width: dict[str, int] = {}
     for name, tensor in stored_tensors(folder):
@@ -72,7 +70,7 @@ def export_dense(folder: Path, out: Path, log: sources.Log = print) -> None:
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already: name a new folder")
-    Description.of(AutoConfig.from_pretrained(folder), folder)
+    describe_folder(folder)
     loaded = sources.load_model(str(folder), device="cpu", log=log)
     model = to_dense_(loaded.model)
     check_room(out, sum(parameter.nbytes for parameter in model.parameters()))

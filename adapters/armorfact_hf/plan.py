@@ -15,7 +15,7 @@ from armorfact_hf.config import PruneConfig
 from armorfact_hf.fitting import fitting_block, fitting_layers
 from armorfact_hf.layer import prune_layer
 from armorfact_hf.linear import FactorizedLinear
-from armorfact_hf.prune import checked_tokens
+from armorfact_hf.prune import checked_tokens, refuse_pruned
 from armorfact_hf.side_by_side import layer_flops
 from armorfact_hf.statistics import Statistics, recorded_inputs
 from armorfact_hf.stream import BlockStream
@@ -91,6 +91,7 @@ def make_plan(
     Raises:
         ValueError: what `prune_` would raise for these arguments.
     """
+    refuse_pruned(model)
     tokens = checked_tokens(model, calibration)
     layers, dense = fitting_layers(model, config, select)
     planned = tuple(_planned(layer, config) for layer in layers)

@@ -34,7 +34,7 @@ class PruneReport:
         config: the settings.
         layers: a report for each pruned layer, in the order of the model.
         dense_layers: what stayed dense, and why.
-        seconds: wall time, without what a resumed run found done.
+        seconds: wall time, that of the finished blocks which a resumed run found included.
     """
 
     config: PruneConfig
@@ -84,12 +84,13 @@ def prune_(
     start = time.perf_counter()
     stored = None if journal is None else open_journal(Path(journal), model, tokens, config, layers)
     model.eval()
+    run = BlockByBlock(model, list(tokens.split(1)), config, layers, stored, progress)
     with damping_noted():
-        reports = tuple(BlockByBlock(model, list(tokens.split(1)), config, layers, stored, progress).reports())
+        reports = tuple(run.reports())
     describe_(model, config, reports)
     pruned = {report.name for report in reports}
     dense += [DenseLayer(x.name, "no calibration token reached it") for x in layers if x.name not in pruned]
-    return PruneReport(config, reports, tuple(dense), time.perf_counter() - start)
+    return PruneReport(config, reports, tuple(dense), run.earlier + time.perf_counter() - start)
 
 
 def checked_tokens(model: nn.Module, calibration: Any) -> Tensor:
@@ -141,10 +142,14 @@ def describe_(model: nn.Module, config: PruneConfig, reports: Sequence[LayerRepo
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "prune": config.to_dict(),
-        "modules": {
-            report.name: {"shape": list(report.shape), "block": None if report.block is None else list(report.block)}
+        "modules": [  # a list, since transformers sorts the keys of a dictionary
+            {
+                "name": report.name,
+                "shape": list(report.shape),
+                "block": None if report.block is None else list(report.block),
+            }
             for report in reports
-        },
+        ],
     }
     if any(report.decoder_block is None for report in reports):
         model.config.tie_word_embeddings = False

@@ -62,7 +62,9 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, log: L
         check_files(Path(where))
     model = _model(where, dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Loaded(name, model.to(device).eval(), _tokenizer(where))
+    # A folder is remembered by its whole path, so that it is found again from elsewhere.
+    known_as = name if name.startswith(DEMO) else where
+    return Loaded(known_as, model.to(device).eval(), _tokenizer(where))
 
 
 def _folder_or_hub_name(name: str, log: Log) -> str:
@@ -71,7 +73,9 @@ def _folder_or_hub_name(name: str, log: Log) -> str:
         if name.removeprefix(DEMO) not in DEMO_MODELS:
             raise ValueError(f"unknown demo model {name!r}: expected one of {known}")
         return str(fetch_model(name.removeprefix(DEMO), log))
-    if Path(name).is_dir() or not (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    if name and Path(name).is_dir():
+        return str(Path(name).resolve())
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
     raise ValueError(
         f"{name!r} is no folder, no name on the hub (they look like 'owner/name'), and no demo model "
@@ -86,7 +90,7 @@ def check_files(folder: Path) -> None:
         ValueError: no config.json, no safetensors file, or one that is missing or damaged.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model: it has no config.json")
+        raise ValueError(f"{folder} holds no model (it has no config.json): name a folder that `save_pretrained` wrote")
     for _ in stored_tensors(folder):
         pass
 
@@ -107,7 +111,10 @@ def _tokenizer(where: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where} has no tokenizer that transformers can load ({error}): save one there") from error
+        raise ValueError(
+            f"{where} has no tokenizer that transformers can load: put its files there, with the tokenizer's "
+            "`save_pretrained`"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -155,9 +162,9 @@ def _text_file(name: str, known: str) -> Text:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} as UTF-8 text: {error}") from error
+        raise ValueError(f"cannot read {path} as UTF-8 text ({error}): convert it, or name another file") from error
     if not content.strip():
-        raise ValueError(f"{path} holds no text")
+        raise ValueError(f"{path} holds no text: name a file with some")
     return Text(path.name, "whole file", content)
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from armorfact_hf.linear import FactorizedLinear
+
 Select = Callable[[str, nn.Module], bool]
 
 
@@ -69,7 +71,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def _linear_weights(blocks: Iterable[nn.Module]) -> int:
-    return sum(module.weight.numel() for block in blocks for module in block.modules() if is_linear(module))
+    modules = [module for block in blocks for module in block.modules()]
+    dense = sum(module.weight.numel() for module in modules if is_linear(module))
+    return dense + sum(x.out_features * x.in_features for x in modules if isinstance(x, FactorizedLinear))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -18,11 +18,11 @@ import armorfact
 from armorfact_hf import demo_text, sources
 from armorfact_hf.checkpoint import save_pruned
 from armorfact_hf.config import PruneConfig
-from armorfact_hf.files import check_room, written_whole
+from armorfact_hf.files import check_room
 from armorfact_hf.journal import DifferentRun, check_same, flat_manifest, model_fingerprint, tokens_fingerprint
 from armorfact_hf.perplexity import spread
 from armorfact_hf.plan import Plan, make_plan
-from armorfact_hf.prune import PruneReport, Step, prune_
+from armorfact_hf.prune import PruneReport, Step, prune_, refuse_pruned
 from armorfact_hf.report import write_report
 from armorfact_hf.sources import Loaded, Log
 
@@ -89,24 +89,29 @@ def prune_to_folder(
     if out.exists() and not (out / "report.json").exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
     loaded = sources.load_model(model, log=log) if isinstance(model, str) else model
+    refuse_pruned(loaded.model)
     tokens = calibration.tokens(loaded, log)
     manifest = _manifest(loaded, config, tokens)
+    journal = out.with_name(f"{out.name}.journal")
     if out.exists():
         report = read_report(out)
         check_same(report["manifest"], manifest, out)
+        if (journal / "manifest.json").exists():
+            shutil.rmtree(journal)
         log(f"{out} is finished already.")
         return report
     plan = make_plan(loaded.model, tokens, config, measure=on_plan is not None, select=select)
     if on_plan is not None:
         on_plan(plan)
     check_room(out, 2 * plan.bytes + plan.model_bytes - plan.dense_bytes)
-    journal = out.with_name(f"{out.name}.journal")
     facts = _model_facts(loaded, manifest["model"])
     done = prune_(loaded.model, tokens, config, select=select, journal=journal, progress=progress)
     report = _report(facts, calibration, tokens, done, plan, manifest)
-    with written_whole(out) as draft:
-        save_pruned(loaded.model, draft, loaded.tokenizer)
-        write_report(draft, report)
+    draft = journal / "whole"  # in the journal, so that whatever a kill leaves behind is removed with it
+    shutil.rmtree(draft, ignore_errors=True)
+    save_pruned(loaded.model, draft, loaded.tokenizer)
+    write_report(draft, report)
+    draft.rename(out)
     shutil.rmtree(journal)
     return report
 
@@ -126,6 +131,7 @@ def _model_facts(loaded: Loaded, fingerprint: str) -> Json:
         "class": type(loaded.model).__name__,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "bytes": sum(parameter.nbytes for parameter in loaded.model.parameters()),
         "fingerprint": fingerprint,
     }
 
