@@ -33,11 +33,13 @@ def prune_layers(
     if workers <= 1:
         return [_told(finished, layer, prune_layer(layer, moments, config)) for layer, moments in work]
     largest_first = sorted(range(len(work)), key=lambda k: -layer_flops(work[k][0]))
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool:
-        futures = {pool.submit(prune_layer, *work[k], config): k for k in largest_first}
-        for future in as_completed(futures):
-            finished(work[futures[future]][0])
-    torch.set_num_threads(cores)  # what the workers set counts for threads to come
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool:
+            futures = {pool.submit(prune_layer, *work[k], config): k for k in largest_first}
+            for future in as_completed(futures):
+                finished(work[futures[future]][0])
+    finally:
+        torch.set_num_threads(cores)  # what the workers set counts for threads to come
     return [future.result() for future in sorted(futures, key=futures.__getitem__)]
 
 
