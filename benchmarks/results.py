@@ -109,6 +109,7 @@ def dense_figures(model: str, out: Path) -> list[float]:
 
 
 def main() -> None:
+    """Print the table asked for, a line as soon as its run is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = {"methods": methods, "settings": settings, "shrinkage": shrinkage}
     parser.add_argument("table", choices=tables)

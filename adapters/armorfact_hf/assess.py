@@ -131,7 +131,8 @@ def evaluate_folder(
     entries = reference["evaluations"]
     for path in (*beside, folder):
         loaded = sources.load_model(str(path), device=device, log=log)
-        facts = {"name": read_report(path)["config"]["method"], "mean_loss": mean_loss(read_report(path))}
+        other = read_report(path)
+        facts = {"name": other["config"]["method"], "mean_loss": mean_loss(other)}
         for entry, evaluation in zip(entries, evaluations, strict=True):
             found = perplexity_of(loaded, evaluation, progress, log)
             entry["methods"].append(facts | {"perplexity": found["perplexity"]})

@@ -21,7 +21,7 @@ from armorfact_hf.statistics import Statistics, recorded_inputs
 from armorfact_hf.stream import BlockStream
 from armorfact_hf.structure import DenseLayer, Layer, decoder_blocks
 
-SOLVER_COPIES = 6.5  # peak of one factorization in copies of (W + H), see docs/benchmarks.md
+SOLVER_COPIES = 6.5  # a generous estimate of one factorization's peak, in float32 copies of W and H
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ def make_plan(
     tokens = checked_tokens(model, calibration)
     layers, dense = fitting_layers(model, config, select)
     planned = tuple(_planned(layer, config) for layer in layers)
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     return Plan(
         layers=planned,
         dense_layers=tuple(dense),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        peak_bytes=_peak_bytes(model, tokens, layers, config),
+        model_bytes=model_bytes,
+        peak_bytes=_peak_bytes(model, model_bytes, tokens, layers, config),
         seconds=_estimated_seconds(model, tokens, layers, config) if measure else None,
     )
 
@@ -116,9 +117,8 @@ def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
     return PlannedLayer(layer.name, layer.shape, block, layer.weight.nbytes, stand_in.nbytes, wrappers)
 
 
-def _peak_bytes(model: nn.Module, tokens: Tensor, layers: list[Layer], config: PruneConfig) -> int:
+def _peak_bytes(model: nn.Module, model_bytes: int, tokens: Tensor, layers: list[Layer], config: PruneConfig) -> int:
     """Weights, hidden states, the second moments of the largest block, and the work space of the largest layer."""
-    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     width = model.get_input_embeddings().embedding_dim
     copies = 2 if config.target == "output" else 1
     states = tokens.numel() * width * layers[0].weight.element_size() * copies
