@@ -2,19 +2,25 @@
 
     from armorfact_hf import PruneConfig, evaluate_perplexity, load_pruned, prune_
 
-What is imported from here is loaded from its own module on first use, so that a command that needs no model stays fast.
+Importing it lets transformers' own `from_pretrained` load pruned models. What is imported from here is loaded from its
+own module on first use, so that a command that needs no model stays fast.
 """
 
 from importlib import import_module
 from typing import Any
 
+from armorfact_hf.registration import register
+
+register()
+
 _HOMES = {
     "Calibration": "workflow",
     "DifferentRun": "journal",
     "Evaluation": "assess",
+    "Execution": "execution.choice",
     "FactorizedLinear": "linear",
     "NonFiniteActivations": "statistics",
-    "NotPruned": "checkpoint",
+    "NotPruned": "format",
     "Perplexity": "perplexity",
     "Plan": "plan",
     "PruneConfig": "config",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from armorfact_hf import config as settings
+from armorfact_hf import tables
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -168,7 +168,7 @@ def _prune(
             pruning=lambda step: told(step.doing, step.done, step.total),
             on_plan=_show_plan,
         )
-    _show_rows(rows)
+    console.print(tables.compared(rows))
     console.print(f"Report: {out / 'report.html'}")
 
 
@@ -212,13 +212,14 @@ def evaluate_command(
         else:
             loaded = sources.load_model(model, dtype, device, _say)
             report = assess.evaluate_dense(loaded, chosen, names, limit, progress=progress, log=_say)
-    _show_evaluations(report["evaluations"])
-    _show_tasks(report["tasks"])
+    console.print(tables.evaluations(report["evaluations"]))
+    if report["tasks"]:
+        console.print(tables.tasks(report["tasks"]))
 
 
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A folder that `armorfact prune` wrote.")]) -> None:
-    """List what a pruned folder holds: shapes, blocks, losses and bytes of every pruned layer.
+    """Verify a pruned folder, tensor by tensor, and list what it holds: shapes, blocks, losses, bytes of every layer.
 
     Example:
 
@@ -228,17 +229,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that `armorfac
 
     with _errors_as_sentences():
         layers = inspect_folder(folder)
-        table = Table("layer", "shape", "block", "loss", "SparseGPT's", "bytes", "of dense", box=None)
-        for layer in layers:
-            shape = "x".join(map(str, layer.shape))
-            block = "none" if layer.block is None else "x".join(map(str, layer.block))
-            share = f"{layer.bytes / layer.dense_bytes:.3f}"
-            table.add_row(
-                layer.name, shape, block, _loss(layer.loss), _loss(layer.sparsegpt_loss), f"{layer.bytes:,}", share
-            )
-        console.print(table)
-        held, dense = sum(layer.bytes for layer in layers), sum(layer.dense_bytes for layer in layers)
-        console.print(f"{len(layers)} layers, {held:,} bytes, {held / dense:.3f} of dense")
+        console.print(tables.held(layers))
+        for sentence in tables.held_sums(layers):
+            _say(sentence)
 
 
 @app.command()
@@ -257,6 +250,56 @@ def export(
     with _errors_as_sentences():
         export_dense(folder, out, _say)
         console.print(f"Wrote {out}")
+
+
+@app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A folder that `armorfact prune` wrote.")],
+    tokens: Annotated[
+        str, typer.Option(help="Numbers of tokens in a layer's input, separated by commas.")
+    ] = "1,4,16,512",
+    allow_dense: Annotated[
+        bool, typer.Option("--allow-dense", help="Where dense is fastest, keep a merged weight beside the factors.")
+    ] = False,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Prompt and decode tokens a second and memory, dense and pruned.")
+    ] = False,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, for --end-to-end.")] = 512,
+    new: Annotated[int, typer.Option(min=1, help="Tokens to write after it, for --end-to-end.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Measure every distinct layer shape by every way to run it, and write the fastest choice beside the checkpoint.
+
+    Loading the folder on the same kind of device follows that choice from then on.
+
+    Examples:
+
+    `armorfact bench pruned`
+
+    `armorfact bench pruned --tokens 1,8,64,2048 --allow-dense --end-to-end`
+    """
+    from armorfact_hf import bench as benches
+    from armorfact_hf import throughput
+
+    with _errors_as_sentences():
+        counts = _counts(tokens)
+        with _bar() as told:
+            timings = benches.bench_folder(
+                folder, counts, dtype=dtype, device=device, allow_dense=allow_dense, progress=told, log=_say
+            )
+        console.print(tables.timings(timings))
+        for sentence in tables.crossovers(timings, benches.choose(timings, allow_dense)):
+            _say(sentence)
+        if end_to_end:
+            console.print(tables.throughputs(throughput.end_to_end(folder, prompt, new, dtype, device)))
+
+
+def _counts(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--tokens expects numbers of at least 1 separated by commas, such as 1,16,512; got {text!r}")
+    return [int(part) for part in parts]
 
 
 @contextmanager
@@ -299,81 +342,6 @@ def _say(sentence: str) -> None:
     console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def _show_plan(plan: Any) -> None:
-    ratio = plan.bytes / plan.dense_bytes
-    console.print(
-        f"Plan: {len(plan.layers)} linear layers of a model with {plan.parameters:,} parameters; "
-        f"{plan.dense_bytes / 1e6:,.1f} MB become {plan.bytes / 1e6:,.1f} MB ({ratio:.3f} of dense, "
-        f"{100 * plan.wrapper_overhead:.1f}% of it for wrappers); about {plan.peak_bytes / 1e9:.1f} GB of memory",
-        highlight=False,
-    )
-    for sentence in _left_dense(plan.dense_layers):
+    for sentence in tables.plan_lines(plan):
         _say(sentence)
-    if plan.seconds is not None:
-        console.print(f"Estimated time, from a measured first layer: {_duration(plan.seconds)}", highlight=False)
-
-
-def _left_dense(layers: Sequence[Any]) -> Iterator[str]:
-    """A sentence a reason; the report names every layer."""
-    by_reason: dict[str, list[str]] = {}
-    for layer in layers:
-        by_reason.setdefault(layer.reason, []).append(layer.name)
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"Left dense, {reason}: {', '.join(names[:3])}{more}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _show_rows(rows: list[Any]) -> None:
-    texts = list(rows[0].perplexity)
-    headers = [header for text in texts for header in (f"perplexity, {text}", "x dense")]
-    table = Table("method", *headers, "mean layer loss", "MB on disk", "seconds", box=None)
-    for row in rows:
-        cells = [_number(found.get(text)) for text in texts for found in (row.perplexity, row.ratio)]
-        dense = row.name == "dense"
-        table.add_row(
-            row.name,
-            *cells,
-            "" if dense else f"{row.mean_loss:.4f}",
-            f"{row.bytes / 1e6:,.1f}",
-            "" if dense else f"{row.seconds:,.0f}",
-        )
-    console.print(table)
-
-
-def _show_evaluations(evaluations: list[dict[str, Any]]) -> None:
-    table = Table(
-        "text", "split", "window", "stride", "bos", "tokens", "dense", "method", "perplexity", "x dense", box=None
-    )
-    for entry in evaluations:
-        pinned = [str(entry[key]) for key in ("text", "split", "window", "stride", "bos", "tokens")]
-        for row in entry["methods"] or [{"name": "", "perplexity": entry["dense"]}]:
-            found = row["perplexity"]
-            table.add_row(
-                *pinned, f"{entry['dense']:.3f}", row["name"], f"{found:.3f}", f"{found / entry['dense']:.3f}"
-            )
-    console.print(table)
-
-
-def _show_tasks(tasks: list[dict[str, Any]]) -> None:
-    if not tasks:
-        return
-    table = Table("task", "questions", "dense", "pruned", "standard error", box=None)
-    for row in tasks:
-        pruned = "" if row["pruned"] is None else f"{row['pruned']:.3f}"
-        error = f"{row['standard_error']:.3f}"
-        table.add_row(row["task"], str(row["questions"]), f"{row['dense']:.3f}", pruned, error)
-    console.print(table)

@@ -1,7 +1,8 @@
-"""`FactorizedLinear`: a linear layer whose weight is stored as A C B."""
+"""`FactorizedLinear`: a linear layer whose weight is stored, and applied, as A C B."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,13 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from armorfact import BlockDiagonal, Core, Factors, Pattern
+from armorfact_hf.execution import semi_structured
+from armorfact_hf.execution.choice import PACKED_DTYPES, PAIR, Execution, default_execution
+from armorfact_hf.execution.ops import block_product
 
 
 class FactorizedLinear(nn.Module):
-    """y = x (A C B)' + bias, applied as three thin products.
+    """y = x (A C B)' + bias, applied as A (C (B x)); how C is multiplied with is chosen by the number of tokens.
 
     Every tensor is named as it is saved: ``values`` and ``positions`` hold the core C (`armorfact.Core`), ``left`` and
-    ``right`` the blocks of A and B; a layer pruned in one shot has neither of those two.
+    ``right`` the blocks of A and B; a layer pruned in one shot has neither of those two. Gradients pass through to x,
+    and to those of the floating tensors that ask for them.
 
     Args:
         d_out, d_in: shape of the weight that this layer stands for.
@@ -53,7 +58,10 @@ class FactorizedLinear(nn.Module):
             self.left = empty(d_out // block_out, block_out, block_out)
             self.right = empty(d_in // block_in, block_in, block_in)
         self.bias = empty(d_out) if bias else None
-        self._unpacked: tuple[Any, Tensor] | None = None
+        self.execution: Execution | None = None
+        self.register_buffer("merged", None, persistent=False)
+        self.register_buffer("compressed", None, persistent=False)
+        self.algorithm = semi_structured.Algorithm()
 
     @classmethod
     def of(
@@ -96,20 +104,87 @@ class FactorizedLinear(nn.Module):
         """Bytes of all tensors that are saved."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y (..., d_out) for x (..., d_in)."""
-        if self.block is None:
-            return functional.linear(x, self._dense_core(), self.bias)
-        y = functional.linear(BlockDiagonal(self.right).apply(x), self._dense_core())
-        y = BlockDiagonal(self.left).apply(y)
-        return y if self.bias is None else y + self.bias
+    def use_(self, execution: Execution | None) -> FactorizedLinear:
+        """Choose how this layer runs, in place; None goes by `default_execution`.
 
-    def _dense_core(self) -> Tensor:
-        """C with its zeros, unpacked again only when the stored tensors have changed."""
-        state = (self.values.data_ptr(), self.values._version, self.positions.data_ptr(), self.positions._version)
-        if self._unpacked is None or self._unpacked[0] != state:
-            self._unpacked = (state, self.core.dense())
-        return self._unpacked[1]
+        "dense" and "semi_structured" keep a second form of the weight in memory, until the layer is moved, cast, or
+        loaded anew, which ends the choice.
+
+        Raises:
+            ValueError: "packed" with another pattern than 2:4 or in float64, or "semi_structured" where the device or
+                the sizes do not allow it; the message says why.
+        """
+        strategies = frozenset() if execution is None else execution.strategies
+        if "packed" in strategies and (self.pattern != PAIR or self.values.dtype not in PACKED_DTYPES):
+            raise ValueError(
+                f"the packed product is for 2:4 cores in 16 or 32 bits, got {self.pattern} in {self.values.dtype}: "
+                "use 'unpacked'"
+            )
+        self.merged = self.weight if "dense" in strategies else None
+        self.compressed = None
+        if "semi_structured" in strategies:
+            compressed = semi_structured.compress(self.core)
+            self.compressed = compressed.tensor
+            self.algorithm = semi_structured.found_algorithm(compressed)
+        self.execution = execution
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., d_out) for x (..., d_in), in the dtype of x.
+
+        Raises:
+            ValueError: the last size of x is not d_in, or x has another dtype than the layer outside of autocast.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != self.values.dtype:
+            raise ValueError(f"expected an input of {self.values.dtype}, as the layer's own, got {x.dtype}")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected an input (..., {self.in_features}), got {tuple(x.shape)}")
+        rows = x.reshape(-1, self.in_features)
+        y = self._product(rows)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        strategy = self._strategy(x)
+        if strategy == "dense":
+            return functional.linear(x, self.merged)
+        if strategy == "packed":
+            return torch.ops.armorfact.packed_linear(x, self.values, self.positions, self.left, self.right)
+        x = x if self.right is None else block_product(self.right, x)
+        y = self._core_product(x, strategy)
+        return y if self.left is None else block_product(self.left, y)
+
+    def _core_product(self, x: Tensor, strategy: str) -> Tensor:
+        if strategy == "unpacked":
+            keep, group = self.pattern.keep, self.pattern.group
+            return torch.ops.armorfact.unpacked_linear(x, self.values, self.positions, keep, group)
+        if strategy == "semi_structured":
+            held = semi_structured.Compressed(self.compressed, (self.out_features, self.in_features))
+            return semi_structured.product(held, x, self.algorithm)
+        core = Core(self.values, self.positions, self.pattern, self.in_features)
+        return functional.linear(x, core.dense())
+
+    def _strategy(self, x: Tensor) -> str:
+        """What runs; "plain" is made of PyTorch's own operators, which know gradients and autocast."""
+        factors = (self.values, self.left, self.right)
+        asked = any(tensor is not None and tensor.requires_grad for tensor in (x, *factors))
+        if (torch.is_grad_enabled() and asked) or x.dtype != self.values.dtype:
+            return "plain"
+        execution = self.execution or default_execution(x.device.type, self.values.dtype, self.pattern)
+        return execution.at(x.shape[0])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorizedLinear:
+        before = self.values.device, self.values.dtype
+        super()._apply(fn, recurse)
+        if before != (self.values.device, self.values.dtype):
+            self.use_(None)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.use_(None)
 
     def extra_repr(self) -> str:
         return (

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from armorfact_hf import sources
-from armorfact_hf.checkpoint import describe_folder, stored_tensors, to_dense_
+from armorfact_hf.checkpoint import describe_folder, to_dense_
 from armorfact_hf.files import check_room, written_whole
+from armorfact_hf.format import LayerFormat
+from armorfact_hf.verify import verify_folder
 from armorfact_hf.workflow import read_report
 
 
@@ -18,6 +20,7 @@ class HeldLayer:
     Args:
         name, shape, block: which layer; block is None for a core alone.
         bytes: of its tensors. dense_bytes: of the weight they stand for, in the same dtype.
+        theory: bytes of core and wrappers by the formula of docs/format.md.
         loss, sparsegpt_loss: relative losses in the report, this one's and SparseGPT's; None where it has none.
     """
 
@@ -26,35 +29,45 @@ class HeldLayer:
     block: tuple[int, int] | None
     bytes: int
     dense_bytes: int
+    theory: tuple[float, float]
     loss: float | None
     sparsegpt_loss: float | None
 
 
 def inspect_folder(folder: Path) -> list[HeldLayer]:
-    """Every pruned layer of a folder, in the order of the model.
+    """Every pruned layer of a folder, in the order of the model, after all its files were found whole.
 
     Raises:
         NotPruned: the folder holds no pruned model.
-        ValueError: a damaged or missing file, or a layer without its tensors.
+        ValueError: whatever `armorfact_hf.verify.verify_folder` finds wrong.
     """
-    _, description = describe_folder(folder)
-    sizes: dict[str, int] = {}
-    width: dict[str, int] = {}
-    for name, tensor in stored_tensors(folder):
-        layer, _, part = name.rpartition(".")
-        if layer in description.modules and part != "bias":
-            sizes[layer] = sizes.get(layer, 0) + tensor.nbytes
-            width[layer] = max(width.get(layer, 0), tensor.element_size())
-    if missing := sorted(set(description.modules) - set(sizes)):
-        raise ValueError(f"{folder} lacks the tensors of {', '.join(missing[:5])}")
-    losses = _losses(folder, description.config.method)
+    description = describe_folder(folder)
+    held = verify_folder(folder, description)
+    losses = _losses(folder, description.prune.get("method"))
     return [
-        HeldLayer(name, shape, block, sizes[name], shape[0] * shape[1] * width[name], *losses.get(name, (None, None)))
-        for name, (shape, block) in description.modules.items()
+        HeldLayer(
+            name=layer.name,
+            shape=layer.shape,
+            block=layer.block,
+            bytes=held.bytes[layer.name],
+            dense_bytes=layer.shape[0] * layer.shape[1] * held.dtypes[layer.name].itemsize,
+            theory=_theory(layer, held.dtypes[layer.name].itemsize),
+            loss=losses.get(layer.name, (None, None))[0],
+            sparsegpt_loss=losses.get(layer.name, (None, None))[1],
+        )
+        for layer in description.modules.values()
     ]
 
 
-def _losses(folder: Path, method: str) -> dict[str, tuple[float | None, float | None]]:
+def _theory(layer: LayerFormat, itemsize: int) -> tuple[float, float]:
+    """N / M of the weight, at its own size and some bits for its position; and the blocks."""
+    (d_out, d_in), pattern = layer.shape, layer.pattern
+    core = d_out * d_in * pattern.keep / pattern.group * (itemsize + pattern.index_bits / 8)
+    (b_out, b_in) = layer.block or (0, 0)
+    return core, itemsize * (b_out * d_out + b_in * d_in)
+
+
+def _losses(folder: Path, method: str | None) -> dict[str, tuple[float | None, float | None]]:
     if not (folder / "report.json").exists():
         return {}
     layers = read_report(folder)["layers"]

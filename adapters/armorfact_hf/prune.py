@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import armorfact
+from armorfact import Pattern
 from armorfact_hf.block_by_block import BlockByBlock, Step
 from armorfact_hf.config import PruneConfig
 from armorfact_hf.fitting import fitting_layers
+from armorfact_hf.format import Description, LayerFormat
 from armorfact_hf.journal import Journal, flat_manifest, model_fingerprint, tokens_fingerprint
 from armorfact_hf.layer import LayerReport
 from armorfact_hf.linear import FactorizedLinear
 from armorfact_hf.notes import damping_noted
+from armorfact_hf.quantizer import attach_
 from armorfact_hf.structure import DenseLayer, Layer, Select
-
-QUANT_METHOD = "armorfact"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,10 @@ def open_journal(
 
 
 def describe_(model: nn.Module, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
-    """Write into the model's config what its pruned layers are, so that `load_pruned` can make them again."""
-    model.config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "version": FORMAT_VERSION,
-        "prune": config.to_dict(),
-        "modules": [  # a list, since transformers sorts the keys of a dictionary
-            {
-                "name": report.name,
-                "shape": list(report.shape),
-                "block": None if report.block is None else list(report.block),
-            }
-            for report in reports
-        ],
-    }
+    """Write into the model's config what its pruned layers are, so that transformers saves and loads them."""
+    pattern = Pattern.parse(config.pattern)
+    layers = {report.name: LayerFormat(report.name, report.shape, pattern, report.block) for report in reports}
+    dtype = str(model.dtype).removeprefix("torch.")
+    attach_(model, Description(pattern, dtype, layers, config.to_dict()))
     if any(report.decoder_block is None for report in reports):
         model.config.tie_word_embeddings = False

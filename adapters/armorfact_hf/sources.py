@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from armorfact_hf import demo_text
-from armorfact_hf.checkpoint import Description, NotPruned, load_pruned, stored_tensors
+from armorfact_hf.checkpoint import describe, load_pruned, stored_tensors
 from armorfact_hf.demo_models import DEMO_MODELS, fetch_model
+from armorfact_hf.format import NotPruned
 
 Log = Callable[[str], None]
 
@@ -99,7 +100,7 @@ def _model(where: str, dtype: str) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(where)
         try:
-            Description.of(config, where)
+            describe(config, where)
         except NotPruned:
             return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True)
     except OSError as error:

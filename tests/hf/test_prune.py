@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from armorfact_hf.block_by_block import BlockByBlock
-from armorfact_hf.checkpoint import NotPruned, load_pruned, save_pruned, to_dense_
+from armorfact_hf.checkpoint import load_pruned, save_pruned, to_dense_
 from armorfact_hf.config import PruneConfig
+from armorfact_hf.format import NotPruned
 from armorfact_hf.linear import FactorizedLinear
 from armorfact_hf.prune import prune_
 from armorfact_hf.statistics import NonFiniteActivations

@@ -23,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 from armorfact import Pattern
 from armorfact_hf import assess, files, workflow
 from armorfact_hf.assess import Evaluation, compare, evaluate_folder
-from armorfact_hf.checkpoint import NotPruned, load_pruned, stored_tensors
+from armorfact_hf.checkpoint import load_pruned, stored_tensors
 from armorfact_hf.config import PruneConfig
+from armorfact_hf.format import NotPruned
 from armorfact_hf.journal import DifferentRun, Journal
 from armorfact_hf.look import export_dense, inspect_folder
 from armorfact_hf.sources import load_model

@@ -1,0 +1,238 @@
+"""Vectors of sixteen float32 inside numba kernels.
+
+numba has no vector type, and its loops do not become the two-table permutation that reads a packed core. So here is
+one: a value type that LLVM keeps in one AVX-512 register (two AVX, four NEON registers), and the few operations on it
+that the kernels need. Arrays are addressed flat, whatever their shape, and have to be contiguous. numba knows no 16-bit
+float on a CPU: float16 comes as int16, bfloat16 as uint16.
+
+numba's cache of a kernel knows the kernel's own file only: after a change here, touch `kernels.py`.
+"""
+
+from __future__ import annotations
+
+from llvmlite import binding, ir
+from numba import config, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+_byte, _half_word, _word = map(ir.IntType, (8, 16, 32))
+_float = ir.FloatType()
+_floats, _words = ir.VectorType(_float, LANES), ir.VectorType(_word, LANES)
+
+
+class Floats(types.Type):
+    """Sixteen float32."""
+
+    def __init__(self) -> None:
+        super().__init__(name="float32x16")
+
+
+class Places(types.Type):
+    """Sixteen places, each below 32, among the columns that sixteen kept values of a 2:4 row come from."""
+
+    def __init__(self) -> None:
+        super().__init__(name="places16")
+
+
+@register_model(Floats)
+class _FloatsModel(models.PrimitiveModel):
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, _floats)
+
+
+@register_model(Places)
+class _PlacesModel(models.PrimitiveModel):
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, _words)
+
+
+floats, places = Floats(), Places()
+
+
+def _has_avx512() -> bool:
+    """Whether numba compiles for a machine with AVX-512; its own setting wins over what the machine has."""
+    if config.CPU_FEATURES is not None:
+        return "+avx512f" in config.CPU_FEATURES
+    return config.CPU_NAME is None and bool(binding.get_host_cpu_features().get("avx512f"))
+
+
+def _constant(values) -> ir.Constant:
+    values = list(values)
+    return ir.Constant(_words, values)
+
+
+def _address(context, builder, array, array_type, index):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
+
+
+def _load(builder, address, kind, align):
+    found = builder.load(builder.bitcast(address, kind.as_pointer()))
+    found.align = align
+    return found
+
+
+def _widened(builder, found, dtype, count):
+    """float32 from what is stored: as it is, a float16, or the upper half that a bfloat16 is."""
+
+    def shaped(kind):
+        return kind if count == 1 else ir.VectorType(kind, count)
+
+    if dtype == types.float32:
+        return found
+    if dtype == types.int16:
+        return builder.fpext(builder.bitcast(found, shaped(ir.HalfType())), shaped(_float))
+    sixteen = ir.Constant(shaped(_word), 16 if count == 1 else [16] * count)
+    return builder.bitcast(builder.shl(builder.zext(found, shaped(_word)), sixteen), shaped(_float))
+
+
+def _stored_kind(dtype):
+    if dtype == types.float32:
+        return _float, 4
+    if dtype in (types.int16, types.uint16):
+        return _half_word, 2
+    raise TypeError(f"expected an array of float32, of float16 as int16, or of bfloat16 as uint16, got {dtype}")
+
+
+@intrinsic
+def pointer(typingctx, address, like):
+    """The address as a pointer to entries of the array ``like``, for `numba.carray`."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
+
+
+@intrinsic
+def zeros(typingctx):
+    """Sixteen zeros."""
+
+    def generate(context, builder, signature, args):
+        return ir.Constant(_floats, [0.0] * LANES)
+
+    return floats(), generate
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """array[index : index + 16], widened to float32."""
+    kind, align = _stored_kind(array.dtype)
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, args[0], signature.args[0], args[1])
+        found = _load(builder, address, ir.VectorType(kind, LANES), align)
+        return _widened(builder, found, array.dtype, LANES)
+
+    return floats(array, index), generate
+
+
+@intrinsic
+def element(typingctx, array, index):
+    """array[index], widened to float32."""
+    kind, align = _stored_kind(array.dtype)
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, args[0], signature.args[0], args[1])
+        return _widened(builder, _load(builder, address, kind, align), array.dtype, 1)
+
+    return types.float32(array, index), generate
+
+
+@intrinsic
+def spread(typingctx, value):
+    """Sixteen times one float32."""
+
+    def generate(context, builder, signature, args):
+        first = builder.insert_element(ir.Constant(_floats, ir.Undefined), args[0], ir.Constant(_word, 0))
+        return builder.shuffle_vector(first, ir.Constant(_floats, ir.Undefined), _constant([0] * LANES))
+
+    return floats(types.float32), generate
+
+
+@intrinsic
+def store(typingctx, array, index, vector):
+    """array[index : index + 16] = vector, for a float32 array."""
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, args[0], signature.args[0], args[1])
+        builder.store(args[2], builder.bitcast(address, _floats.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    return types.none(array, index, vector), generate
+
+
+@intrinsic
+def fma(typingctx, x, y, z):
+    """x * y + z, rounded once where the machine can."""
+
+    def generate(context, builder, signature, args):
+        product = builder.fmul(args[0], args[1], flags=("contract",))
+        return builder.fadd(product, args[2], flags=("contract",))
+
+    return floats(x, y, z), generate
+
+
+@intrinsic
+def total(typingctx, vector):
+    """The sum of the sixteen."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(_float, [_float, _floats])
+        add = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+        return builder.call(add, [ir.Constant(_float, 0.0), args[0]], fastmath=("reassoc",))
+
+    return types.float32(vector), generate
+
+
+@intrinsic
+def read_places(typingctx, packed, index):
+    """Where in the next 32 columns sixteen kept values stand, from the four bytes at ``packed[index]``."""
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, args[0], signature.args[0], args[1])
+        codes = _load(builder, address, _word, 1)
+        first = builder.insert_element(ir.Constant(_words, ir.Undefined), codes, ir.Constant(_word, 0))
+        every = builder.shuffle_vector(first, ir.Constant(_words, ir.Undefined), _constant([0] * LANES))
+        within_group = builder.and_(builder.lshr(every, _constant(range(0, 32, 2))), _constant([3] * LANES))
+        return builder.or_(within_group, _constant(4 * (k // 2) for k in range(LANES)))
+
+    return places(packed, index), generate
+
+
+@intrinsic
+def pick(typingctx, array, index, where):
+    """array[index + where], for a float32 array that holds 32 entries from ``index`` on."""
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, args[0], signature.args[0], args[1])
+        if _has_avx512():
+            low = _load(builder, address, _floats, 4)
+            high = _load(builder, builder.gep(address, [ir.Constant(_word, LANES)]), _floats, 4)
+            kind = ir.FunctionType(_floats, [_floats, _words, _floats])
+            permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpermi2var.ps.512")
+            return builder.call(permute, [low, args[2], high])
+        picked = ir.Constant(_floats, ir.Undefined)
+        for lane in (ir.Constant(_word, k) for k in range(LANES)):
+            at = builder.gep(address, [builder.extract_element(args[2], lane)])
+            picked = builder.insert_element(picked, builder.load(at), lane)
+        return picked
+
+    return floats(array, index, where), generate
+
+
+@intrinsic
+def prefetch(typingctx, array, index):
+    """Ask for the cache line of array[index], which may lie beyond its end."""
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, args[0], signature.args[0], args[1])
+        pointer = _byte.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _word, _word, _word])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, keep, data = (ir.Constant(_word, value) for value in (0, 3, 1))
+        builder.call(fetch, [builder.bitcast(address, pointer), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.none(array, index), generate

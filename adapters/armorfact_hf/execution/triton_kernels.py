@@ -1,0 +1,124 @@
+"""The Triton kernels that multiply with a packed 2:4 core; `triton_packed` launches them.
+
+Importing this file needs triton. A group is four columns, of which the core keeps two: the values v0 and v1, at the
+positions p0 < p1. Two groups share a byte of positions. Sums are float32 whatever the dtype of the tensors.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _groups(values, positions, rows, first, d_out, groups, bytes_a_row, OUT: tl.constexpr, GROUPS: tl.constexpr):
+    """v0, v1, p0, p1, each (OUT, GROUPS), of the groups from ``first`` on; v0 = v1 = 0 outside of the core.
+
+    Values and bytes are loaded side by side as they lie, since that moves 16 bytes a load, and split in registers.
+    """
+    inside = (rows < d_out)[:, None]
+    kept = 2 * first + tl.arange(0, 2 * GROUPS)
+    # 64 bits, as a large vocabulary times a wide model passes 2^31.
+    value_at = values + rows.to(tl.int64)[:, None] * (2 * groups) + kept[None, :]
+    pairs = tl.load(value_at, mask=inside & (kept < 2 * groups)[None, :], other=0.0)
+    v0, v1 = tl.split(tl.reshape(pairs, (OUT, GROUPS, 2)))
+
+    byte = first // 2 + tl.arange(0, GROUPS // 2)
+    byte_at = positions + rows.to(tl.int64)[:, None] * bytes_a_row + byte[None, :]
+    codes = tl.load(byte_at, mask=inside & (byte < bytes_a_row)[None, :], other=0)
+    codes = tl.reshape(tl.join(codes & 15, codes >> 4), (OUT, GROUPS))
+    return v0, v1, codes & 3, codes >> 2
+
+
+@triton.jit
+def _plane(v0, v1, p0, p1, COLUMN: tl.constexpr):
+    """Column COLUMN of every group, zeros included."""
+    zero = tl.full(v0.shape, 0, v0.dtype)
+    return tl.where(p1 == COLUMN, v1, tl.where(p0 == COLUMN, v0, zero))
+
+
+@triton.jit
+def _dense(v0, v1, p0, p1, OUT: tl.constexpr, GROUPS: tl.constexpr):
+    """The tile of the core with its zeros, (OUT, 4 * GROUPS)."""
+    even = tl.join(_plane(v0, v1, p0, p1, 0), _plane(v0, v1, p0, p1, 2))
+    odd = tl.join(_plane(v0, v1, p0, p1, 1), _plane(v0, v1, p0, p1, 3))
+    return tl.reshape(tl.join(even, odd), (OUT, 4 * GROUPS))
+
+
+@triton.jit
+def _pick(p, x0, x1, x2, x3):
+    """The input that a kept value at position p multiplies, in float32."""
+    odd = (p & 1) != 0
+    return tl.where(p >= 2, tl.where(odd, x3, x2), tl.where(odd, x1, x0)).to(tl.float32)
+
+
+INTERPRETED = tl.constexpr(not isinstance(_pick, triton.JITFunction))
+
+
+@triton.jit
+def _dot(a, b):
+    """a @ b in float32."""
+    if INTERPRETED:  # whose own product takes bfloat16 for integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    # "ieee": float32 weights are not cut to the 10 bits of TF32.
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def one_token(x, values, positions, y, d_out, groups, bytes_a_row, OUT: tl.constexpr, GROUPS: tl.constexpr):
+    """y = C x for one token: x (4 * groups,), y (d_out,). Grid (ceil(d_out / OUT),).
+
+    Every lane keeps its own sum over the tiles of its rows; the lanes are added once, at the end.
+    """
+    rows = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    total = tl.full((OUT, GROUPS), 0, tl.float32)
+    for first in range(0, groups, GROUPS):
+        v0, v1, p0, p1 = _groups(values, positions, rows, first, d_out, groups, bytes_a_row, OUT, GROUPS)
+        column = 4 * first + tl.arange(0, 4 * GROUPS)
+        inputs = tl.load(x + column, mask=column < 4 * groups, other=0.0)
+        even, odd = tl.split(tl.reshape(inputs, (1, GROUPS, 2, 2)))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        total += v0.to(tl.float32) * _pick(p0, x0, x1, x2, x3)
+        total += v1.to(tl.float32) * _pick(p1, x0, x1, x2, x3)
+    tl.store(y + rows, tl.sum(total, axis=1).to(y.dtype.element_ty), mask=rows < d_out)
+
+
+@triton.jit
+def some_tokens(
+    x,
+    values,
+    positions,
+    right,
+    y,
+    tokens,
+    d_out,
+    groups,
+    bytes_a_row,
+    groups_a_part,
+    x_stride,
+    OUT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FUSE_RIGHT: tl.constexpr,
+):
+    """Part p of C x, or of C B x, over the groups p * groups_a_part and following: y (parts, tokens, d_out).
+
+    x (tokens, 4 * groups) with rows ``x_stride`` apart. Grid (row tiles, token tiles, parts). FUSE_RIGHT multiplies
+    each tile of x by its block of B first; one block is then one tile: right (groups / GROUPS, 4 * GROUPS, 4 * GROUPS).
+    """
+    COLUMNS: tl.constexpr = 4 * GROUPS
+    rows = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    start = tl.program_id(2) * groups_a_part
+    total = tl.full((OUT, TOKENS), 0, tl.float32)
+    for first in range(start, tl.minimum(start + groups_a_part, groups), GROUPS):
+        column = 4 * first + tl.arange(0, COLUMNS)
+        inside = (column < 4 * groups)[:, None] & (token < tokens)[None, :]
+        inputs = tl.load(x + token[None, :] * x_stride + column[:, None], mask=inside, other=0.0)
+        if FUSE_RIGHT:
+            block = tl.load(right + column[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+            inputs = _dot(block, inputs).to(x.dtype.element_ty)
+        v0, v1, p0, p1 = _groups(values, positions, rows, first, d_out, groups, bytes_a_row, OUT, GROUPS)
+        total += _dot(_dense(v0, v1, p0, p1, OUT, GROUPS), inputs)
+    y_at = y + (tl.program_id(2).to(tl.int64) * tokens + token[None, :]) * d_out + rows[:, None]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=(rows < d_out)[:, None] & (token < tokens)[None, :])
