@@ -168,12 +168,14 @@ class FactorizedLinear(nn.Module):
 
     def _strategy(self, x: Tensor) -> str:
         """What runs; "plain" is made of PyTorch's own operators, which know gradients and autocast."""
-        factors = (self.values, self.left, self.right)
-        asked = any(tensor is not None and tensor.requires_grad for tensor in (x, *factors))
-        if (torch.is_grad_enabled() and asked) or x.dtype != self.values.dtype:
+        if (torch.is_grad_enabled() and self._asks_for_gradients(x)) or x.dtype != self.values.dtype:
             return "plain"
         execution = self.execution or default_execution(x.device.type, self.values.dtype, self.pattern)
         return execution.at(x.shape[0])
+
+    def _asks_for_gradients(self, x: Tensor) -> bool:
+        held = (x, self.values, self.left, self.right)
+        return any(tensor is not None and tensor.requires_grad for tensor in held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorizedLinear:
         before = self.values.device, self.values.dtype

@@ -13,11 +13,13 @@ from numba import carray, njit, prange
 
 from armorfact_hf.execution.simd import (
     element,
+    expand,
     fma,
     load,
     pick,
     pointer,
     prefetch,
+    put,
     read_places,
     spread,
     store,
@@ -25,8 +27,12 @@ from armorfact_hf.execution.simd import (
     zeros,
 )
 
-# What `pointer` makes entries of.
-BYTES, FLOATS = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.float32)
+BYTES = np.empty(0, dtype=np.uint8)  # what `pointer` makes entries of
+# The columns that a byte of positions keeps, of eight; bytes that no core holds are in it too.
+_CODES = np.arange(256)
+KEPT_COLUMNS = sum(np.uint32(1) << (4 * (k // 2) + (_CODES >> 2 * k & 3)).astype(np.uint32) for k in range(4)).astype(
+    np.uint32
+)
 # Rows of the core that one thread takes at a time where no wrapper sets the number.
 ROWS = 64
 # A panel of 64 columns and 128 tokens (32 KiB) fits the nearest cache; 128 tokens are eight registers of sums.
@@ -142,18 +148,18 @@ def few_tokens(like, x, values, positions, left, right, y, tokens, d_out, d_in, 
     Arguments are addresses and sizes, since a small layer is done in the time that it takes to unwrap six arrays.
 
     Args:
-        like: an array of the dtype of ``values``: float32, int16 for float16, uint16 for bfloat16.
-        x: of (tokens, d_in) float32. y: of (tokens, d_out) float32, written.
-        values: of (d_out, d_in / 2). positions: of (d_out, ceil(d_in / 8)) uint8, two bits a kept value.
-        left, right: of (blocks, size, size) like ``values``.
+        like: an array of the layer's dtype: float32, int16 for float16, uint16 for bfloat16.
+        x: of (tokens, d_in). y: of (tokens, d_out), written. values: of (d_out, d_in / 2), all in that dtype.
+        positions: of (d_out, ceil(d_in / 8)) uint8, two bits a kept value.
+        left, right: of (blocks, size, size), in that dtype.
         block_out, block_in: their sizes, 0 where there is no wrapper.
     """
     values = carray(pointer(values, like), d_out * (d_in // 2))
     positions = carray(pointer(positions, BYTES), d_out * ((d_in + 7) // 8))
     left = carray(pointer(left, like), d_out * block_out)
     right = carray(pointer(right, like), d_in * block_in)
-    inputs = carray(pointer(x, FLOATS), tokens * d_in)
-    y = carray(pointer(y, FLOATS), tokens * d_out)
+    y = carray(pointer(y, like), tokens * d_out)
+    inputs = _widened(carray(pointer(x, like), tokens * d_in))
     if block_in:
         inputs = _right_product(right, inputs, tokens, d_in, block_in)
     rows = block_out if block_out else ROWS
@@ -165,7 +171,17 @@ def few_tokens(like, x, values, positions, left, right, y, tokens, d_out, d_in, 
         for t in range(tokens):
             for r in range(here):
                 at = t * here
-                y[t * d_out + row + r] = _dot(left, (row + r) * here, z, at, here) if block_out else z[at + r]
+                result = _dot(left, (row + r) * here, z, at, here) if block_out else z[at + r]
+                put(y, t * d_out + row + r, result)
+
+
+@njit(cache=True)
+def _widened(x):
+    """x in float32."""
+    wide = np.empty(x.shape[0], dtype=np.float32)
+    for k in range(x.shape[0]):
+        wide[k] = element(x, k)
+    return wide
 
 
 @njit(cache=True, parallel=True, nogil=True)
@@ -256,8 +272,15 @@ def unpack(values, positions, first, dense):
         first: the row of the core that is written first. dense: (rows, d_in) like values, written.
     """
     rows, d_in = dense.shape
-    row_bytes = (d_in + 7) // 8
+    kept, row_bytes, columns = d_in // 2, (d_in + 7) // 8, 64 // dense.itemsize
+    vectors = d_in // columns * columns
     for r in prange(rows):
-        dense[r, :] = 0
-        for k in range(d_in // 2):
-            dense[r, _column(positions, (first + r) * row_bytes, k)] = values[first + r, k]
+        row, byte = (first + r) * kept, (first + r) * row_bytes
+        for column in range(0, vectors, columns):
+            mask = np.uint32(0)
+            for b in range(columns // 8):
+                mask |= KEPT_COLUMNS[positions[byte + column // 8 + b]] << np.uint32(8 * b)
+            expand(dense, r * d_in + column, values, row + column // 2, mask)
+        dense[r, vectors:] = 0
+        for k in range(vectors // 2, kept):
+            dense[r, _column(positions, byte, k)] = values[first + r, k]

@@ -50,21 +50,18 @@ def _cpu_packed_linear(
     x: Tensor, values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None
 ) -> Tensor:
     (tokens, d_in), d_out = x.shape, values.shape[0]
-    y = torch.empty(tokens, d_out, dtype=torch.float32)
-    if not y.numel():
-        return y.to(x.dtype)
     _take_threads()
     if tokens > FEW_TOKENS:
         return _cpu_many(x, values, positions, left, right)
-    inputs = x.float().contiguous()
-    held = [tensor if tensor is None else tensor.contiguous() for tensor in (values, positions, left, right)]
+    y = x.new_empty(tokens, d_out)
+    if not y.numel():
+        return y
+    held = [tensor if tensor is None else tensor.contiguous() for tensor in (x, values, positions, left, right)]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in held]
     sizes = [0 if tensor is None else tensor.shape[-1] for tensor in (left, right)]
     with _one_at_a_time:
-        kernels.few_tokens(
-            _LIKE[values.dtype], inputs.data_ptr(), *addresses, y.data_ptr(), tokens, d_out, d_in, *sizes
-        )
-    return y.to(x.dtype)
+        kernels.few_tokens(_LIKE[x.dtype], *addresses, y.data_ptr(), tokens, d_out, d_in, *sizes)
+    return y
 
 
 def _cpu_many(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -90,9 +87,11 @@ def _cpu_many(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | None,
 
 def _unpacked_linear(x: Tensor, values: Tensor, positions: Tensor, keep: int, group: int) -> Tensor:
     """A panel of rows at a time, so that the core with its zeros never stands in memory as a whole."""
-    y = x.new_empty(x.shape[0], values.shape[0])
     core = Core(values, positions, Pattern(keep, group), x.shape[1])
     rows = max(1, UNPACKED_BYTES // (x.shape[1] * values.element_size()))
+    if rows >= values.shape[0]:
+        return x @ _rows(core, 0, values.shape[0]).T
+    y = x.new_empty(x.shape[0], values.shape[0])
     for first in range(0, values.shape[0], rows):
         panel = _rows(core, first, min(first + rows, values.shape[0]))
         y[:, first : first + rows] = x @ panel.T

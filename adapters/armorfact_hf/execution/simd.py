@@ -141,6 +141,56 @@ def element(typingctx, array, index):
 
 
 @intrinsic
+def put(typingctx, array, index, value):
+    """array[index] = a float32, rounded to what the array stores."""
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, args[0], signature.args[0], args[1])
+        builder.store(_rounded(builder, args[2], array.dtype), address)
+        return context.get_dummy_value()
+
+    return types.none(array, index, types.float32), generate
+
+
+def _rounded(builder, value, dtype):
+    if dtype == types.float32:
+        return value
+    if dtype == types.int16:
+        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), _half_word)
+    bits = builder.bitcast(value, _word)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(_word, 16)), ir.Constant(_word, 1))
+    nearest = builder.add(bits, builder.add(odd, ir.Constant(_word, 0x7FFF)))  # ties to even
+    quiet = builder.or_(bits, ir.Constant(_word, 1 << 22))  # rounding could turn a NaN into an infinity
+    kept = builder.select(builder.fcmp_unordered("uno", value, value), quiet, nearest)
+    return builder.trunc(builder.lshr(kept, ir.Constant(_word, 16)), _half_word)
+
+
+@intrinsic
+def expand(typingctx, dense, at, values, index, mask):
+    """dense[at + k] = the next of values[index...] where bit k of the mask is set, else 0.
+
+    k runs over 32 entries of 16 bits, or 16 of 32 bits, the mask's low ones.
+    """
+    kind = {16: _half_word, 32: _word}[dense.dtype.bitwidth]
+    lanes = 512 // dense.dtype.bitwidth
+    vector = ir.VectorType(kind, lanes)
+
+    def generate(context, builder, signature, args):
+        source = _address(context, builder, args[2], signature.args[2], args[3])
+        target = _address(context, builder, args[0], signature.args[0], args[1])
+        chosen = builder.bitcast(builder.trunc(args[4], ir.IntType(lanes)), ir.VectorType(ir.IntType(1), lanes))
+        signature_of = ir.FunctionType(vector, [kind.as_pointer(), chosen.type, vector])
+        name = f"llvm.masked.expandload.v{lanes}i{dense.dtype.bitwidth}"
+        load_expanded = cgutils.get_or_insert_function(builder.module, signature_of, name)
+        zero = ir.Constant(vector, [0] * lanes)
+        expanded = builder.call(load_expanded, [builder.bitcast(source, kind.as_pointer()), chosen, zero])
+        builder.store(expanded, builder.bitcast(target, vector.as_pointer())).align = dense.dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.none(dense, at, values, index, types.uint32), generate
+
+
+@intrinsic
 def spread(typingctx, value):
     """Sixteen times one float32."""
 
