@@ -85,9 +85,12 @@ class ArmorfactQuantizer(HfQuantizer):
         Not into the metadata of the files: safetensors writes that in random order, and saving a model twice is to
         give the same bytes.
         """
-        config = self.quantization_config
+        config, tensors = self.quantization_config, model.state_dict()
+        offloaded = any(tensor.is_meta for tensor in tensors.values())  # to disk, whence transformers fetches them
         config.description = dataclasses.replace(
-            config.description, dtype=str(model.dtype).removeprefix("torch."), sha256=digests(model.state_dict())
+            config.description,
+            dtype=str(model.dtype).removeprefix("torch."),
+            sha256={} if offloaded else digests(tensors),
         )
         model.config.quantization_config = config
         return None, {}

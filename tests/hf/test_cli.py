@@ -150,7 +150,9 @@ def test_inspect_lists_every_layer_and_their_sum(model_folder, text_file, out):
     held = sum(sizes[f"model.layers.1.mlp.up_proj.{part}"] for part in ("values", "positions"))
     assert cells[1:3] == ["64x32", "none"] and cells[-2:] == [f"{held:,}", f"{held / (4 * 64 * 32):.3f}"]
     whole = sum(size for name, size in sizes.items() if name.endswith((".values", ".positions")))
-    assert output.splitlines()[-1].startswith(f"21 layers, {whole:,} bytes, 0.5")
+    held, theory = output.splitlines()[-2:]
+    assert held == f"21 layers, {whole:,} bytes, 0.5312 of dense; every tensor is whole"
+    assert theory == "Theory: 0.5312 for the cores, 0.0000 for the wrappers, 0.5312 together"
 
 
 def test_export_writes_dense_weights_once(model_folder, text_file, out, tmp_path):
