@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from armorfact_hf.execution.choice import HAS_TRITON, PACKED_DTYPES, PAIR, Execution
+from armorfact_hf.execution.choice import PAIR, Execution, packs
 from armorfact_hf.execution.measured import shape_key, use_measured_, write_measured
 from armorfact_hf.execution.semi_structured import refusal
 from armorfact_hf.linear import FactorizedLinear
@@ -104,7 +104,7 @@ def runnable(layer: FactorizedLinear) -> list[str]:
     """The strategies that can run this layer where it is, apart from the dense one."""
     device, dtype = layer.values.device, layer.values.dtype
     found = ["unpacked"]
-    if layer.pattern == PAIR and dtype in PACKED_DTYPES and (device.type == "cpu" or HAS_TRITON):
+    if packs(device.type, dtype, layer.pattern):
         found.insert(0, "packed")
     if layer.pattern == PAIR and refusal(layer.out_features, layer.in_features, dtype, device) is None:
         found.append("semi_structured")

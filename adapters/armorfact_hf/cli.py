@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)  # tables are not broken in files
 errors = Console(stderr=True)
 
 MODEL_HELP = "A model folder, a name on the hub, or demo:smollm2, demo:gemma3-270m, demo:qwen2.5-coder-0.5b."
@@ -257,7 +258,7 @@ def bench(
     folder: Annotated[Path, typer.Argument(help="A folder that `armorfact prune` wrote.")],
     tokens: Annotated[
         str, typer.Option(help="Numbers of tokens in a layer's input, separated by commas.")
-    ] = "1,4,16,512",
+    ] = "1,4,16,64,512",
     allow_dense: Annotated[
         bool, typer.Option("--allow-dense", help="Where dense is fastest, keep a merged weight beside the factors.")
     ] = False,

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from armorfact import BlockDiagonal, Core, Factors, Pattern
 from armorfact_hf.execution import semi_structured
-from armorfact_hf.execution.choice import PACKED_DTYPES, PAIR, Execution, default_execution
+from armorfact_hf.execution.choice import Execution, default_execution, packs
 from armorfact_hf.execution.ops import block_product
 
 
@@ -115,10 +115,11 @@ class FactorizedLinear(nn.Module):
                 the sizes do not allow it; the message says why.
         """
         strategies = frozenset() if execution is None else execution.strategies
-        if "packed" in strategies and (self.pattern != PAIR or self.values.dtype not in PACKED_DTYPES):
+        held = self.values
+        if "packed" in strategies and not packs(held.device.type, held.dtype, self.pattern):
             raise ValueError(
-                f"the packed product is for 2:4 cores in 16 or 32 bits, got {self.pattern} in {self.values.dtype}: "
-                "use 'unpacked'"
+                f"the packed product is for 2:4 cores in 16 or 32 bits that the device computes with, got "
+                f"{self.pattern} in {held.dtype}: use 'unpacked'"
             )
         self.merged = self.weight if "dense" in strategies else None
         self.compressed = None
@@ -135,7 +136,7 @@ class FactorizedLinear(nn.Module):
         Raises:
             ValueError: the last size of x is not d_in, or x has another dtype than the layer outside of autocast.
         """
-        if torch.is_autocast_enabled(x.device.type):
+        if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype != self.values.dtype:
             raise ValueError(f"expected an input of {self.values.dtype}, as the layer's own, got {x.dtype}")

@@ -141,7 +141,7 @@ def test_every_strategy_is_the_dense_product(data):
     assert_rounded(runs(layer, data.draw(st.sampled_from(ON_CPU)), x), layer, x)
 
 
-def test_an_empty_core_and_full_one_token_rows():
+def test_a_core_of_zeros_leaves_the_bias():
     layer = random_layer()
     layer.values.zero_()
     for tokens in (1, 4, 30):
@@ -319,8 +319,7 @@ def test_gradients_are_those_of_the_dense_product(strategy, names, tokens):
     x = random_inputs(tokens, 36).requires_grad_("bias" not in names)
     exact = in_float64(layer)
     twins = [x.detach().double().requires_grad_(x.requires_grad), *(getattr(exact, name) for name in names)]
-    blocks = (torch.block_diag(*getattr(exact, name)) for name in ("left", "right"))
-    left, right = blocks
+    left, right = (torch.block_diag(*getattr(exact, name)) for name in ("left", "right"))
     core = Core(exact.values, exact.positions, PAIR, 36).dense()
     y = functional.linear(twins[0], left @ core @ right, exact.bias)
     weights = random_inputs(*y.shape, seed=2)
@@ -434,23 +433,42 @@ assert not simd._has_avx512()
 dtype = getattr(torch, {dtype!r})
 for tokens in (1, 5, 30):
     layer, x = random_layer(66, 132, (33, 12), dtype), random_inputs(tokens, 132, dtype=dtype)
-    assert_rounded(runs(layer, "packed", x), layer, x)
+    for strategy in ("packed", "unpacked"):
+        assert_rounded(runs(layer, strategy, x), layer, x)
 print("ok")
 """
+
+
+def script_says_ok(script: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(PATHS)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["ok"]), done.stderr
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_processor_without_avx512(dtype, tmp_path):
     """numba compiles for the plainest processor of its kind, which has no half floats either."""
     generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
-    script = WITHOUT_AVX512.format(dtype=str(dtype).removeprefix("torch."))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        env=os.environ | generic | {"PYTHONPATH": os.pathsep.join(PATHS)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout.split()) == (0, ["ok"]), done.stderr
+    script_says_ok(WITHOUT_AVX512.format(dtype=str(dtype).removeprefix("torch.")), **generic)
+
+
+ONE_THREAD = """
+import torch
+from tests.hf.test_execution import random_inputs, random_layer, runs
+for strategy, tokens in (("packed", 1), ("packed", 30), ("unpacked", 1)):
+    runs(random_layer(), strategy, random_inputs(tokens, 36))
+    assert torch.get_num_threads() == 1, (strategy, tokens, torch.get_num_threads())
+print("ok")
+"""
+
+
+def test_a_product_leaves_pytorch_its_number_of_threads():
+    """numba's pool may be of the same OpenMP, whose number of threads it sets when it starts."""
+    script_says_ok(ONE_THREAD, OMP_NUM_THREADS="1")
 
 
 # The choice
@@ -529,7 +547,7 @@ def tensors_of(layer: FactorizedLinear) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", [None, "packed", "unpacked"])
 def test_a_sparse_layer_keeps_no_dense_copy(strategy, dtype):
-    layer = random_layer(40, 192, (20, 48), dtype)
+    layer = random_layer(40, 192, (10, 12), dtype)
     layer.use_(Execution.always("dense"))
     assert max(tensor.numel() for tensor in tensors_of(layer)) == 40 * 192
     layer.use_(None if strategy is None else Execution.always(strategy))
@@ -537,4 +555,4 @@ def test_a_sparse_layer_keeps_no_dense_copy(strategy, dtype):
     for tokens in (1, 30):
         layer(random_inputs(tokens, 192, dtype=dtype))
     assert sum(tensor.nbytes for tensor in tensors_of(layer)) == before
-    assert max(tensor.numel() for tensor in tensors_of(layer)) <= 48 * 192 // 2 + 1
+    assert max(tensor.numel() for tensor in tensors_of(layer)) < 40 * 192

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
+import numba
 import torch
+from llvmlite import binding
 
 from armorfact import Pattern
 
@@ -71,6 +75,23 @@ class Execution:
         return frozenset(strategy for _, strategy in self.choices)
 
 
+def packs(device: str, dtype: torch.dtype, pattern: Pattern) -> bool:
+    """Whether there is a packed product for such cores on such a device."""
+    if pattern != PAIR or dtype not in PACKED_DTYPES:
+        return False
+    return HAS_TRITON if device == "cuda" else device in ("cpu", "meta") and (dtype != torch.float16 or _cpu_has_half())
+
+
+@cache
+def _cpu_has_half() -> bool:
+    """Whether the processor that numba compiles for converts float16: x86 since 2012, and all others."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return True
+    if numba.config.CPU_FEATURES is not None:
+        return "+f16c" in numba.config.CPU_FEATURES
+    return bool(binding.get_host_cpu_features().get("f16c"))
+
+
 PACKED, UNPACKED = Execution.always("packed"), Execution.always("unpacked")
 FEW_PACKED = {count: Execution(((count, "packed"), (None, "unpacked"))) for count in (16, 64)}
 
@@ -82,8 +103,8 @@ def default_execution(device: str, dtype: torch.dtype, pattern: Pattern) -> Exec
     matrix units of recent CPUs win (docs/benchmarks.md). On a GPU packed up to 64 tokens, where Triton is installed:
     below that a product is bound by memory. That number is not measured yet; `armorfact bench` measures it.
     """
-    if pattern != PAIR or dtype not in PACKED_DTYPES:
+    if not packs(device, dtype, pattern):
         return UNPACKED
     if device == "cpu":
         return PACKED if dtype == torch.float32 else FEW_PACKED[16]
-    return FEW_PACKED[64] if device == "cuda" and HAS_TRITON else UNPACKED
+    return FEW_PACKED[64] if device == "cuda" else UNPACKED

@@ -10,6 +10,7 @@ part of autograd: `FactorizedLinear` takes another way where gradients are asked
 from __future__ import annotations
 
 import threading
+from functools import cache
 
 import numba
 import numpy as np
@@ -22,7 +23,7 @@ from armorfact_hf.execution import kernels
 # Above this many tokens panels beat vectors (benchmarks/execution.py).
 FEW_TOKENS = 24
 # Rows that a thread takes at a time: many enough to pay for laying out a panel, few enough to keep their sums near.
-MOST_ROWS = 1024
+MOST_ROWS = 512
 # Bytes of the core that are unpacked at a time: an allocator hands such a piece out again without clearing it anew.
 UNPACKED_BYTES = 1 << 22
 # numba knows no 16-bit float: float16 goes as int16, bfloat16 as uint16.
@@ -100,7 +101,7 @@ def _unpacked_linear(x: Tensor, values: Tensor, positions: Tensor, keep: int, gr
 
 def _rows(core: Core, first: int, end: int) -> Tensor:
     """Rows first..end of a core, with their zeros."""
-    if core.pattern != Pattern(2, 4) or core.values.device.type != "cpu":
+    if core.pattern != Pattern(2, 4) or core.values.device.type != "cpu" or core.values.dtype not in _LIKE:
         return Core(core.values[first:end], core.packed[first:end], core.pattern, core.columns).dense()
     panel = core.values.new_empty(end - first, core.columns)
     _take_threads()
@@ -142,8 +143,17 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.view(_STORED.get(tensor.dtype, tensor.dtype)).numpy()
 
 
+@cache
+def _launch_threads() -> None:
+    """numba's pool, once: it may share OpenMP with PyTorch, and then sets the number of threads for both."""
+    wanted = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(wanted)
+
+
 def _take_threads() -> None:
     """As many threads as PyTorch may use, of those that numba has."""
+    _launch_threads()
     wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if numba.get_num_threads() != wanted:
         numba.set_num_threads(wanted)
