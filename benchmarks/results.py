@@ -3,6 +3,7 @@
     python -m benchmarks.results methods --model demo:smollm2
     python -m benchmarks.results settings
     python -m benchmarks.results shrinkage
+    python -m benchmarks.results target
 
 Every run prunes the model in bfloat16 and measures perplexity on two texts. Its figures are kept in a JSON file in
 --out, and are not measured again; the pruned weights are not kept. "settings" and "shrinkage" prune every third
@@ -76,6 +77,12 @@ def shrinkage() -> Iterator[Run]:
             yield Run(f"λ = {weight}, {windows * 2}k tokens", {**SUBSET, "shrinkage": weight}, windows)
 
 
+def target() -> Iterator[Run]:
+    """What aiming at the dense model's output does to a whole model."""
+    yield Run("armorfact")
+    yield Run("target output", {"target": "output", "baselines": ()})
+
+
 def measure(run: Run, model: str, out: Path) -> dict[str, Any]:
     """The figures of a run, measured unless they are kept in ``out``."""
     path = out / f"{run.key(model)}.json"
@@ -111,7 +118,7 @@ def dense_figures(model: str, out: Path) -> list[float]:
 def main() -> None:
     """Print the table asked for, a line as soon as its run is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"methods": methods, "settings": settings, "shrinkage": shrinkage}
+    tables = {"methods": methods, "settings": settings, "shrinkage": shrinkage, "target": target}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--out", type=Path, default=Path("pruned-results"))
