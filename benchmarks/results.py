@@ -79,7 +79,7 @@ def shrinkage() -> Iterator[Run]:
 
 def target() -> Iterator[Run]:
     """What aiming at the dense model's output does to a whole model."""
-    yield Run("armorfact")
+    yield Run("target weight")  # the default
     yield Run("target output", {"target": "output", "baselines": ()})
 
 

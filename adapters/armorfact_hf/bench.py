@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.execution.choice import PAIR, Execution, packs
-from armorfact_hf.execution.measured import shape_key, use_measured_, write_measured
+from armorfact_hf.execution.measured import shape_key, write_measured
 from armorfact_hf.execution.semi_structured import refusal
 from armorfact_hf.linear import FactorizedLinear
 
@@ -72,7 +72,6 @@ def time_layers(
         if progress is not None:
             progress(f"{shape}, {count} tokens", done, len(steps))
         timings.append(_time_group(shape, groups[shape], count))
-    use_measured_(model, Path(""))
     return timings
 
 

@@ -21,6 +21,7 @@ from armorfact_hf.linear import FactorizedLinear
 
 FILE = "execution.json"
 VERSION = 1
+DAMAGE = (ValueError, TypeError, AttributeError, KeyError)  # what a file that is not as above leads to
 Choices = dict[str, Execution]  # by shape, see `shape_key`
 
 
@@ -46,9 +47,15 @@ def shape_key(layer: FactorizedLinear) -> str:
 
 
 def write_measured(folder: Path, device: torch.device, dtype: torch.dtype, choices: Choices) -> Path:
-    """Keep the choices for a device and dtype beside a checkpoint, those for others as they are; the file written."""
+    """Keep the choices for a device and dtype beside a checkpoint, those for others as they are; the file written.
+
+    A file that cannot be read is written anew.
+    """
     path = folder / FILE
-    devices = _read(path) if path.exists() else {}
+    try:
+        devices = _read(path)
+    except (OSError, *DAMAGE):
+        devices = {}
     kept = {shape: [list(pair) for pair in execution.choices] for shape, execution in choices.items()}
     devices.setdefault(device_name(device), {})[_name(dtype)] = kept
     with written_beside(path) as draft:
@@ -73,7 +80,7 @@ def use_measured_(model: nn.Module, folder: Path) -> nn.Module:
             choices = read_measured(folder, layer.values.device, layer.values.dtype)
             if (execution := choices.get(shape_key(layer))) is not None:
                 layer.use_(execution)
-    except (ValueError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         warnings.warn(f"{folder / FILE} is not used ({error}); `armorfact bench` writes it anew", stacklevel=2)
         for layer in layers:
             layer.use_(None)
