@@ -36,6 +36,7 @@ bench: .venv/ready  ## the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.first_sweep
 	$(BIN)/python -m benchmarks.adam
+	$(BIN)/python -m benchmarks.execution
 
 clean:
 	rm -rf .venv docs/_build

@@ -26,7 +26,9 @@ _HOMES = {
     "PruneConfig": "config",
     "PruneReport": "prune",
     "Step": "block_by_block",
+    "bench_folder": "bench",
     "compare": "assess",
+    "end_to_end": "throughput",
     "evaluate_folder": "assess",
     "evaluate_perplexity": "perplexity",
     "evaluate_tasks": "tasks",
@@ -38,8 +40,10 @@ _HOMES = {
     "prune_": "prune",
     "prune_to_folder": "workflow",
     "save_pruned": "checkpoint",
+    "time_layers": "bench",
     "to_dense_": "checkpoint",
     "tokenize": "demo_text",
+    "verify_folder": "verify",
     "windows": "demo_text",
 }
 __all__ = sorted(_HOMES)
