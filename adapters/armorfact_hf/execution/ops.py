@@ -3,8 +3,8 @@
     armorfact::packed_linear    y = A C B x, C a packed 2:4 core that is never unpacked in memory
     armorfact::unpacked_linear  y = C x, the core unpacked for the time of the product; any N:M
 
-Each has a CPU form, with kernels compiled by numba, and a CUDA form. They are no
-part of autograd: `FactorizedLinear` takes another way where gradients are asked for.
+The first has a CPU form, with kernels compiled by numba, and a CUDA form; the second runs anywhere. They are no part of
+autograd: `FactorizedLinear` takes another way where gradients are asked for.
 """
 
 from __future__ import annotations
@@ -131,8 +131,7 @@ def _fake_unpacked_linear(x: Tensor, values: Tensor, positions: Tensor, keep: in
 
 _library.impl("packed_linear", _cpu_packed_linear, "CPU")
 _library.impl("packed_linear", _cuda_packed_linear, "CUDA")
-for device in ("CPU", "CUDA"):
-    _library.impl("unpacked_linear", _unpacked_linear, device)
+_library.impl("unpacked_linear", _unpacked_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("armorfact::packed_linear", _fake_packed_linear, lib=_library)
 torch.library.register_fake("armorfact::unpacked_linear", _fake_unpacked_linear, lib=_library)
 
