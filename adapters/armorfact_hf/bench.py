@@ -96,7 +96,8 @@ def _time_group(shape: str, layers: list[FactorizedLinear], tokens: int) -> Timi
     sparse = min((name for name in seconds if name != "dense"), key=seconds.__getitem__)
     bare = [_sharing(layer, wrapped=False).use_(Execution.always(sparse)) for layer in layers]
     alone = time_side_by_side({"whole": forms[sparse], "bare": bare}, x)
-    return Timing(shape, tokens, len(layers), seconds["dense"], seconds, 1 - alone["bare"] / alone["whole"])
+    wrappers = 0.0 if first.block is None else max(0.0, 1 - alone["bare"] / alone["whole"])
+    return Timing(shape, tokens, len(layers), seconds["dense"], seconds, wrappers)
 
 
 def runnable(layer: FactorizedLinear) -> list[str]:
@@ -156,7 +157,7 @@ def _wait(device: torch.device) -> None:
 
 
 def choose(timings: Sequence[Timing], allow_dense: bool = False) -> dict[str, Execution]:
-    """For each shape the fastest strategy by number of tokens; between two measured numbers the border is their mean.
+    """For each shape the fastest strategy by number of tokens; the border between two is their geometric mean.
 
     Args:
         timings: of `time_layers`. allow_dense: whether a layer may keep its merged weight beside the factors.

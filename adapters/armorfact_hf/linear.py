@@ -13,6 +13,7 @@ from armorfact import BlockDiagonal, Core, Factors, Pattern
 from armorfact_hf.execution import semi_structured
 from armorfact_hf.execution.choice import Execution, default_execution, packs
 from armorfact_hf.execution.ops import block_product
+from armorfact_hf.format import LayerFormat
 
 
 class FactorizedLinear(nn.Module):
@@ -28,6 +29,9 @@ class FactorizedLinear(nn.Module):
         block: sizes (block_out, block_in) of the blocks of A and B, or None for C alone.
         bias: whether there is one.
         dtype, device: of the floating tensors.
+
+    Raises:
+        ValueError: sizes that the pattern or the blocks do not divide; see `armorfact_hf.format.LayerFormat`.
     """
 
     def __init__(
@@ -44,19 +48,16 @@ class FactorizedLinear(nn.Module):
         self.out_features, self.in_features = d_out, d_in
         self.pattern = Pattern.parse(pattern)
         self.block = None if block is None else (int(block[0]), int(block[1]))
-        kept = d_in // self.pattern.group * self.pattern.keep
-        bytes_a_row = -(-kept * self.pattern.index_bits // 8)
+        shapes = LayerFormat("FactorizedLinear", (d_out, d_in), self.pattern, self.block).tensors
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
 
-        self.values = empty(d_out, kept)
-        self.register_buffer("positions", torch.zeros(d_out, bytes_a_row, dtype=torch.uint8, device=device))
+        self.values = empty(*shapes["values"])
+        self.register_buffer("positions", torch.zeros(shapes["positions"], dtype=torch.uint8, device=device))
         self.left = self.right = None
         if self.block is not None:
-            (block_out, block_in) = self.block
-            self.left = empty(d_out // block_out, block_out, block_out)
-            self.right = empty(d_in // block_in, block_in, block_in)
+            self.left, self.right = empty(*shapes["left"]), empty(*shapes["right"])
         self.bias = empty(d_out) if bias else None
         self.execution: Execution | None = None
         self.register_buffer("merged", None, persistent=False)
@@ -140,7 +141,7 @@ class FactorizedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype != self.values.dtype:
             raise ValueError(f"expected an input of {self.values.dtype}, as the layer's own, got {x.dtype}")
-        if x.shape[-1] != self.in_features:
+        if not x.ndim or x.shape[-1] != self.in_features:
             raise ValueError(f"expected an input (..., {self.in_features}), got {tuple(x.shape)}")
         rows = x.reshape(-1, self.in_features)
         y = self._product(rows)

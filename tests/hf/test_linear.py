@@ -77,3 +77,9 @@ def test_no_gradient_is_asked_of_the_factors_but_passes_through_to_the_input():
 
 def test_it_says_what_it_is():
     assert "pattern=2:4, block=(8, 16)" in repr(factorized()[0])
+
+
+@pytest.mark.parametrize(("sizes", "block"), [((8, 18), None), ((10, 16), (4, 4)), ((8, 16), (4, 6)), ((0, 16), None)])
+def test_sizes_that_do_not_divide_are_refused(sizes, block):
+    with pytest.raises(ValueError, match="expected"):
+        FactorizedLinear(*sizes, block=block)

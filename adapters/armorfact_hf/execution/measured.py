@@ -75,10 +75,12 @@ def read_measured(folder: Path, device: torch.device, dtype: torch.dtype) -> Cho
 def use_measured_(model: nn.Module, folder: Path) -> nn.Module:
     """Let every pruned layer run as it was measured fastest, where it was measured; in place."""
     layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    places = {(layer.values.device, layer.values.dtype) for layer in layers}
     try:
+        found = {place: read_measured(folder, *place) for place in places}
         for layer in layers:
-            choices = read_measured(folder, layer.values.device, layer.values.dtype)
-            if (execution := choices.get(shape_key(layer))) is not None:
+            execution = found[layer.values.device, layer.values.dtype].get(shape_key(layer))
+            if execution is not None:
                 layer.use_(execution)
     except DAMAGE as error:
         warnings.warn(f"{folder / FILE} is not used ({error}); `armorfact bench` writes it anew", stacklevel=2)
