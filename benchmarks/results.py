@@ -3,7 +3,7 @@
     python -m benchmarks.results methods --model demo:smollm2
     python -m benchmarks.results settings
     python -m benchmarks.results shrinkage
-    python -m benchmarks.results target
+    python -m benchmarks.results whole
 
 Every run prunes the model in bfloat16 and measures perplexity on two texts. Its figures are kept in a JSON file in
 --out, and are not measured again; the pruned weights are not kept. "settings" and "shrinkage" prune every third
@@ -77,10 +77,17 @@ def shrinkage() -> Iterator[Run]:
             yield Run(f"λ = {weight}, {windows * 2}k tokens", {**SUBSET, "shrinkage": weight}, windows)
 
 
-def target() -> Iterator[Run]:
-    """What aiming at the dense model's output does to a whole model."""
-    yield Run("target weight")  # the default
-    yield Run("target output", {"target": "output", "baselines": ()})
+def whole() -> Iterator[Run]:
+    """One setting changed at a time, over the whole model, where the errors of all blocks add up."""
+    yield Run("default")
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("target output", {"target": "output"}),
+        ("propagate dense", {"propagate": "dense"}),
+        ("λ = 2", {"shrinkage": 2.0}),
+        ("40 sweeps", {"sweeps": 40}),
+    ]
+    for label, change in changes:
+        yield Run(label, {**change, "baselines": ()})
 
 
 def measure(run: Run, model: str, out: Path) -> dict[str, Any]:
@@ -118,7 +125,7 @@ def dense_figures(model: str, out: Path) -> list[float]:
 def main() -> None:
     """Print the table asked for, a line as soon as its run is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"methods": methods, "settings": settings, "shrinkage": shrinkage, "target": target}
+    tables = {"methods": methods, "settings": settings, "shrinkage": shrinkage, "whole": whole}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--out", type=Path, default=Path("pruned-results"))
