@@ -83,8 +83,8 @@ def whole() -> Iterator[Run]:
     changes: list[tuple[str, dict[str, Any]]] = [
         ("target output", {"target": "output"}),
         ("propagate dense", {"propagate": "dense"}),
+        ("λ = 0.5", {"shrinkage": 0.5}),
         ("λ = 2", {"shrinkage": 2.0}),
-        ("40 sweeps", {"sweeps": 40}),
     ]
     for label, change in changes:
         yield Run(label, {**change, "baselines": ()})
