@@ -14,12 +14,11 @@ import argparse
 import torch
 from torch import nn
 
-from armorfact import BlockDiagonal, Core, Pattern
+from armorfact import BlockDiagonal, Core
 from armorfact_hf.bench import time_side_by_side
-from armorfact_hf.execution.choice import Execution
+from armorfact_hf.execution.choice import PAIR, Execution
 from armorfact_hf.linear import FactorizedLinear
 
-PAIR = Pattern(2, 4)
 SHAPES = ["4096x4096", "11008x4096", "2048x640", "1536x576"]
 COPIES_BYTES = 1 << 30
 SPARSE = {"bf16 packed": ("packed", torch.bfloat16), "bf16 unpacked": ("unpacked", torch.bfloat16)}

@@ -107,7 +107,10 @@ def put_layer_(model: nn.Module, layer: LayerFormat, dtype: torch.dtype | None) 
     Raises:
         ValueError: the model has no linear layer of that name and shape.
     """
-    module = dict(model.named_modules()).get(layer.name)
+    try:
+        module = model.get_submodule(layer.name)
+    except AttributeError:
+        module = None
     if module is None or not is_linear(module):
         raise ValueError(f"config.json lists {layer.name} as pruned; the model has no linear layer of that name")
     if (shape := Layer(layer.name, module, None).shape) != layer.shape:

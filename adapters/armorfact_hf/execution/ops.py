@@ -19,6 +19,7 @@ from torch import Tensor
 
 from armorfact import Core, Pattern
 from armorfact_hf.execution import kernels
+from armorfact_hf.execution.choice import PACKED_DTYPES, PAIR
 
 # Above this many tokens panels beat vectors (benchmarks/execution.py).
 FEW_TOKENS = 24
@@ -28,10 +29,7 @@ MOST_ROWS = 512
 UNPACKED_BYTES = 1 << 22
 # numba knows no 16-bit float: float16 goes as int16, bfloat16 as uint16.
 _STORED = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
-_LIKE = {
-    dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy()
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
-}
+_LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in PACKED_DTYPES}
 
 _library = torch.library.Library("armorfact", "DEF")
 _library.define("packed_linear(Tensor x, Tensor values, Tensor positions, Tensor? left, Tensor? right) -> Tensor")
@@ -101,7 +99,7 @@ def _unpacked_linear(x: Tensor, values: Tensor, positions: Tensor, keep: int, gr
 
 def _rows(core: Core, first: int, end: int) -> Tensor:
     """Rows first..end of a core, with their zeros."""
-    if core.pattern != Pattern(2, 4) or core.values.device.type != "cpu" or core.values.dtype not in _LIKE:
+    if core.pattern != PAIR or core.values.device.type != "cpu" or core.values.dtype not in _LIKE:
         return Core(core.values[first:end], core.packed[first:end], core.pattern, core.columns).dense()
     panel = core.values.new_empty(end - first, core.columns)
     _take_threads()

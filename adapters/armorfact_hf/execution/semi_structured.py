@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from armorfact import Core, Pattern
+from armorfact import Core
+from armorfact_hf.execution.choice import PAIR
 
-PAIR = Pattern(2, 4)
 # For float32 the hardware's pattern is 1:2, which a 2:4 core breaks wherever it keeps two neighbours of a pair.
 DTYPES = (torch.float16, torch.bfloat16)
 # PyTorch's own rules for 16 bits: sizes of the sparse matrix, and of the dense one, are multiples of these.

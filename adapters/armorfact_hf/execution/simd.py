@@ -58,8 +58,14 @@ def _has_avx512() -> bool:
 
 
 def _constant(values) -> ir.Constant:
-    values = list(values)
-    return ir.Constant(_words, values)
+    return ir.Constant(_words, list(values))
+
+
+def _repeated(builder, value, vector):
+    """A vector of sixteen times one value."""
+    nothing = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(_word, 0))
+    return builder.shuffle_vector(first, nothing, _constant([0] * LANES))
 
 
 def _address(context, builder, array, array_type, index):
@@ -195,8 +201,7 @@ def spread(typingctx, value):
     """Sixteen times one float32."""
 
     def generate(context, builder, signature, args):
-        first = builder.insert_element(ir.Constant(_floats, ir.Undefined), args[0], ir.Constant(_word, 0))
-        return builder.shuffle_vector(first, ir.Constant(_floats, ir.Undefined), _constant([0] * LANES))
+        return _repeated(builder, args[0], _floats)
 
     return floats(types.float32), generate
 
@@ -243,8 +248,7 @@ def read_places(typingctx, packed, index):
     def generate(context, builder, signature, args):
         address = _address(context, builder, args[0], signature.args[0], args[1])
         codes = _load(builder, address, _word, 1)
-        first = builder.insert_element(ir.Constant(_words, ir.Undefined), codes, ir.Constant(_word, 0))
-        every = builder.shuffle_vector(first, ir.Constant(_words, ir.Undefined), _constant([0] * LANES))
+        every = _repeated(builder, codes, _words)
         within_group = builder.and_(builder.lshr(every, _constant(range(0, 32, 2))), _constant([3] * LANES))
         return builder.or_(within_group, _constant(4 * (k // 2) for k in range(LANES)))
 
