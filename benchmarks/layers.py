@@ -24,7 +24,7 @@ def load(layer: str, windows: int = WINDOWS) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         KeyError: the model has no linear layer of that name.
     """
-    from armorfact_hf.demo_models import cache_folder
+    from armorfact_hf.data.wheels import cache_folder
 
     path = cache_folder() / "layers" / f"{MODEL}-{layer}-{windows}x{LENGTH}.npz"
     if not path.exists():
@@ -41,12 +41,14 @@ def _measure(layer: str, windows: int) -> tuple[np.ndarray, np.ndarray]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from armorfact_hf import demo_models, demo_text
+    from armorfact_hf.data import demo_models, demo_text
+    from armorfact_hf.data.tokens import tokenize
+    from armorfact_hf.data.tokens import windows as cut
 
     folder = demo_models.fetch_model(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = demo_text.tokenize(demo_text.calibration_text(), tokenizer)
-    batch = demo_text.windows(tokens, LENGTH, windows, bos=tokenizer.bos_token_id)
+    tokens = tokenize(demo_text.calibration_text(), tokenizer)
+    batch = cut(tokens, LENGTH, windows, bos=tokenizer.bos_token_id)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     modules = dict(model.named_modules())
     module = modules.get(layer.removeprefix("model."))

@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from armorfact_hf.assess import Evaluation, mean_loss, perplexity_of
-from armorfact_hf.config import PruneConfig
-from armorfact_hf.sources import Loaded, load_model
-from armorfact_hf.workflow import Calibration, prune_to_folder
+from armorfact_hf.data.load_model import Loaded, load_model
+from armorfact_hf.evaluation.measure import Evaluation, perplexity_of
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.runs.compare import mean_loss
+from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 
 TEXTS = [Evaluation("demo:gensim-enwiki"), Evaluation("demo:qasper")]
 EVERY_THIRD = (f"re:model.layers.({'|'.join(map(str, range(0, 30, 3)))})\\.",)

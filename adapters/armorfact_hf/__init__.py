@@ -7,44 +7,78 @@ own module on first use, so that a command that needs no model stays fast.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from armorfact_hf.registration import register
+from armorfact_hf.checkpoint.registration import register
 
 register()
 
+if TYPE_CHECKING:
+    from armorfact_hf.bench.layers import bench_folder as bench_folder
+    from armorfact_hf.bench.layers import time_layers as time_layers
+    from armorfact_hf.bench.models import end_to_end as end_to_end
+    from armorfact_hf.checkpoint.dense import to_dense_ as to_dense_
+    from armorfact_hf.checkpoint.description import NotPruned as NotPruned
+    from armorfact_hf.checkpoint.folder import load_pruned as load_pruned
+    from armorfact_hf.checkpoint.folder import save_pruned as save_pruned
+    from armorfact_hf.checkpoint.verify import verify_folder as verify_folder
+    from armorfact_hf.data.load_model import load_model as load_model
+    from armorfact_hf.data.tokens import tokenize as tokenize
+    from armorfact_hf.data.tokens import windows as windows
+    from armorfact_hf.evaluation.measure import Evaluation as Evaluation
+    from armorfact_hf.evaluation.perplexity import Perplexity as Perplexity
+    from armorfact_hf.evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
+    from armorfact_hf.evaluation.tasks import evaluate_tasks as evaluate_tasks
+    from armorfact_hf.layers.execution import Execution as Execution
+    from armorfact_hf.layers.linear import FactorizedLinear as FactorizedLinear
+    from armorfact_hf.model.nonfinite import NonFiniteActivations as NonFiniteActivations
+    from armorfact_hf.pruning.block_by_block import Step as Step
+    from armorfact_hf.pruning.config import PruneConfig as PruneConfig
+    from armorfact_hf.pruning.journal import DifferentRun as DifferentRun
+    from armorfact_hf.pruning.plan import Plan as Plan
+    from armorfact_hf.pruning.plan import make_plan as make_plan
+    from armorfact_hf.pruning.prune import PruneReport as PruneReport
+    from armorfact_hf.pruning.prune import prune_ as prune_
+    from armorfact_hf.runs.compare import compare as compare
+    from armorfact_hf.runs.compare import evaluate_folder as evaluate_folder
+    from armorfact_hf.runs.export import export_dense as export_dense
+    from armorfact_hf.runs.inspect import inspect_folder as inspect_folder
+    from armorfact_hf.runs.prune_to_folder import Calibration as Calibration
+    from armorfact_hf.runs.prune_to_folder import prune_to_folder as prune_to_folder
+
+# Where each name is defined; the imports above say the same to type checkers (tests compare the two).
 _HOMES = {
-    "Calibration": "workflow",
-    "DifferentRun": "journal",
-    "Evaluation": "assess",
-    "Execution": "execution.choice",
-    "FactorizedLinear": "linear",
-    "NonFiniteActivations": "statistics",
-    "NotPruned": "format",
-    "Perplexity": "perplexity",
-    "Plan": "plan",
-    "PruneConfig": "config",
-    "PruneReport": "prune",
-    "Step": "block_by_block",
-    "bench_folder": "bench",
-    "compare": "assess",
-    "end_to_end": "throughput",
-    "evaluate_folder": "assess",
-    "evaluate_perplexity": "perplexity",
-    "evaluate_tasks": "tasks",
-    "export_dense": "look",
-    "inspect_folder": "look",
-    "load_model": "sources",
-    "load_pruned": "checkpoint",
-    "make_plan": "plan",
-    "prune_": "prune",
-    "prune_to_folder": "workflow",
-    "save_pruned": "checkpoint",
-    "time_layers": "bench",
-    "to_dense_": "checkpoint",
-    "tokenize": "demo_text",
-    "verify_folder": "verify",
-    "windows": "demo_text",
+    "Calibration": "runs.prune_to_folder",
+    "DifferentRun": "pruning.journal",
+    "Evaluation": "evaluation.measure",
+    "Execution": "layers.execution",
+    "FactorizedLinear": "layers.linear",
+    "NonFiniteActivations": "model.nonfinite",
+    "NotPruned": "checkpoint.description",
+    "Perplexity": "evaluation.perplexity",
+    "Plan": "pruning.plan",
+    "PruneConfig": "pruning.config",
+    "PruneReport": "pruning.prune",
+    "Step": "pruning.block_by_block",
+    "bench_folder": "bench.layers",
+    "compare": "runs.compare",
+    "end_to_end": "bench.models",
+    "evaluate_folder": "runs.compare",
+    "evaluate_perplexity": "evaluation.perplexity",
+    "evaluate_tasks": "evaluation.tasks",
+    "export_dense": "runs.export",
+    "inspect_folder": "runs.inspect",
+    "load_model": "data.load_model",
+    "load_pruned": "checkpoint.folder",
+    "make_plan": "pruning.plan",
+    "prune_": "pruning.prune",
+    "prune_to_folder": "runs.prune_to_folder",
+    "save_pruned": "checkpoint.folder",
+    "time_layers": "bench.layers",
+    "to_dense_": "checkpoint.dense",
+    "tokenize": "data.tokens",
+    "verify_folder": "checkpoint.verify",
+    "windows": "data.tokens",
 }
 __all__ = sorted(_HOMES)
 

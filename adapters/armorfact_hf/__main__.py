@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line; without the packages that it needs, say how to get them."""
     try:
-        from armorfact_hf.cli import app
+        from armorfact_hf.cli.commands import app
     except ImportError as error:
         sys.exit(f"the command line needs more packages ({error}): pip install 'armorfact[hf]'")
     app(prog_name="armorfact")

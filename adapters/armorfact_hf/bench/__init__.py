@@ -1,0 +1,1 @@
+"""How fast pruned layers and whole models run."""

@@ -1,0 +1,219 @@
+"""Measure how fast each distinct pruned layer of a model runs by each strategy, and choose.
+
+A layer is timed together with all others of its shape, one after another as in a forward pass, so that its weight comes
+from memory and not from a cache that a loop over one layer would warm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from armorfact_hf.checkpoint.measured import shape_key, write_measured
+from armorfact_hf.layers.execution import PAIR, Execution, packs
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.semi_structured import refusal
+
+DENSE_BYTES = 1 << 30  # of dense weights that are made to compare with; layers beyond are not timed
+SECONDS = 0.4  # spent on each figure, about
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A layer's time at one number of tokens.
+
+    Args:
+        shape: of the layer, with its blocks. tokens: in the input. layers: so many were timed together.
+        dense: seconds of `torch.nn.Linear` in the same dtype.
+        seconds: by strategy; "dense" is that of ``dense``, the same product.
+        wrappers: the part of the fastest sparse strategy's time that goes to A and B.
+    """
+
+    shape: str
+    tokens: int
+    layers: int
+    dense: float
+    seconds: dict[str, float]
+    wrappers: float
+
+    def fastest(self, allow_dense: bool = True) -> str:
+        """The strategy of least time."""
+        allowed = {name: time for name, time in self.seconds.items() if allow_dense or name != "dense"}
+        return min(allowed, key=allowed.__getitem__)
+
+
+def time_layers(
+    model: nn.Module, tokens: Sequence[int], progress: Callable[[str, int, int], object] | None = None
+) -> list[Timing]:
+    """Time every distinct pruned layer of a model at each number of tokens, by every strategy that can run.
+
+    Args:
+        model: on the device and in the dtype to measure. tokens: numbers of rows in the input, each at least 1.
+        progress: called with what is done, how far, and of how much.
+
+    Raises:
+        ValueError: the model holds no pruned layer, or a number of tokens below 1.
+    """
+    if not tokens or min(tokens) < 1:
+        raise ValueError(f"expected numbers of tokens of at least 1, got {list(tokens)}")
+    groups = _by_shape(model)
+    if not groups:
+        raise ValueError("the model holds no pruned layer: name a folder that `armorfact prune` wrote")
+    steps = [(shape, count) for shape in groups for count in sorted(set(tokens))]
+    timings = []
+    for done, (shape, count) in enumerate(steps):
+        if progress is not None:
+            progress(f"{shape}, {count} tokens", done, len(steps))
+        timings.append(_time_group(shape, groups[shape], count))
+    return timings
+
+
+def _by_shape(model: nn.Module) -> dict[str, list[FactorizedLinear]]:
+    groups: dict[str, list[FactorizedLinear]] = {}
+    for module in model.modules():
+        if isinstance(module, FactorizedLinear):
+            groups.setdefault(shape_key(module), []).append(module)
+    return groups
+
+
+@torch.inference_mode()
+def _time_group(shape: str, layers: list[FactorizedLinear], tokens: int) -> Timing:
+    first = layers[0]
+    size = first.out_features * first.in_features * first.values.element_size()
+    layers = layers[: max(1, DENSE_BYTES // size)]
+    x = torch.randn(tokens, first.in_features, device=first.values.device).to(first.values.dtype)
+    forms = {"dense": [_dense(layer) for layer in layers]}
+    for strategy in runnable(first):
+        forms[strategy] = [_sharing(layer).use_(Execution.always(strategy)) for layer in layers]
+    seconds = time_side_by_side(forms, x)
+    sparse = min((name for name in seconds if name != "dense"), key=seconds.__getitem__)
+    bare = [_sharing(layer, wrapped=False).use_(Execution.always(sparse)) for layer in layers]
+    alone = time_side_by_side({"whole": forms[sparse], "bare": bare}, x)
+    wrappers = 0.0 if first.block is None else max(0.0, 1 - alone["bare"] / alone["whole"])
+    return Timing(shape, tokens, len(layers), seconds["dense"], seconds, wrappers)
+
+
+def runnable(layer: FactorizedLinear) -> list[str]:
+    """The strategies that can run this layer where it is, apart from the dense one."""
+    device, dtype = layer.values.device, layer.values.dtype
+    found = ["unpacked"]
+    if packs(device.type, dtype, layer.pattern):
+        found.insert(0, "packed")
+    if layer.pattern == PAIR and refusal(layer.out_features, layer.in_features, dtype, device) is None:
+        found.append("semi_structured")
+    return found
+
+
+def _dense(layer: FactorizedLinear) -> nn.Linear:
+    with torch.device("meta"):
+        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    dense.weight, dense.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
+    return dense
+
+
+def _sharing(layer: FactorizedLinear, wrapped: bool = True) -> FactorizedLinear:
+    """A layer of the same tensors, or of the core's alone."""
+    block = layer.block if wrapped else None
+    with torch.device("meta"):
+        other = FactorizedLinear(
+            layer.out_features, layer.in_features, layer.pattern, block, layer.bias is not None, layer.values.dtype
+        )
+    for name in ("values", "positions", "bias", *(("left", "right") if block else ())):
+        setattr(other, name, getattr(layer, name))
+    return other
+
+
+def time_side_by_side(forms: dict[str, list[nn.Module]], x: Tensor) -> dict[str, float]:
+    """Median seconds of one layer by form; forms take turns, so that a busy machine slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for layers in forms.values():  # compiles kernels
+        _seconds(layers, x)
+    start = time.perf_counter()
+    while min(map(len, times.values())) < 3 or time.perf_counter() - start < SECONDS * len(forms):
+        for name, layers in forms.items():
+            times[name].append(_seconds(layers, x) / len(layers))
+    return {name: median(found) for name, found in times.items()}
+
+
+def _seconds(layers: list[nn.Module], x: Tensor) -> float:
+    _wait(x.device)
+    start = time.perf_counter()
+    for layer in layers:
+        layer(x)
+    _wait(x.device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def choose(timings: Sequence[Timing], allow_dense: bool = False) -> dict[str, Execution]:
+    """For each shape the fastest strategy by number of tokens; the border between two is their geometric mean.
+
+    Args:
+        timings: of `time_layers`. allow_dense: whether a layer may keep its merged weight beside the factors.
+    """
+    return {shape: Execution(tuple(_ranges(found, allow_dense))) for shape, found in _of_shapes(timings)}
+
+
+def _of_shapes(timings: Sequence[Timing]) -> Iterator[tuple[str, list[Timing]]]:
+    for shape in dict.fromkeys(timing.shape for timing in timings):
+        yield shape, sorted((timing for timing in timings if timing.shape == shape), key=lambda found: found.tokens)
+
+
+def _ranges(timings: list[Timing], allow_dense: bool) -> Iterator[tuple[int | None, str]]:
+    for timing, following in zip(timings, [*timings[1:], None], strict=True):
+        strategy = timing.fastest(allow_dense)
+        if following is None:
+            yield None, strategy
+        elif following.fastest(allow_dense) != strategy:
+            yield isqrt(timing.tokens * following.tokens), strategy
+
+
+def crossover(timings: Sequence[Timing]) -> dict[str, int | None]:
+    """For each shape the largest measured number of tokens up to which a sparse strategy is faster than dense.
+
+    None where dense is faster from the first number on.
+    """
+    found: dict[str, int | None] = {}
+    for shape, group in _of_shapes(timings):
+        found[shape] = None
+        for timing in group:
+            if timing.fastest() == "dense":
+                break
+            found[shape] = timing.tokens
+    return found
+
+
+def bench_folder(
+    folder: Path,
+    tokens: Sequence[int],
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    allow_dense: bool = False,
+    progress: Callable[[str, int, int], object] | None = None,
+    log: Callable[[str], object] = print,
+) -> list[Timing]:
+    """`time_layers` on a pruned folder; the choice is written beside the checkpoint, where loading finds it.
+
+    Raises:
+        ValueError: the folder holds no pruned model, or is damaged.
+    """
+    from armorfact_hf.checkpoint.folder import describe_folder
+    from armorfact_hf.data.load_model import load_model
+
+    describe_folder(folder)
+    model = load_model(str(folder), dtype, device, log).model
+    timings = time_layers(model, tokens, progress)
+    write_measured(folder, model.device, model.dtype, choose(timings, allow_dense))
+    return timings

@@ -1,0 +1,94 @@
+"""How fast a whole model reads a prompt and writes tokens, and how much memory it takes; dense against pruned."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from armorfact_hf.data.load_model import load_model
+from armorfact_hf.runs.prune_to_folder import peak_memory, read_report
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What one model does.
+
+    Args:
+        name: of the model. prompt: tokens a second while reading; decode: while writing one after another.
+        weights: bytes of all parameters and buffers, tied ones once.
+        memory: by how many bytes the process grew, at its peak, over what it took before the model was loaded (on a
+            GPU: the peak of what PyTorch took there).
+    """
+
+    name: str
+    prompt: float
+    decode: float
+    weights: int
+    memory: int
+
+
+def throughput(
+    name: str, prompt: int = 512, new: int = 64, dtype: str = "auto", device: str | None = None
+) -> Throughput:
+    """Load a model and run it: ``prompt`` random tokens at once, then ``new`` tokens one by one, greedily.
+
+    Raises:
+        ValueError: see `load_model`.
+    """
+    before = peak_memory()
+    loaded = load_model(name, dtype, device, lambda sentence: None)
+    model = loaded.model
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prompt = loaded.window(prompt + new) - new
+    tokens = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+    _run(model, tokens[:, :16], 2)  # compiles kernels
+    reading, writing = _run(model, tokens, new)
+    memory = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else peak_memory() - before
+    return Throughput(name, prompt / reading, 1 / writing, _weights(model), memory)
+
+
+@torch.inference_mode()
+def _run(model: nn.Module, tokens: torch.Tensor, new: int) -> tuple[float, float]:
+    """Seconds to read the tokens, and median seconds of a written one."""
+    start = time.perf_counter()
+    output = model(tokens, use_cache=True, logits_to_keep=1)
+    token = output.logits[:, -1:].argmax(-1)
+    token.item()  # waits for the device
+    reading = time.perf_counter() - start
+    steps = []
+    for _ in range(new):
+        start = time.perf_counter()
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+        token.item()
+        steps.append(time.perf_counter() - start)
+    return reading, median(steps)
+
+
+def _weights(model: nn.Module) -> int:
+    held = [*model.parameters(), *model.buffers()]
+    return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in held}.values())
+
+
+def end_to_end(
+    folder: Path, prompt: int = 512, new: int = 64, dtype: str = "auto", device: str | None = None
+) -> list[Throughput]:
+    """`throughput` of the dense model that a folder was pruned from, and of the pruned one, each in its own process.
+
+    Raises:
+        ValueError: the folder has no report that names its dense model, or a model cannot be loaded.
+    """
+    facts = read_report(folder)["model"]
+    dtype = facts["dtype"] if dtype == "auto" else dtype
+    results = []
+    for name in (facts["name"], str(folder)):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
+            results.append(own.submit(throughput, name, prompt, new, dtype, device).result())
+    return results

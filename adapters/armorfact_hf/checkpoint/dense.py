@@ -1,0 +1,32 @@
+"""Turn a pruned model into an ordinary dense one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from armorfact_hf.layers.linear import FactorizedLinear
+
+
+def to_dense_(model: nn.Module) -> nn.Module:
+    """Replace every pruned layer by an ordinary one with the weight A C B, in place; any tool can use the result."""
+    pruned = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+    with torch.device("meta"):
+        dense = dict(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).named_modules())
+    for name, layer in pruned.items():
+        model.set_submodule(name, _dense_linear(dense[name], layer))
+    if hasattr(model, "hf_quantizer"):
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def _dense_linear(like: nn.Module, layer: FactorizedLinear) -> nn.Module:
+    """The layer ``like`` of an empty dense model, with the weight and bias of a pruned one."""
+    weight = layer.weight
+    weight = weight.T.contiguous() if isinstance(like, Conv1D) else weight
+    like.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        like.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return like

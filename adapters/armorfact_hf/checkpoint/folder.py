@@ -1,0 +1,98 @@
+"""Pruned models on disk: save, load, and turn into ordinary dense ones.
+
+A folder is what transformers writes (safetensors, `config.json`, tokenizer); docs/format.md tells what is in it.
+Nothing in it is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from armorfact_hf.checkpoint.description import Description, NotPruned
+from armorfact_hf.checkpoint.verify import shards
+
+
+def describe(config: PretrainedConfig, where: Path | str) -> Description:
+    """What a model's config says of its pruned layers.
+
+    Raises:
+        NotPruned: there are none.
+        ValueError: it was written by another version of the format, or is malformed.
+    """
+    found = getattr(config, "quantization_config", None)
+    return Description.from_dict(found.to_dict() if hasattr(found, "to_dict") else found, str(where))
+
+
+def describe_folder(folder: Path) -> Description:
+    """What a folder's config says of its pruned layers.
+
+    Raises:
+        NotPruned, ValueError: see `describe`.
+    """
+    if not (folder / "config.json").is_file():
+        raise NotPruned(
+            f"{folder} is no folder of a model (it has no config.json): name one that `armorfact prune` wrote"
+        )
+    return describe(AutoConfig.from_pretrained(folder), folder)
+
+
+def save_pruned(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> None:
+    """Write a pruned model, and its tokenizer if given, with transformers' own `save_pretrained`."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model that a folder holds, in evaluation mode; its logits are those of the model that was saved.
+
+    It is `AutoModelForCausalLM.from_pretrained`, which only warns of tensors that are missing, made strict.
+
+    Args:
+        folder: what `save_pruned` wrote.
+        device: where the model goes. dtype: of its weights; None is the one they are stored in.
+
+    Raises:
+        NotPruned: the folder holds no pruned model.
+        ValueError: a damaged or missing file, tensors that are missing, unexpected or of the wrong shape; each named.
+    """
+    folder = Path(folder)
+    describe_folder(folder)
+    shards(folder)  # names files that its index lists and that are not there
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot load {folder} ({error}): copy or download it again") from error
+    wrong = {
+        "lacks": found["missing_keys"],
+        "holds what belongs to no module": found["unexpected_keys"],
+        "holds in another shape than the model's": {name for name, *_ in found["mismatched_keys"]},
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ValueError(f"{folder} {what}: {', '.join(sorted(names)[:5])} ({len(names)} in all)")
+    return model if device is None else model.to(device)
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's safetensors files, one at a time.
+
+    Raises:
+        ValueError: a file that is damaged or missing.
+    """
+    for path in shards(folder):
+        try:
+            with safe_open(path, "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    yield name, stored.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error

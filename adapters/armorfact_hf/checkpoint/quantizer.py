@@ -1,0 +1,131 @@
+"""What transformers calls to load and save pruned models: `AutoModelForCausalLM.from_pretrained` needs no more.
+
+Importing this module registers both classes; `armorfact_hf` imports it as soon as transformers is in use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from armorfact_hf.checkpoint.description import QUANT_METHOD, Description, digests
+from armorfact_hf.checkpoint.measured import use_measured_
+from armorfact_hf.checkpoint.verify import verify
+from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.structure import Layer, is_linear
+
+
+@register_quantization_config(QUANT_METHOD)
+class ArmorfactConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a pruned model, checked at once.
+
+    Args:
+        found: the entries of the JSON object, see docs/format.md.
+
+    Raises:
+        ValueError: malformed, or of another version of the format; the message names the entry.
+    """
+
+    def __init__(self, **found: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.description = Description.from_dict(found, "config.json")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return self.description.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class ArmorfactQuantizer(HfQuantizer):
+    """Puts a `FactorizedLinear` in the place of every pruned layer, after the files were found whole."""
+
+    requires_calibration = True
+
+    def is_serializable(self) -> bool:
+        """A pruned model is saved as it is loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors ask for no gradients."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` takes every layer as one step."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, dtype: Any = None, **_: Any
+    ) -> nn.Module:
+        description = self.quantization_config.description
+        if checkpoint_files:
+            with torch.device("cpu"):  # transformers builds the model on the meta device, which holds no numbers
+                verify([Path(name) for name in checkpoint_files], description)
+        for layer in description.modules.values():
+            put_layer_(model, layer, dtype)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name in self.quantization_config.description.modules:
+            model.get_submodule(name).requires_grad_(False)  # transformers asks gradients of all that it loads
+        return use_measured_(model, Path(model.name_or_path))
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """Nothing of its own: transformers writes its state dict, but first `config.json`, so put the digests there.
+
+        Not into the metadata of the files: safetensors writes that in random order, and saving a model twice is to
+        give the same bytes.
+        """
+        config, tensors = self.quantization_config, model.state_dict()
+        offloaded = any(tensor.is_meta for tensor in tensors.values())  # to disk, whence transformers fetches them
+        config.description = dataclasses.replace(
+            config.description,
+            dtype=str(model.dtype).removeprefix("torch."),
+            sha256={} if offloaded else digests(tensors),
+        )
+        model.config.quantization_config = config
+        return None, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from armorfact_hf.checkpoint.dense import to_dense_  # imports transformers' models, which import this module
+
+        return to_dense_(model).to(dtype)
+
+
+def put_layer_(model: nn.Module, layer: LayerFormat, dtype: torch.dtype | None) -> None:
+    """Replace a linear layer by an empty pruned one, on the device of the model.
+
+    Raises:
+        ValueError: the model has no linear layer of that name and shape.
+    """
+    try:
+        module = model.get_submodule(layer.name)
+    except AttributeError:
+        module = None
+    if module is None or not is_linear(module):
+        raise ValueError(f"config.json lists {layer.name} as pruned; the model has no linear layer of that name")
+    if (shape := Layer(layer.name, module, None).shape) != layer.shape:
+        raise ValueError(
+            f"config.json gives {layer.name} the shape {list(layer.shape)}; in the model it has {list(shape)}"
+        )
+    bias = module.bias is not None
+    empty = FactorizedLinear(*layer.shape, layer.pattern, layer.block, bias, dtype, module.weight.device)
+    model.set_submodule(layer.name, empty)
+
+
+def attach_(model: nn.Module, description: Description) -> None:
+    """Tell a model pruned in memory what it is, so that transformers saves it as one."""
+    config = ArmorfactConfig(**description.to_dict())
+    model.config.quantization_config = config
+    model.hf_quantizer = ArmorfactQuantizer(config)
+    model.quantization_method, model.is_quantized = QUANT_METHOD, True

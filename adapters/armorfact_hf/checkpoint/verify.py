@@ -1,0 +1,247 @@
+"""Checks the safetensors files of a pruned model against its description, before anything is made of them.
+
+Names, dtypes and shapes are compared in the headers of all files first; then tensors are read one at a time, for
+`armorfact_hf.checkpoint.contents` to check.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from armorfact_hf.checkpoint.contents import AGAIN, check_contents
+from armorfact_hf.checkpoint.description import Description, tensor_digest
+from armorfact_hf.layers.format import LayerFormat
+
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the files hold, now that they are known to be as described.
+
+    Args:
+        bytes: of the tensors of each pruned module, its bias left out.
+        dtypes: of the floating tensors of each pruned module.
+        digests: whether `config.json` has digests, with which every tensor that has one agreed.
+    """
+
+    bytes: dict[str, int]
+    dtypes: dict[str, torch.dtype]
+    digests: bool
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as the header of its file declares it."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path}: tensor {self.name}"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 1)
+
+
+def verify_folder(folder: Path, description: Description) -> Verified:
+    """`verify` the files of a folder, and its index if it has one.
+
+    Raises:
+        ValueError: a file that is missing or damaged, an index that is damaged, names a file outside of the folder or
+            disagrees with the files; and whatever `verify` finds.
+    """
+    tensors = _headers(shards(folder))
+    if (folder / INDEX).exists():
+        _check_index(folder / INDEX, tensors)
+    return _verify(tensors, description)
+
+
+def verify(files: Sequence[Path], description: Description) -> Verified:
+    """Check that safetensors files hold the pruned layers of a description, whole and well formed.
+
+    Args:
+        files: all files of the model, each tensor in one of them. description: what `config.json` says of them.
+
+    Raises:
+        ValueError: names file and tensor. A file that is damaged; a tensor that is in two files, missing, unexpected
+            under the name of a pruned module, of the wrong shape or dtype, or unlike its digest; a tensor of a pruned
+            module without a digest while others have one; and whatever `check_contents` finds.
+    """
+    return _verify(_headers(files), description)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, those that its index lists if it has one.
+
+    Raises:
+        ValueError: no file, one of the index is missing or outside of the folder, a damaged index.
+    """
+    index = folder / INDEX
+    if index.exists():
+        names = sorted(set(_weight_map(index).values()))
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(absent)}, which its index lists: {AGAIN}")
+    if not names:
+        raise ValueError(f"{folder} holds no safetensors file: save the model there with `save_pretrained`")
+    return [folder / name for name in names]
+
+
+def _headers(files: Sequence[Path]) -> dict[str, _Stored]:
+    """The tensors of all files by name, from the headers."""
+    tensors: dict[str, _Stored] = {}
+    for path in files:
+        with _opened(path) as stored:
+            for name in stored.keys():  # noqa: SIM118
+                part = stored.get_slice(name)
+                tensor = _Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+                if name in tensors:
+                    raise ValueError(f"{tensor} is in {tensors[name].path} too: remove the file that is left over")
+                tensors[name] = tensor
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The name of its file for each tensor, as the index has it."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(found.values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is damaged ({error!r}): {AGAIN}") from error
+    for name in names:
+        if not _is_file_name(name):
+            raise ValueError(f"{index} lists {name!r}: expected names of files in its own folder; {AGAIN}")
+    return found
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether it can only be a file in the folder itself, on every system."""
+    if not isinstance(name, str) or not name.isprintable() or set(name) & set("/\\:"):
+        return False
+    return name not in ("", ".", "..") and len(name.encode()) < 256
+
+
+def _check_index(index: Path, tensors: dict[str, _Stored]) -> None:
+    listed = _weight_map(index)
+    for name in [*listed, *tensors]:
+        tensor = tensors.get(name)
+        held = None if tensor is None else tensor.path.name
+        if held != listed.get(name):
+            raise ValueError(
+                f"{index} and the files disagree on tensor {name}: it is listed in {listed.get(name, 'no file')}, "
+                f"and found in {held or 'none'}; copy or download the folder again"
+            )
+
+
+def _verify(tensors: dict[str, _Stored], description: Description) -> Verified:
+    modules = _by_module(tensors, description.modules)
+    for name, held in modules.items():
+        _check_header(description.modules[name], held, description.sha256)
+    owners = {
+        tensor.name: (part, description.modules[name])
+        for name, held in modules.items()
+        for part, tensor in held.items()
+    }
+    for tensor, data in _contents(tensors, {*owners, *description.sha256}):
+        if tensor.name in description.sha256 and tensor_digest(data) != description.sha256[tensor.name]:
+            raise ValueError(f"{tensor} is damaged (its sha256 differs): {AGAIN}")
+        if tensor.name in owners:
+            check_contents(str(tensor), data, *owners[tensor.name])
+    return Verified(
+        {name: sum(tensor.nbytes for part, tensor in held.items() if part != "bias") for name, held in modules.items()},
+        {name: FLOATS[held["values"].dtype] for name, held in modules.items()},
+        bool(description.sha256),
+    )
+
+
+def _by_module(tensors: dict[str, _Stored], names: Collection[str]) -> dict[str, dict[str, _Stored]]:
+    """For each pruned module the tensors under its name, by what follows the name."""
+    modules: dict[str, dict[str, _Stored]] = {name: {} for name in names}
+    for tensor in tensors.values():
+        pieces = tensor.name.split(".")
+        for count in range(1, len(pieces) + 1):
+            if (module := ".".join(pieces[:count])) in modules:
+                modules[module][".".join(pieces[count:])] = tensor
+    return modules
+
+
+def _check_header(layer: LayerFormat, held: dict[str, _Stored], sha256: Collection[str]) -> None:
+    """Compare what is declared for one module with its description; no tensor is read."""
+    expected = {**layer.tensors, "bias": layer.shape[:1]}
+    needed = [part for part in expected if part != "bias" or f"{layer.name}.bias" in sha256]
+    if missing := [part for part in needed if part not in held]:
+        raise ValueError(
+            f"the files lack {', '.join(f'{layer.name}.{part}' for part in missing)}, which the pruned module "
+            f"{layer.name} needs: copy or download the folder again"
+        )
+    for part, tensor in held.items():
+        if part not in expected:
+            raise ValueError(
+                f"{tensor} is unexpected: under the pruned module {layer.name} there are only "
+                f"{', '.join(expected)}; save the model again, and leave the folder as it was written"
+            )
+        _check_dtype(tensor, part, held["values"].dtype)
+        _check_shape(tensor, part, expected[part], layer)
+        # Other tensors may lack one: transformers renames those of some families when it saves.
+        if sha256 and tensor.name not in sha256:
+            raise ValueError(f"{tensor} has no digest, although config.json lists those of the others: {AGAIN}")
+
+
+def _check_dtype(tensor: _Stored, part: str, values: str) -> None:
+    floats = [values] if values in FLOATS else list(FLOATS)
+    expected = ["U8"] if part == "positions" else floats
+    if tensor.dtype not in expected:
+        raise ValueError(f"{tensor} is {tensor.dtype}, expected {' or '.join(expected)}: {AGAIN}")
+
+
+def _check_shape(tensor: _Stored, part: str, expected: tuple[int, ...], layer: LayerFormat) -> None:
+    if tensor.shape == expected:
+        return
+    why = ""
+    if part == "values" and len(tensor.shape) == 2 and tensor.shape[0] == expected[0]:
+        count = "more" if tensor.shape[1] > expected[1] else "fewer"
+        why = f"holds {count} than {layer.pattern.keep} values in a group of {layer.pattern.group}: it "
+    raise ValueError(
+        f"{tensor} {why}has shape {list(tensor.shape)}, expected {list(expected)} in a module of shape "
+        f"{list(layer.shape)}, pattern {layer.pattern} and block {layer.block}: {AGAIN}"
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cannot be read ({error}): {AGAIN}") from error
+
+
+def _contents(tensors: dict[str, _Stored], names: Collection[str]) -> Iterator[tuple[_Stored, Tensor]]:
+    """Those of the tensors that have one of the names, one in memory at a time."""
+    wanted = (tensor for tensor in tensors.values() if tensor.name in names)
+    for path, group in groupby(wanted, lambda tensor: tensor.path):
+        with _opened(path) as stored:
+            for tensor in group:
+                try:
+                    data = stored.get_tensor(tensor.name)
+                except (SafetensorError, AttributeError, TypeError, RuntimeError) as error:
+                    # Of a dtype that PyTorch does not have, or empty and of a shape that is too long for it.
+                    raise ValueError(f"{tensor} cannot be read ({error}): {AGAIN}") from error
+                yield tensor, data

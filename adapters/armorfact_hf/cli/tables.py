@@ -1,0 +1,165 @@
+"""What the command line prints: tables and sentences made of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Rows = Sequence[Any]
+
+
+def plan_lines(plan: Any) -> Iterator[str]:
+    """What pruning will make of a model, what stays dense and why, and how long it will take."""
+    ratio = plan.bytes / plan.dense_bytes
+    yield (
+        f"Plan: {len(plan.layers)} linear layers of a model with {plan.parameters:,} parameters; "
+        f"{plan.dense_bytes / 1e6:,.1f} MB become {plan.bytes / 1e6:,.1f} MB ({ratio:.3f} of dense, "
+        f"{100 * plan.wrapper_overhead:.1f}% of it for wrappers); about {plan.peak_bytes / 1e9:.1f} GB of memory"
+    )
+    yield from _left_dense(plan.dense_layers)
+    if plan.seconds is not None:
+        yield f"Estimated time, from a measured first layer: {_about(plan.seconds)}"
+
+
+def _left_dense(layers: Rows) -> Iterator[str]:
+    """A sentence a reason; the report names every layer."""
+    by_reason: dict[str, list[str]] = {}
+    for layer in layers:
+        by_reason.setdefault(layer.reason, []).append(layer.name)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"Left dense, {reason}: {', '.join(names[:3])}{more}"
+
+
+def _about(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def compared(rows: Rows) -> Table:
+    """Methods beside the dense model: `armorfact_hf.runs.compare.compare`."""
+    texts = list(rows[0].perplexity)
+    headers = [header for text in texts for header in (f"perplexity, {text}", "x dense")]
+    table = Table("method", *headers, "mean layer loss", "MB on disk", "seconds", box=None)
+    for row in rows:
+        cells = [_number(found.get(text)) for text in texts for found in (row.perplexity, row.ratio)]
+        dense = row.name == "dense"
+        table.add_row(
+            row.name,
+            *cells,
+            "" if dense else f"{row.mean_loss:.4f}",
+            f"{row.bytes / 1e6:,.1f}",
+            "" if dense else f"{row.seconds:,.0f}",
+        )
+    return table
+
+
+def evaluations(entries: Sequence[dict[str, Any]]) -> Table:
+    """Perplexity by text and method, with all that pins it."""
+    table = Table(
+        "text", "split", "window", "stride", "bos", "tokens", "dense", "method", "perplexity", "x dense", box=None
+    )
+    for entry in entries:
+        pinned = [str(entry[key]) for key in ("text", "split", "window", "stride", "bos", "tokens")]
+        for row in entry["methods"] or [{"name": "", "perplexity": entry["dense"]}]:
+            found = row["perplexity"]
+            table.add_row(
+                *pinned, f"{entry['dense']:.3f}", row["name"], f"{found:.3f}", f"{found / entry['dense']:.3f}"
+            )
+    return table
+
+
+def tasks(rows: Sequence[dict[str, Any]]) -> Table:
+    """Accuracy by task."""
+    table = Table("task", "questions", "dense", "pruned", "standard error", box=None)
+    for row in rows:
+        pruned = "" if row["pruned"] is None else f"{row['pruned']:.3f}"
+        error = f"{row['standard_error']:.3f}"
+        table.add_row(row["task"], str(row["questions"]), f"{row['dense']:.3f}", pruned, error)
+    return table
+
+
+def held(layers: Rows) -> Table:
+    """The layers of a pruned folder: `armorfact_hf.runs.inspect.inspect_folder`."""
+    table = Table("layer", "shape", "block", "loss", "SparseGPT's", "bytes", "of dense", box=None)
+    for layer in layers:
+        shape = "x".join(map(str, layer.shape))
+        block = "none" if layer.block is None else "x".join(map(str, layer.block))
+        share = f"{layer.bytes / layer.dense_bytes:.3f}"
+        table.add_row(
+            layer.name, shape, block, _loss(layer.loss), _loss(layer.sparsegpt_loss), f"{layer.bytes:,}", share
+        )
+    return table
+
+
+def held_sums(layers: Rows) -> Iterator[str]:
+    """The bytes of all layers beside what theory says of them."""
+    total, dense = sum(layer.bytes for layer in layers), sum(layer.dense_bytes for layer in layers)
+    core, wrappers = (sum(layer.theory[part] for layer in layers) for part in (0, 1))
+    yield f"{len(layers)} layers, {total:,} bytes, {total / dense:.4f} of dense; every tensor is whole"
+    yield (
+        f"Theory: {core / dense:.4f} for the cores, {wrappers / dense:.4f} for the wrappers, "
+        f"{(core + wrappers) / dense:.4f} together"
+    )
+
+
+def timings(rows: Rows) -> Table:
+    """Microseconds of a layer by strategy: `armorfact_hf.bench.layers.time_layers`."""
+    strategies = list(dict.fromkeys(name for row in rows for name in row.seconds if name != "dense"))
+    headers = [f"{name}, µs" for name in strategies]
+    table = Table("layer", "tokens", "dense, µs", *headers, "fastest", "x dense", "wrappers", box=None)
+    for row in rows:
+        cells = [f"{row.seconds[name] * 1e6:,.0f}" if name in row.seconds else "" for name in strategies]
+        fastest = row.fastest()
+        table.add_row(
+            row.shape,
+            str(row.tokens),
+            f"{row.dense * 1e6:,.0f}",
+            *cells,
+            fastest,
+            f"{row.dense / row.seconds[row.fastest(allow_dense=False)]:.2f}",
+            f"{100 * row.wrappers:.0f}%",
+        )
+    return table
+
+
+def crossovers(rows: Rows, chosen: Mapping[str, Any]) -> Iterator[str]:
+    """Up to how many tokens sparse wins, and what was chosen."""
+    from armorfact_hf.bench.layers import crossover
+
+    for shape, tokens in crossover(rows).items():
+        wins = (
+            "dense is faster from the first number on" if tokens is None else f"sparse is faster up to {tokens} tokens"
+        )
+        ranges = ", ".join(
+            f"{strategy} up to {limit}" if limit is not None else f"{strategy} above" if several else strategy
+            for several in (len(chosen[shape].choices) > 1,)
+            for limit, strategy in chosen[shape].choices
+        )
+        yield f"{shape}: {wins}; chosen: {ranges}"
+
+
+def throughputs(rows: Rows) -> Table:
+    """Whole models: `armorfact_hf.bench.models.end_to_end`."""
+    table = Table("model", "prompt, tokens/s", "decode, tokens/s", "weights, MB", "peak memory, MB", box=None)
+    dense = rows[0]
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.prompt:,.0f} ({row.prompt / dense.prompt:.2f})",
+            f"{row.decode:,.1f} ({row.decode / dense.decode:.2f})",
+            f"{row.weights / 1e6:,.1f} ({row.weights / dense.weights:.3f})",
+            f"{row.memory / 1e6:,.1f} ({row.memory / dense.memory:.3f})",
+        )
+    return table
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,1 @@
+"""Models and texts: folders, the hub, and what travels inside Python packages."""

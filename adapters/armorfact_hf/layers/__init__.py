@@ -1,0 +1,1 @@
+"""A pruned linear layer, and the ways to run it."""

@@ -1,0 +1,110 @@
+"""How one pruned layer is stored: the sizes, and the tensors that follow from them."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from armorfact import Pattern
+
+MAX_SIZE = 1 << 24  # of a dimension of a layer: far above every model, far below what overflows
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """A pruned layer W (d_out, d_in) ~ A C B as it is stored.
+
+    Args:
+        name: of the module.
+        shape: (d_out, d_in), that of W.
+        pattern: N:M, that of C.
+        block: sizes (b_out, b_in) of the blocks of A and B, or None for C alone.
+
+    Raises:
+        ValueError: sizes that are no positive whole numbers, or that the pattern or the blocks do not divide.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: Pattern
+    block: tuple[int, int] | None
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.name, "shape [d_out, d_in]", self.shape)
+        if self.shape[1] % self.pattern.group:
+            raise ValueError(
+                f"module {self.name}: expected d_in to be a multiple of {self.pattern.group} for pattern "
+                f"{self.pattern}, got shape {list(self.shape)}"
+            )
+        if self.block is not None:
+            _check_sizes(self.name, "block [b_out, b_in]", self.block)
+            if self.shape[0] % self.block[0] or self.shape[1] % self.block[1]:
+                raise ValueError(
+                    f"module {self.name}: expected a block that divides shape {list(self.shape)}, "
+                    f"got block {list(self.block)}"
+                )
+
+    @property
+    def kept(self) -> int:
+        """How many values a row of the core holds."""
+        return self.shape[1] // self.pattern.group * self.pattern.keep
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor ``<name>.<part>`` by its part, the optional bias left out."""
+        (d_out, d_in) = self.shape
+        bytes_a_row = -(-self.kept * self.pattern.index_bits // 8)
+        shapes: dict[str, tuple[int, ...]] = {"values": (d_out, self.kept), "positions": (d_out, bytes_a_row)}
+        if self.block is not None:
+            (b_out, b_in) = self.block
+            shapes |= {"left": (d_out // b_out, b_out, b_out), "right": (d_in // b_in, b_in, b_in)}
+        return shapes
+
+    @classmethod
+    def from_dict(cls, entry: Any, place: int, pattern: Pattern) -> LayerFormat:
+        """The layer that entry number ``place`` of ``modules`` describes.
+
+        Raises:
+            ValueError: a malformed entry; names it.
+        """
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"modules[{place}]: expected an object with name, shape and block, got {shown(entry)}")
+        name = entry.get("name", f"modules[{place}]")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"modules[{place}]: expected the name of a module, got {shown(name)}")
+        check_keys(f"module {name}", entry, ("name", "shape", "block"))
+        block = entry["block"]
+        shape = _pair(name, "shape [d_out, d_in]", entry["shape"])
+        return cls(name, shape, pattern, None if block is None else _pair(name, "block [b_out, b_in]", block))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`: plain JSON types."""
+        block = None if self.block is None else list(self.block)
+        return {"name": self.name, "shape": list(self.shape), "block": block}
+
+
+def check_keys(what: str, found: Mapping[Any, Any], required: Collection[str], optional: Collection[str] = ()) -> None:
+    if missing := [key for key in required if key not in found]:
+        raise ValueError(f"{what}: expected the keys {', '.join(required)}, got none named {', '.join(missing)}")
+    if unknown := [str(key) for key in found if key not in (*required, *optional)]:
+        raise ValueError(f"{what}: expected only the keys {', '.join((*required, *optional))}, got {shown(unknown)}")
+
+
+def _pair(name: str, key: str, sizes: Any) -> tuple[int, int]:
+    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+        raise ValueError(f"module {name}: expected {key} to be two whole numbers, got {shown(sizes)}")
+    return sizes[0], sizes[1]
+
+
+def _check_sizes(name: str, key: str, sizes: tuple[int, int]) -> None:
+    if any(type(size) is not int or not 1 <= size <= MAX_SIZE for size in sizes):
+        raise ValueError(
+            f"module {name}: expected {key} to be whole numbers from 1 to {MAX_SIZE}, got {shown(list(sizes))}"
+        )
+
+
+def shown(value: Any) -> str:
+    """The value for an error message, cut short."""
+    return reprlib.repr(value)

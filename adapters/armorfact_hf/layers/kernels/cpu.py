@@ -1,0 +1,286 @@
+"""Compiled CPU products with a packed 2:4 core, read straight from memory; numba, parallel over rows.
+
+A row of the core holds d_in / 2 kept values and, in two bits each, their positions in their groups of four. One token
+is bound by memory, so values and positions are read once, at the size they are stored in, and the wrappers' blocks are
+applied in the same passes. Many tokens are bound by arithmetic: half the multiplications of a dense product, on panels
+of tokens that stay in the nearest cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit, prange
+
+from armorfact_hf.layers.kernels.simd import (
+    element,
+    expand,
+    fma,
+    load,
+    pick,
+    pointer,
+    prefetch,
+    put,
+    read_places,
+    spread,
+    store,
+    total,
+    zeros,
+)
+
+BYTES = np.empty(0, dtype=np.uint8)  # what `pointer` makes entries of
+# The columns that a byte of positions keeps, of eight; bytes that no core holds are in it too.
+_CODES = np.arange(256)
+KEPT_COLUMNS = sum(np.uint32(1) << (4 * (k // 2) + (_CODES >> 2 * k & 3)).astype(np.uint32) for k in range(4)).astype(
+    np.uint32
+)
+# Rows of the core that one thread takes at a time where no wrapper sets the number.
+ROWS = 64
+# A panel of 64 columns and 128 tokens (32 KiB) fits the nearest cache; 128 tokens are eight registers of sums.
+COLUMNS, TOKENS = 64, 128
+# Rows ahead whose values are asked for: they lie a whole row apart, where no hardware prefetcher finds them.
+AHEAD = 8
+
+
+@njit(cache=True, inline="always")
+def _column(positions, row_byte, k):
+    """The column of a row's k-th kept value."""
+    return 4 * (k >> 1) + ((positions[row_byte + (k >> 2)] >> (2 * (k & 3))) & 3)
+
+
+@njit(cache=True)
+def _dot(blocks, at, x, x_at, count):
+    """blocks[at : at + count] · x[x_at : x_at + count]."""
+    sums = zeros()
+    vectors = count // 16 * 16
+    for k in range(0, vectors, 16):
+        sums = fma(load(blocks, at + k), load(x, x_at + k), sums)
+    result = total(sums)
+    for k in range(vectors, count):
+        result += element(blocks, at + k) * x[x_at + k]
+    return result
+
+
+@njit(cache=True)
+def _four_rows(values, positions, row, kept, row_bytes, x, x_at, z, z_at):
+    """z[z_at + 0..3] = rows row..row + 3 of the core times one token."""
+    a, b, c, d = zeros(), zeros(), zeros(), zeros()
+    vectors = kept // 16 * 16
+    first, first_byte = row * kept, row * row_bytes
+    for k in range(0, vectors, 16):
+        at, byte = first + k, first_byte + (k >> 2)
+        for ahead in range(4, 8):
+            prefetch(values, at + ahead * kept)
+        if k & 255 == 0:
+            for ahead in range(4, 8):
+                prefetch(positions, byte + ahead * row_bytes)
+        a = fma(load(values, at), pick(x, x_at + 2 * k, read_places(positions, byte)), a)
+        at, byte = at + kept, byte + row_bytes
+        b = fma(load(values, at), pick(x, x_at + 2 * k, read_places(positions, byte)), b)
+        at, byte = at + kept, byte + row_bytes
+        c = fma(load(values, at), pick(x, x_at + 2 * k, read_places(positions, byte)), c)
+        at, byte = at + kept, byte + row_bytes
+        d = fma(load(values, at), pick(x, x_at + 2 * k, read_places(positions, byte)), d)
+    z[z_at], z[z_at + 1], z[z_at + 2], z[z_at + 3] = total(a), total(b), total(c), total(d)
+    for r in range(4):
+        for k in range(vectors, kept):
+            column = _column(positions, first_byte + r * row_bytes, k)
+            z[z_at + r] += element(values, first + r * kept + k) * x[x_at + column]
+
+
+@njit(cache=True)
+def _four_tokens(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at, z_step):
+    """z[z_at + t z_step] = one row of the core times tokens t = 0..3, whose values are read once."""
+    a, b, c, d = zeros(), zeros(), zeros(), zeros()
+    vectors = kept // 16 * 16
+    first, first_byte = row * kept, row * row_bytes
+    for k in range(0, vectors, 16):
+        prefetch(values, first + k + kept)
+        where = read_places(positions, first_byte + (k >> 2))
+        weights = load(values, first + k)
+        at = x_at + 2 * k
+        a = fma(weights, pick(x, at, where), a)
+        b = fma(weights, pick(x, at + d_in, where), b)
+        c = fma(weights, pick(x, at + 2 * d_in, where), c)
+        d = fma(weights, pick(x, at + 3 * d_in, where), d)
+    z[z_at], z[z_at + z_step], z[z_at + 2 * z_step], z[z_at + 3 * z_step] = total(a), total(b), total(c), total(d)
+    for k in range(vectors, kept):
+        weight = element(values, first + k)
+        column = _column(positions, first_byte, k)
+        for t in range(4):
+            z[z_at + t * z_step] += weight * x[x_at + t * d_in + column]
+
+
+@njit(cache=True)
+def _one_row(values, positions, row, kept, row_bytes, x, x_at):
+    """One row of the core times one token."""
+    sums = zeros()
+    vectors = kept // 16 * 16
+    first, first_byte = row * kept, row * row_bytes
+    for k in range(0, vectors, 16):
+        where = read_places(positions, first_byte + (k >> 2))
+        sums = fma(load(values, first + k), pick(x, x_at + 2 * k, where), sums)
+    result = total(sums)
+    for k in range(vectors, kept):
+        result += element(values, first + k) * x[x_at + _column(positions, first_byte, k)]
+    return result
+
+
+@njit(cache=True)
+def _core_rows(values, positions, row, rows, x, tokens, d_in, z):
+    """z (tokens, rows), flat = rows row..row + rows - 1 of the core times every token."""
+    kept, row_bytes = d_in // 2, (d_in + 7) // 8
+    fours = tokens // 4 * 4
+    for t in range(0, fours, 4):
+        for r in range(rows):
+            _four_tokens(values, positions, row + r, kept, row_bytes, x, t * d_in, d_in, z, t * rows + r, rows)
+    for t in range(fours, tokens):
+        quads = rows // 4 * 4
+        for r in range(0, quads, 4):
+            _four_rows(values, positions, row + r, kept, row_bytes, x, t * d_in, z, t * rows + r)
+        for r in range(quads, rows):
+            z[t * rows + r] = _one_row(values, positions, row + r, kept, row_bytes, x, t * d_in)
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def few_tokens(like, x, values, positions, left, right, y, tokens, d_out, d_in, block_out, block_in):
+    """y = A C B x for a handful of tokens, in two parallel passes: B, then C and A together.
+
+    Arguments are addresses and sizes, since a small layer is done in the time that it takes to unwrap six arrays.
+
+    Args:
+        like: an array of the layer's dtype: float32, int16 for float16, uint16 for bfloat16.
+        x: of (tokens, d_in). y: of (tokens, d_out), written. values: of (d_out, d_in / 2), all in that dtype.
+        positions: of (d_out, ceil(d_in / 8)) uint8, two bits a kept value.
+        left, right: of (blocks, size, size), in that dtype.
+        block_out, block_in: their sizes, 0 where there is no wrapper.
+    """
+    values = carray(pointer(values, like), d_out * (d_in // 2))
+    positions = carray(pointer(positions, BYTES), d_out * ((d_in + 7) // 8))
+    left = carray(pointer(left, like), d_out * block_out)
+    right = carray(pointer(right, like), d_in * block_in)
+    y = carray(pointer(y, like), tokens * d_out)
+    inputs = _widened(carray(pointer(x, like), tokens * d_in))
+    if block_in:
+        inputs = _right_product(right, inputs, tokens, d_in, block_in)
+    rows = block_out if block_out else ROWS
+    for i in prange((d_out + rows - 1) // rows):
+        row = i * rows
+        here = min(rows, d_out - row)
+        z = np.empty(tokens * here, dtype=np.float32)
+        _core_rows(values, positions, row, here, inputs, tokens, d_in, z)
+        for t in range(tokens):
+            for r in range(here):
+                at = t * here
+                result = _dot(left, (row + r) * here, z, at, here) if block_out else z[at + r]
+                put(y, t * d_out + row + r, result)
+
+
+@njit(cache=True)
+def _widened(x):
+    """x in float32."""
+    wide = np.empty(x.shape[0], dtype=np.float32)
+    for k in range(x.shape[0]):
+        wide[k] = element(x, k)
+    return wide
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _right_product(right, x, tokens, d_in, size):
+    """B x, flat like x."""
+    product = np.empty_like(x)
+    for j in prange(d_in // size):
+        for t in range(tokens):
+            at = t * d_in + j * size
+            for r in range(size):
+                product[at + r] = _dot(right, (j * size + r) * size, x, at, size)
+    return product
+
+
+@njit(cache=True, inline="always")
+def _aligned(count):
+    """A float32 buffer that starts a cache line, so that no vector straddles two."""
+    buffer = np.empty(count + 16, dtype=np.float32)
+    offset = -(buffer.ctypes.data // 4) % 16
+    return buffer[offset : offset + count]
+
+
+@njit(cache=True)
+def _panel_row(values, positions, at, byte, kept, panel, sums, s):
+    """Add to one row's sums over a panel's tokens: kept values from ``at`` on times the panel's rows they stand for."""
+    s0, s1, s2, s3 = load(sums, s), load(sums, s + 16), load(sums, s + 32), load(sums, s + 48)
+    s4, s5, s6, s7 = load(sums, s + 64), load(sums, s + 80), load(sums, s + 96), load(sums, s + 112)
+    for b in range(kept // 4):
+        code = np.int64(positions[byte + b])
+        for q in range(4):
+            weight = spread(element(values, at + 4 * b + q))
+            p = (8 * b + 4 * (q >> 1) + ((code >> (2 * q)) & 3)) * TOKENS
+            s0 = fma(weight, load(panel, p), s0)
+            s1 = fma(weight, load(panel, p + 16), s1)
+            s2 = fma(weight, load(panel, p + 32), s2)
+            s3 = fma(weight, load(panel, p + 48), s3)
+            s4 = fma(weight, load(panel, p + 64), s4)
+            s5 = fma(weight, load(panel, p + 80), s5)
+            s6 = fma(weight, load(panel, p + 96), s6)
+            s7 = fma(weight, load(panel, p + 112), s7)
+    store(sums, s, s0), store(sums, s + 16, s1), store(sums, s + 32, s2), store(sums, s + 48, s3)
+    store(sums, s + 64, s4), store(sums, s + 80, s5), store(sums, s + 96, s6), store(sums, s + 112, s7)
+    for k in range(kept // 4 * 4, kept):  # a half byte at the end of a row
+        weight, p = element(values, at + k), _column(positions, byte, k) * TOKENS
+        for t in range(TOKENS):
+            sums[s + t] += weight * panel[p + t]
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def many_tokens(x, values, positions, y, rows):
+    """y = C x for many tokens, which lie side by side.
+
+    Args:
+        x: (d_in, tokens) float32. y: (d_out, tokens) float32, written.
+        values: (d_out, d_in / 2) float32, float16 as int16, or bfloat16 as uint16.
+        positions: (d_out * ceil(d_in / 8),) uint8, two bits a kept value.
+        rows: of the core that one thread takes at a time.
+    """
+    d_in, tokens = x.shape
+    d_out = y.shape[0]
+    kept, row_bytes = d_in // 2, (d_in + 7) // 8
+    for i in prange((d_out + rows - 1) // rows):
+        row, end = i * rows, min((i + 1) * rows, d_out)
+        sums, panel = _aligned((end - row) * TOKENS), _aligned(COLUMNS * TOKENS)
+        for t in range(0, tokens, TOKENS):
+            width = min(TOKENS, tokens - t)
+            sums[:] = 0
+            panel[:] = 0
+            for column in range(0, d_in, COLUMNS):
+                height = min(COLUMNS, d_in - column)
+                for c in range(height):
+                    panel[c * TOKENS : c * TOKENS + width] = x[column + c, t : t + width]
+                for r in range(row, end):
+                    at, byte = r * kept + column // 2, r * row_bytes + column // 8
+                    prefetch(values, at + AHEAD * kept)
+                    prefetch(positions, byte + AHEAD * row_bytes)
+                    _panel_row(values, positions, at, byte, height // 2, panel, sums, (r - row) * TOKENS)
+            for r in range(row, end):
+                y[r, t : t + width] = sums[(r - row) * TOKENS : (r - row) * TOKENS + width]
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def unpack(values, positions, first, dense):
+    """Write rows of the core with their zeros.
+
+    Args:
+        values: (d_out, d_in / 2), any type. positions: see `many_tokens`.
+        first: the row of the core that is written first. dense: (rows, d_in) like values, written.
+    """
+    rows, d_in = dense.shape
+    kept, row_bytes, columns = d_in // 2, (d_in + 7) // 8, 64 // dense.itemsize
+    vectors = d_in // columns * columns
+    for r in prange(rows):
+        row, byte = (first + r) * kept, (first + r) * row_bytes
+        for column in range(0, vectors, columns):
+            mask = np.uint32(0)
+            for b in range(columns // 8):
+                mask |= KEPT_COLUMNS[positions[byte + column // 8 + b]] << np.uint32(8 * b)
+            expand(dense, r * d_in + column, values, row + column // 2, mask)
+        dense[r, vectors:] = 0
+        for k in range(vectors // 2, kept):
+            dense[r, _column(positions, byte, k)] = values[first + r, k]

@@ -1,0 +1,197 @@
+"""`FactorizedLinear`: a linear layer whose weight is stored, and applied, as A C B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from armorfact import BlockDiagonal, Core, Factors, Pattern
+from armorfact_hf.layers import semi_structured
+from armorfact_hf.layers.execution import Execution, default_execution, packs
+from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.operators import block_product
+
+
+class FactorizedLinear(nn.Module):
+    """y = x (A C B)' + bias, applied as A (C (B x)); how C is multiplied with is chosen by the number of tokens.
+
+    Every tensor is named as it is saved: ``values`` and ``positions`` hold the core C (`armorfact.Core`), ``left`` and
+    ``right`` the blocks of A and B; a layer pruned in one shot has neither of those two. Gradients pass through to x,
+    and to those of the floating tensors that ask for them.
+
+    Args:
+        d_out, d_in: shape of the weight that this layer stands for.
+        pattern: the N:M pattern of C.
+        block: sizes (block_out, block_in) of the blocks of A and B, or None for C alone.
+        bias: whether there is one.
+        dtype, device: of the floating tensors.
+
+    Raises:
+        ValueError: sizes that the pattern or the blocks do not divide; see `LayerFormat`.
+    """
+
+    def __init__(
+        self,
+        d_out: int,
+        d_in: int,
+        pattern: str | Pattern = "2:4",
+        block: tuple[int, int] | None = None,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = d_out, d_in
+        self.pattern = Pattern.parse(pattern)
+        self.block = None if block is None else (int(block[0]), int(block[1]))
+        shapes = LayerFormat("FactorizedLinear", (d_out, d_in), self.pattern, self.block).tensors
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.values = empty(*shapes["values"])
+        self.register_buffer("positions", torch.zeros(shapes["positions"], dtype=torch.uint8, device=device))
+        self.left = self.right = None
+        if self.block is not None:
+            self.left, self.right = empty(*shapes["left"]), empty(*shapes["right"])
+        self.bias = empty(d_out) if bias else None
+        self.execution: Execution | None = None
+        self.register_buffer("merged", None, persistent=False)
+        self.register_buffer("compressed", None, persistent=False)
+        self.algorithm = semi_structured.Algorithm()
+
+    @classmethod
+    def of(
+        cls,
+        core: Core,
+        left: BlockDiagonal | None = None,
+        right: BlockDiagonal | None = None,
+        bias: Tensor | None = None,
+    ) -> FactorizedLinear:
+        """The layer that holds these factors; they are copied.
+
+        Args:
+            core: C. left, right: A and B, both or neither. bias: (d_out,) or None.
+        """
+        block = None if left is None or right is None else (left.blocks.shape[-1], right.blocks.shape[-1])
+        values = core.values
+        layer = cls(*core.shape, core.pattern, block, bias is not None, values.dtype, values.device)
+        given = {"values": values, "positions": core.packed, "bias": bias}
+        if block is not None:
+            given |= {"left": left.blocks, "right": right.blocks}
+        with torch.no_grad():
+            for name, tensor in given.items():
+                if tensor is not None:
+                    getattr(layer, name).copy_(tensor)
+        return layer
+
+    @property
+    def core(self) -> Core:
+        """C as it is stored."""
+        return Core(self.values.detach(), self.positions, self.pattern, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """A C B, (d_out, d_in); formed at every call."""
+        core = self.core.dense()
+        return core if self.block is None else Factors(self.left.detach(), core, self.right.detach()).dense()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are saved."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
+
+    def use_(self, execution: Execution | None) -> FactorizedLinear:
+        """Choose how this layer runs, in place; None goes by `default_execution`.
+
+        "dense" and "semi_structured" keep a second form of the weight in memory, until the layer is moved, cast, or
+        loaded anew, which ends the choice.
+
+        Raises:
+            ValueError: "packed" with another pattern than 2:4 or in float64, or "semi_structured" where the device or
+                the sizes do not allow it; the message says why.
+        """
+        strategies = frozenset() if execution is None else execution.strategies
+        held = self.values
+        if "packed" in strategies and not packs(held.device.type, held.dtype, self.pattern):
+            raise ValueError(
+                f"the packed product is for 2:4 cores in 16 or 32 bits that the device computes with, got "
+                f"{self.pattern} in {held.dtype}: use 'unpacked'"
+            )
+        self.merged = self.weight if "dense" in strategies else None
+        self.compressed = None
+        if "semi_structured" in strategies:
+            compressed = semi_structured.compress(self.core)
+            self.compressed = compressed.tensor
+            self.algorithm = semi_structured.found_algorithm(compressed)
+        self.execution = execution
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., d_out) for x (..., d_in), in the dtype of x.
+
+        Raises:
+            ValueError: the last size of x is not d_in, or x has another dtype than the layer outside of autocast.
+        """
+        if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != self.values.dtype:
+            raise ValueError(f"expected an input of {self.values.dtype}, as the layer's own, got {x.dtype}")
+        if not x.ndim or x.shape[-1] != self.in_features:
+            raise ValueError(f"expected an input (..., {self.in_features}), got {tuple(x.shape)}")
+        rows = x.reshape(-1, self.in_features)
+        y = self._product(rows)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        strategy = self._strategy(x)
+        if strategy == "dense":
+            return functional.linear(x, self.merged)
+        if strategy == "packed":
+            return torch.ops.armorfact.packed_linear(x, self.values, self.positions, self.left, self.right)
+        x = x if self.right is None else block_product(self.right, x)
+        y = self._core_product(x, strategy)
+        return y if self.left is None else block_product(self.left, y)
+
+    def _core_product(self, x: Tensor, strategy: str) -> Tensor:
+        if strategy == "unpacked":
+            keep, group = self.pattern.keep, self.pattern.group
+            return torch.ops.armorfact.unpacked_linear(x, self.values, self.positions, keep, group)
+        if strategy == "semi_structured":
+            held = semi_structured.Compressed(self.compressed, (self.out_features, self.in_features))
+            return semi_structured.product(held, x, self.algorithm)
+        core = Core(self.values, self.positions, self.pattern, self.in_features)
+        return functional.linear(x, core.dense())
+
+    def _strategy(self, x: Tensor) -> str:
+        """What runs; "plain" is made of PyTorch's own operators, which know gradients and autocast."""
+        if (torch.is_grad_enabled() and self._asks_for_gradients(x)) or x.dtype != self.values.dtype:
+            return "plain"
+        execution = self.execution or default_execution(x.device.type, self.values.dtype, self.pattern)
+        return execution.at(x.shape[0])
+
+    def _asks_for_gradients(self, x: Tensor) -> bool:
+        held = (x, self.values, self.left, self.right)
+        return any(tensor is not None and tensor.requires_grad for tensor in held)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorizedLinear:
+        before = self.values.device, self.values.dtype
+        super()._apply(fn, recurse)
+        if before != (self.values.device, self.values.dtype):
+            self.use_(None)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.use_(None)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"pattern={self.pattern}, block={self.block}"
+        )

@@ -1,0 +1,167 @@
+"""Find the decoder blocks of a causal language model, and the linear layers in them, by structure.
+
+No table of model families: decoder blocks are the list of like modules that holds most of the linear weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from armorfact_hf.layers.linear import FactorizedLinear
+
+Select = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that is to be pruned.
+
+    Args:
+        name: of the module in the model.
+        module: `torch.nn.Linear`, or GPT-2's `Conv1D`, which stores its weight transposed.
+        decoder_block: index of the decoder block that holds it; None for the head.
+    """
+
+    name: str
+    module: nn.Module
+    decoder_block: int | None
+
+    @property
+    def weight(self) -> Tensor:
+        """W, (d_out, d_in), a view that does not require gradients."""
+        weight = self.module.weight.detach()
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        d_out, d_in = self.weight.shape
+        return d_out, d_in
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """Weights that stay dense, and why."""
+
+    name: str
+    reason: str
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The name of the module list that holds the decoder blocks, and the blocks in order.
+
+    Raises:
+        ValueError: no module list of the model holds a linear layer.
+    """
+    lists = [(name, list(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    weighed = [(_linear_weights(blocks), name, blocks) for name, blocks in lists]
+    # The outermost list comes first, so that it wins against a list of experts in its only block.
+    most, name, blocks = max(weighed, key=lambda found: found[0], default=(0, "", []))
+    if not most:
+        raise ValueError(
+            f"{type(model).__name__} has no torch.nn.ModuleList with linear layers in it: expected a decoder-only "
+            "causal language model such as AutoModelForCausalLM loads"
+        )
+    return name, blocks
+
+
+def _linear_weights(blocks: Iterable[nn.Module]) -> int:
+    modules = [module for block in blocks for module in block.modules()]
+    dense = sum(module.weight.numel() for module in modules if is_linear(module))
+    return dense + sum(x.out_features * x.in_features for x in modules if isinstance(x, FactorizedLinear))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W' + b with a W of its own."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def chosen_layers(
+    model: nn.Module,
+    include: Sequence[str] = ("re:.*",),
+    ignore: Sequence[str] = (),
+    head: bool = False,
+    select: Select | None = None,
+) -> tuple[list[Layer], list[DenseLayer]]:
+    """The linear layers to prune, in the order of the model, and the weights left dense on purpose.
+
+    Args:
+        model: a causal language model.
+        include, ignore, head: see `armorfact_hf.PruneConfig`.
+        select: called with name and module of each layer that ``include`` and ``ignore`` let through; keeps it if true.
+
+    Raises:
+        ValueError: an expression that matches no linear layer of the decoder blocks, or nothing is left to prune.
+    """
+    prefix, blocks = decoder_blocks(model)
+    found = [
+        Layer(f"{prefix}.{index}.{name}", module, index)
+        for index, block in enumerate(blocks)
+        for name, module in block.named_modules()
+        if is_linear(module)
+    ]
+    _check_expressions(found, include, ignore)
+    chosen, dense = [], _other_weights(prefix, blocks)
+    for layer in found:
+        if reason := _reason_to_skip(layer, include, ignore, select):
+            dense.append(DenseLayer(layer.name, reason))
+        else:
+            chosen.append(layer)
+    if head:
+        chosen.append(_head(model))
+    if not chosen:
+        raise ValueError("include, ignore and select leave no linear layer to prune")
+    return chosen, dense
+
+
+def _reason_to_skip(layer: Layer, include: Sequence[str], ignore: Sequence[str], select: Select | None) -> str:
+    if not any(matches(expression, layer.name) for expression in include):
+        return "not included"
+    for expression in ignore:
+        if matches(expression, layer.name):
+            return f"ignored by {expression!r}"
+    return "" if select is None or select(layer.name, layer.module) else "not selected"
+
+
+def matches(expression: str, name: str) -> bool:
+    """Whether "re:..." matches from the start of a module name, or plain text is the name or its last parts."""
+    if expression.startswith("re:"):
+        return re.match(expression[3:], name) is not None
+    return f".{name}".endswith(f".{expression}")
+
+
+def _check_expressions(layers: Sequence[Layer], include: Sequence[str], ignore: Sequence[str]) -> None:
+    for expression in (*include, *ignore):
+        if not any(matches(expression, layer.name) for layer in layers):
+            names = sorted({layer.name.rpartition(".")[2] for layer in layers})
+            raise ValueError(
+                f"{expression!r} matches no linear layer in the decoder blocks; their names look like "
+                f"{layers[0].name!r} and end in: {', '.join(names)}"
+            )
+
+
+def _other_weights(prefix: str, blocks: Sequence[nn.Module]) -> list[DenseLayer]:
+    """Matrices in the decoder blocks that no linear layer holds, such as experts stacked in one tensor."""
+    return [
+        DenseLayer(
+            f"{prefix}.{index}.{name}.{key}".replace("..", "."), "not a linear layer: a weight of another module"
+        )
+        for index, block in enumerate(blocks)
+        for name, module in block.named_modules()
+        if not is_linear(module)
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.ndim >= 2 and min(weight.shape) > 1
+    ]
+
+
+def _head(model: nn.Module) -> Layer:
+    head = model.get_output_embeddings()
+    if head is None or not is_linear(head):
+        raise ValueError(f"head=True: {type(model).__name__} has no linear output head")
+    name = next(name for name, module in model.named_modules() if module is head)
+    return Layer(name, head, None)

@@ -1,0 +1,35 @@
+"""Who is told how a job goes: one object, handed down from the caller to whatever takes time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from armorfact_hf.pruning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a job is: ``done`` of ``total`` units of work, and what comes next."""
+
+    done: int
+    total: int
+    doing: str
+
+
+class Observer:
+    """Is told of a job as it goes; override what is of interest.
+
+    As it stands it prints sentences, and ignores all else.
+    """
+
+    def say(self, sentence: str) -> None:
+        """A slow step begins, or something worth knowing was found."""
+        print(sentence)
+
+    def plan(self, plan: Plan) -> None:
+        """What pruning is going to do, before it starts."""
+
+    def step(self, step: Step) -> None:
+        """A unit of work begins."""

@@ -1,0 +1,1 @@
+"""Prune a model in memory, one decoder block after another."""

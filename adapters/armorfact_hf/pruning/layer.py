@@ -1,0 +1,157 @@
+"""Prune one linear layer: from its weight and the second moments of its inputs to a `FactorizedLinear`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armorfact import BlockDiagonal, Core, Pattern, factorize
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.moments import Moments
+from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.fitting import fitting_block
+from armorfact_hf.pruning.losses import energy, layer_losses, one_shot
+from armorfact_hf.pruning.notes import noting
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Args:
+        name, decoder_block, shape, block: which layer, and the sizes of its wrappers' blocks (None without).
+        losses: tr((W - W') H (W - W')') / tr(W H W') by method, H the plain Gram matrix (or its diagonal, where
+            no method looks at more); for W' as it is stored, in its dtype.
+        objective_loss, objective_initial_loss: the relative loss that the solver minimized, at its end and start.
+        sweeps: accepted sweeps. seconds: spent on this layer's own method.
+        dense_bytes, bytes: of the weight before and of what replaces it.
+        tokens: that the statistics were gathered from.
+        status: how the solver ended. notes: warnings on the way.
+    """
+
+    name: str
+    decoder_block: int | None
+    shape: tuple[int, int]
+    block: tuple[int, int] | None
+    losses: dict[str, float]
+    objective_loss: float
+    objective_initial_loss: float
+    sweeps: int
+    seconds: float
+    dense_bytes: int
+    bytes: int
+    tokens: int
+    status: str
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def prune_layer(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[FactorizedLinear, LayerReport]:
+    """What replaces a layer, and its report.
+
+    Raises:
+        ValueError: the weight holds NaN or infinite values; the message names the layer.
+    """
+    try:
+        return _prune(layer, moments, config)
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from error
+
+
+def _prune(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[FactorizedLinear, LayerReport]:
+    weight = layer.weight
+    start = time.perf_counter()
+    target = _target(weight.float(), moments, config)
+    notes: list[str] = []
+    with noting(notes):
+        fitted = _fit(target, moments.gram, config, weight.dtype)
+    seconds = time.perf_counter() - start
+    pruned = FactorizedLinear.of(*fitted.factors, _bias(layer))
+    report = LayerReport(
+        name=layer.name,
+        decoder_block=layer.decoder_block,
+        shape=layer.shape,
+        block=pruned.block,
+        losses=layer_losses(target, pruned, moments.gram, config),
+        objective_loss=fitted.loss,
+        objective_initial_loss=fitted.initial_loss,
+        sweeps=fitted.sweeps,
+        seconds=seconds,
+        dense_bytes=weight.nbytes,
+        bytes=pruned.nbytes - (0 if pruned.bias is None else pruned.bias.nbytes),
+        tokens=moments.tokens,
+        status=fitted.status,
+        notes=tuple(notes),
+    )
+    return pruned, report
+
+
+def _bias(layer: Layer) -> Tensor | None:
+    return None if layer.module.bias is None else layer.module.bias.detach()
+
+
+def _target(weight: Tensor, moments: Moments, config: PruneConfig) -> Tensor:
+    r"""The weight to come close to.
+
+    With the cross moment :math:`X_d X^\top` of dense and pruned inputs, :math:`\|W X_d - \hat W X\|^2` shrunk by
+    :math:`\lambda\|(W - \hat W)\operatorname{diag}(H)^{1/2}\|^2` is, up to a constant,
+    :math:`\operatorname{tr}((V - \hat W)(H + \lambda\operatorname{diag}H)(V - \hat W)^\top)` with
+    :math:`V = W + W (X_d X^\top - H)(H + \lambda\operatorname{diag}H)^{-1}`.
+    """
+    if config.target == "weight" or moments.cross is None:
+        return weight
+    # Rounding alone must not make the system singular where no shrinkage was asked for.
+    gram = shrunk(moments.gram, max(config.diagonal_weight, 1e-6))
+    alive = gram.diagonal() > 0
+    gram.diagonal()[~alive] = 1.0
+    moved = weight.double() @ (moments.cross - moments.gram)
+    return (weight.double() + torch.linalg.solve(gram, moved, left=False)).to(weight.dtype)
+
+
+def shrunk(gram: Tensor, diagonal_weight: float) -> Tensor:
+    """H + λ diag(H), a new matrix."""
+    result = gram.clone()
+    result.diagonal().mul_(1 + diagonal_weight)
+    return result
+
+
+@dataclass(frozen=True)
+class _Fit:
+    factors: tuple[Core, BlockDiagonal | None, BlockDiagonal | None]
+    loss: float
+    initial_loss: float
+    sweeps: int
+    status: str
+
+
+def _fit(weight: Tensor, gram: Tensor, config: PruneConfig, dtype: torch.dtype) -> _Fit:
+    diagonal = gram.diagonal() if gram.ndim == 2 else gram
+    if config.method != "armorfact":
+        pruned = one_shot(config.method, weight, gram, config.pattern).to(dtype)
+        core = Core.from_dense(pruned, Pattern.parse(config.pattern))
+        loss = energy(weight.double() - pruned, gram) / (energy(weight, gram) or 1.0)
+        return _Fit((core, None, None), loss, loss, 0, "pruned in one shot")
+    given = shrunk(gram, config.diagonal_weight) if config.objective == "gram" else diagonal
+    block, _ = fitting_block(tuple(weight.shape), config)
+    result = factorize(
+        weight.to(dtype),
+        given.float(),
+        block=block,
+        pattern=config.pattern,
+        init=config.init,
+        normalize="nowag" if config.objective == "nowag" else None,
+        max_sweeps=config.sweeps,
+        rtol=config.rtol,
+    )
+    scale = result.weight_loss or 1.0
+    last = result.history[-1].number if result.loss < result.initial_loss else 0
+    factors = (result.core, result.left, result.right)
+    return _Fit(factors, result.loss / scale, result.initial_loss / scale, last, result.status)

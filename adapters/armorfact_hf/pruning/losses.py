@@ -1,0 +1,66 @@
+"""What a layer loses by each method: the methods to compare with, and the loss they are compared by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+import armorfact
+from armorfact import Result, factorize
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.fitting import fitting_block
+
+CONVERGED = {"max_sweeps": 300, "rtol": 1e-4}  # the budget of the baseline "paper"
+
+
+def one_shot(method: str, weight: Tensor, gram: Tensor, pattern: str) -> Tensor:
+    """The weight pruned by one of the methods without wrappers, same dtype."""
+    if method == "magnitude":
+        return armorfact.magnitude(weight, pattern=pattern)
+    return getattr(armorfact, method)(weight, gram.float(), pattern=pattern)
+
+
+def energy(residual: Tensor, gram: Tensor) -> float:
+    """tr(R H R') in float64, with H in full or as its diagonal."""
+    residual, gram = residual.double(), gram.double()
+    weighted = residual * gram if gram.ndim == 1 else residual @ gram
+    return max(float((weighted * residual).sum()), 0.0)
+
+
+def layer_losses(target: Tensor, pruned: FactorizedLinear, gram: Tensor, config: PruneConfig) -> dict[str, float]:
+    """The relative loss tr((W - W') H (W - W')') / tr(W H W') of the layer as pruned, and of the baselines.
+
+    Args:
+        target: W, (d_out, d_in). pruned: what replaces it. gram: H, (d_in, d_in), or its diagonal.
+    """
+    weights = {config.method: _exact_weight(pruned)}
+    for method in config.baselines:
+        if method not in weights:
+            weights[method] = _baseline(method, target, gram, config)
+    whole = energy(target, gram) or 1.0
+    return {method: energy(target.double() - weight, gram) / whole for method, weight in weights.items()}
+
+
+def _exact_weight(pruned: FactorizedLinear) -> Tensor:
+    """A C B in float64, so that nothing but the stored factors counts."""
+    core = pruned.core.dense().double()
+    if pruned.block is None:
+        return core
+    return armorfact.Factors(pruned.left.double(), core, pruned.right.double()).dense()
+
+
+def _baseline(method: str, weight: Tensor, gram: Tensor, config: PruneConfig) -> Tensor:
+    if method != "paper":
+        return one_shot(method, weight, gram, config.pattern)
+    return paper(weight, gram, replace(config, method="armorfact")).dense()
+
+
+def paper(weight: Tensor, gram: Tensor, config: PruneConfig) -> Result:
+    """The ARMOR paper's objective solved to convergence: diag(H), NoWag-normalized W, from the NoWag-P mask."""
+    diagonal = gram.diagonal() if gram.ndim == 2 else gram
+    block, _ = fitting_block(tuple(weight.shape), config)
+    return factorize(
+        weight, diagonal.float(), block=block, pattern=config.pattern, init="nowag", normalize="nowag", **CONVERGED
+    )

@@ -1,0 +1,54 @@
+"""The layers of one decoder block, pruned side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.moments import Moments
+from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.layer import LayerReport, prune_layer
+
+
+def prune_layers(
+    work: Sequence[tuple[Layer, Moments]],
+    config: PruneConfig,
+    finished: Callable[[Layer], object] = lambda layer: None,
+) -> list[tuple[FactorizedLinear, LayerReport]]:
+    """`prune_layer` for the layers of one decoder block, in order.
+
+    On the CPU they are pruned side by side, each by a share of the cores: that takes no longer than one after the other
+    by all cores, and, as threads then hardly wait for each other, five times less on a machine with other work to do.
+
+    Args:
+        finished: called with each layer once it is done, from the calling thread.
+    """
+    cores = torch.get_num_threads()
+    workers = min(len(work), cores) if all(layer.weight.device.type == "cpu" for layer, _ in work) else 1
+    if workers <= 1:
+        return [_told(finished, layer, prune_layer(layer, moments, config)) for layer, moments in work]
+    largest_first = sorted(range(len(work)), key=lambda k: -layer_flops(work[k][0]))
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool:
+            futures = {pool.submit(prune_layer, *work[k], config): k for k in largest_first}
+            for future in as_completed(futures):
+                finished(work[futures[future]][0])
+    finally:
+        torch.set_num_threads(cores)  # what the workers set counts for threads to come
+    return [future.result() for future in sorted(futures, key=futures.__getitem__)]
+
+
+def _told(finished: Callable[[Layer], object], layer: Layer, result: Any) -> Any:
+    finished(layer)
+    return result
+
+
+def layer_flops(layer: Layer) -> float:
+    """What the work on a layer grows with: d_out d_in^2, its products with the Gram matrix."""
+    d_out, d_in = layer.shape
+    return float(d_out) * d_in * d_in

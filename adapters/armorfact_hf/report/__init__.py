@@ -1,0 +1,1 @@
+"""What a run did: the record, and the page that shows it."""

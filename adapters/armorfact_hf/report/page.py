@@ -1,0 +1,207 @@
+"""What one pruning run did and what it cost, as a page to read and as JSON to compute with.
+
+`report.html` is one file that loads nothing else, so it can be mailed, archived and opened offline; `report.json` holds
+the same numbers in full. Neither is ever seen half written.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from armorfact_hf.files import written_beside
+from armorfact_hf.report.plots import Chart, Series, depth_chart, drawable, panel_charts, scatter_chart
+
+Json = dict[str, Any]
+
+MOST_PANELS = 12  # more kinds of layers than these are not drawn one by one: nobody would read that picture
+
+
+def write_report(folder: Path, report: Json) -> None:
+    """Write `report.json` and `report.html` into an existing folder, each beside its target and then renamed.
+
+    Args:
+        folder: where they go; files of the same names there are replaced.
+        report: of plain JSON types, with the keys format, armorfact_version, model, calibration, config, layers,
+            dense_layers, totals, evaluations and tasks; the last two may be empty lists.
+    """
+    page = render_html(report)
+    for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.html", page)):
+        with written_beside(folder / name) as draft:
+            draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may hold a lone surrogate
+
+
+def render_html(report: Json) -> str:
+    """The page for one run; whatever text the report holds is escaped."""
+    stored, methods = report["config"]["method"], method_names(report)
+    return _TEMPLATES.get_template("page.html.j2").render(
+        report=report,
+        stored=stored,
+        methods=methods,
+        slots={method: index for index, method in enumerate(methods)},
+        wrapped=any(layer["block"] for layer in report["layers"]),
+        measured=[method for method in methods if any(method in layer["losses"] for layer in report["layers"])],
+        losses=loss_summary(report["layers"], methods),
+        contest=contest(report["layers"], stored),
+        outside=[layer["name"] for layer in report["layers"] if layer["decoder_block"] is None],
+        statuses=Counter(layer["status"] for layer in report["layers"]),
+        notes=layers_by_note(report["layers"]),
+        evaluations=[evaluation_view(evaluation, stored) for evaluation in report["evaluations"]],
+        depth=depth_plot(report["layers"], methods),
+        panels=panel_plots(report["layers"], methods),
+    )
+
+
+def method_names(report: Json) -> list[str]:
+    """Every method that the report names, the stored one first; the place of a method gives its colour."""
+    measured = [method for layer in report["layers"] for method in layer["losses"]]
+    evaluated = [outcome["name"] for evaluation in report["evaluations"] for outcome in evaluation["methods"]]
+    return list(dict.fromkeys([report["config"]["method"], *measured, *evaluated]))
+
+
+def loss_summary(layers: list[Json], methods: list[str]) -> list[Json]:
+    """Per method with a loss for some layer: on how many layers it was measured, the mean, and the worst layer."""
+    rows = []
+    for method in methods:
+        losses = {layer["name"]: layer["losses"][method] for layer in layers if drawable(layer["losses"].get(method))}
+        if losses:
+            worst = max(losses, key=losses.__getitem__)
+            rows.append(
+                {
+                    "method": method,
+                    "layers": len(losses),
+                    "mean": fmean(losses.values()),
+                    "worst": losses[worst],
+                    "worst_layer": worst,
+                }
+            )
+    return rows
+
+
+def lowest(losses: dict[str, float | None]) -> float | None:
+    """The lowest finite loss, or None."""
+    return min(filter(drawable, losses.values()), default=None)
+
+
+def contest(layers: list[Json], stored: str) -> Json:
+    """On how many layers the stored method was compared with others, and on how many none of them has a lower loss."""
+    compared = [layer["losses"] for layer in layers if stored in layer["losses"] and len(layer["losses"]) > 1]
+    return {"compared": len(compared), "won": sum(losses[stored] == lowest(losses) for losses in compared)}
+
+
+def layers_by_note(layers: list[Json]) -> dict[str, list[str]]:
+    """The layers that carry each note, so that what happened to all of them is told once."""
+    found = defaultdict(list)
+    for layer in layers:
+        for note in layer["notes"]:
+            found[note].append(layer["name"])
+    return dict(found)
+
+
+def evaluation_view(evaluation: Json, stored: str) -> Json:
+    """An evaluation with the ratios to the dense model, what the stored method reached, and its plot."""
+    rows = [outcome | {"ratio": ratio(outcome["perplexity"], evaluation["dense"])} for outcome in evaluation["methods"]]
+    outcomes = {
+        row["name"]: (row["mean_loss"], row["ratio"])
+        for row in rows
+        if drawable(row["mean_loss"]) and drawable(row["ratio"])
+    }
+    return evaluation | {
+        "rows": rows,
+        "stored": next((row for row in rows if row["name"] == stored), None),
+        "plot": scatter_chart(outcomes) if outcomes else None,
+        "undrawn": [row["name"] for row in rows if row["name"] not in outcomes],
+    }
+
+
+def depth_plot(layers: list[Json], methods: list[str]) -> Chart | None:
+    """Loss over depth, the mean of each decoder block; None if no layer lies in a decoder block."""
+    series = mean_losses(layers, methods)
+    return depth_chart(series) if series else None
+
+
+def panel_plots(layers: list[Json], methods: list[str]) -> dict[str, Chart]:
+    """Loss over depth for each kind of layer, at most `MOST_PANELS` of them; none if there is only one kind."""
+    kinds = defaultdict(list)
+    for layer in layers:
+        kinds[layer["name"].rpartition(".")[2]].append(layer)
+    drawn = {kind: series for kind, members in kinds.items() if (series := mean_losses(members, methods))}
+    return panel_charts(drawn) if 1 < len(drawn) <= MOST_PANELS else {}
+
+
+def mean_losses(layers: Iterable[Json], methods: list[str]) -> Series:
+    """method -> decoder block -> the mean over its layers that have a finite loss; what has none is left out."""
+    found = {method: defaultdict(list) for method in methods}
+    for layer in layers:
+        for method, loss in layer["losses"].items():
+            if drawable(loss) and layer["decoder_block"] is not None:
+                found[method][layer["decoder_block"]].append(loss)
+    return {
+        method: {block: fmean(losses) for block, losses in blocks.items()} for method, blocks in found.items() if blocks
+    }
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    """`part` over `whole`, or None if either is unknown or `whole` is 0."""
+    return part / whole if part is not None and whole else None
+
+
+def shown(value: float | None, form: str = ",d") -> str:
+    """A number in a format, or a dash if it is unknown."""
+    return "–" if value is None else format(value, form)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def size(count: int | None) -> str:
+    """A number of bytes in a unit that suits it; the space does not break."""
+    if count is None or count < 1000:
+        return f"{shown(count)}\xa0bytes"
+    units = ("kB", "MB", "GB", "TB")
+    power = min((len(str(count)) - 1) // 3, len(units))
+    return f"{count / 1000**power:.4g}\xa0{units[power - 1]}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words; the spaces do not break."""
+    if seconds is None or seconds < 60:
+        return f"{shown(seconds, '.1f')}\xa0s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}\xa0min\xa0{rest}\xa0s" if minutes < 60 else f"{minutes // 60}\xa0h\xa0{minutes % 60}\xa0min"
+
+
+def setting(value: Any) -> str:
+    """A value of the configuration: text as it is, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def breakable(name: str) -> Markup:
+    """A dotted name, escaped, that may go on in a new line after each dot."""
+    return Markup(".<wbr>").join(name.split("."))
+
+
+def _filters() -> Iterator[tuple[str, Any]]:
+    yield "loss", lambda value: shown(value, "#.4g") if value else shown(value, "g")
+    yield "perplexity", lambda value: shown(value, ",.2f")
+    yield "share", lambda value: shown(value, ".3f")
+    yield "percent", lambda value: shown(value, ".1%")
+    yield from ((word.__name__, word) for word in (shown, counted, size, duration, setting, breakable))
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters.update(_filters())
+_TEMPLATES.globals.update(ratio=ratio, lowest=lowest)

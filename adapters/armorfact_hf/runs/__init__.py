@@ -1,0 +1,1 @@
+"""Whole jobs, from names to finished folders."""

@@ -1,0 +1,28 @@
+"""An ordinary dense folder out of a pruned one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from armorfact_hf.checkpoint.dense import to_dense_
+from armorfact_hf.checkpoint.folder import describe_folder
+from armorfact_hf.data.load_model import Log, load_model
+from armorfact_hf.files import check_room, written_whole
+
+
+def export_dense(folder: Path, out: Path, log: Log = print) -> None:
+    """Write the model of a pruned folder with dense weights A C B, as an ordinary folder for any other tool.
+
+    Raises:
+        NotPruned: the folder holds no pruned model.
+        FileExistsError: ``out`` exists. OSError: too little room on disk.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already: name a new folder")
+    describe_folder(folder)
+    loaded = load_model(str(folder), device="cpu", log=log)
+    model = to_dense_(loaded.model)
+    check_room(out, sum(parameter.nbytes for parameter in model.parameters()))
+    with written_whole(out) as draft:
+        model.save_pretrained(draft)
+        loaded.tokenizer.save_pretrained(draft)

@@ -1,0 +1,72 @@
+"""What a pruned folder holds, and how to get an ordinary dense one out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from armorfact_hf.checkpoint.folder import describe_folder
+from armorfact_hf.checkpoint.verify import verify_folder
+from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.runs.prune_to_folder import read_report
+
+
+@dataclass(frozen=True)
+class HeldLayer:
+    """A pruned layer as it lies on disk.
+
+    Args:
+        name, shape, block: which layer; block is None for a core alone.
+        bytes: of its tensors. dense_bytes: of the weight they stand for, in the same dtype.
+        theory: bytes of core and wrappers by the formula of docs/format.md.
+        loss, sparsegpt_loss: relative losses in the report, this one's and SparseGPT's; None where it has none.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    block: tuple[int, int] | None
+    bytes: int
+    dense_bytes: int
+    theory: tuple[float, float]
+    loss: float | None
+    sparsegpt_loss: float | None
+
+
+def inspect_folder(folder: Path) -> list[HeldLayer]:
+    """Every pruned layer of a folder, in the order of the model, after all its files were found whole.
+
+    Raises:
+        NotPruned: the folder holds no pruned model.
+        ValueError: whatever `armorfact_hf.checkpoint.verify.verify_folder` finds wrong.
+    """
+    description = describe_folder(folder)
+    held = verify_folder(folder, description)
+    losses = _losses(folder, description.prune.get("method"))
+    return [
+        HeldLayer(
+            name=layer.name,
+            shape=layer.shape,
+            block=layer.block,
+            bytes=held.bytes[layer.name],
+            dense_bytes=layer.shape[0] * layer.shape[1] * held.dtypes[layer.name].itemsize,
+            theory=_theory(layer, held.dtypes[layer.name].itemsize),
+            loss=losses.get(layer.name, (None, None))[0],
+            sparsegpt_loss=losses.get(layer.name, (None, None))[1],
+        )
+        for layer in description.modules.values()
+    ]
+
+
+def _theory(layer: LayerFormat, itemsize: int) -> tuple[float, float]:
+    """N / M of the weight, at its own size and some bits for its position; and the blocks."""
+    (d_out, d_in), pattern = layer.shape, layer.pattern
+    core = d_out * d_in * pattern.keep / pattern.group * (itemsize + pattern.index_bits / 8)
+    (b_out, b_in) = layer.block or (0, 0)
+    return core, itemsize * (b_out * d_out + b_in * d_in)
+
+
+def _losses(folder: Path, method: str | None) -> dict[str, tuple[float | None, float | None]]:
+    if not (folder / "report.json").exists():
+        return {}
+    layers = read_report(folder)["layers"]
+    return {layer["name"]: (layer["losses"].get(method), layer["losses"].get("sparsegpt")) for layer in layers}

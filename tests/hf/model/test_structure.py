@@ -1,0 +1,101 @@
+"""Decoder blocks and their linear layers are found in every family; names choose among them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from armorfact_hf.model.structure import chosen_layers, decoder_blocks, matches
+from tests.hf.models import BLOCKS, COMMON, FAMILIES, GROUPED, INNER, TOKENS, WIDTH, tiny_model
+
+LINEARS = {"phi": 6, "opt": 6, "gpt2": 4, "falcon": 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_of_every_block_is_found(family):
+    model = tiny_model(family)
+    prefix, blocks = decoder_blocks(model)
+    layers, dense = chosen_layers(model)
+    assert len(blocks) == BLOCKS
+    assert len(layers) == BLOCKS * LINEARS.get(family, 7)
+    assert dense == []
+    assert all(layer.name.startswith(f"{prefix}.{layer.decoder_block}.") for layer in layers)
+    assert all(model.get_submodule(layer.name) is layer.module for layer in layers)
+
+
+def test_a_conv1d_shows_its_weight_as_out_by_in():
+    layers, _ = chosen_layers(tiny_model("gpt2"), include=("c_fc",))
+    assert layers[0].shape == (4 * WIDTH, WIDTH)
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(layers[0].module(x), x @ layers[0].weight.T + layers[0].module.bias)
+
+
+@pytest.mark.parametrize(
+    ("expression", "name", "expected"),
+    [
+        ("q_proj", "model.layers.0.self_attn.q_proj", True),
+        ("self_attn.q_proj", "model.layers.0.self_attn.q_proj", True),
+        ("proj", "model.layers.0.self_attn.q_proj", False),
+        ("re:.*mlp.*", "model.layers.0.mlp.up_proj", True),
+        ("re:mlp", "model.layers.0.mlp.up_proj", False),
+        ("re:model.layers.1\\.", "model.layers.11.mlp.up_proj", False),
+    ],
+)
+def test_expressions(expression, name, expected):
+    assert matches(expression, name) == expected
+
+
+def test_include_ignore_and_select_narrow_down():
+    model = tiny_model("llama")
+    layers, dense = chosen_layers(
+        model, ("re:.*mlp.*",), ("down_proj",), select=lambda name, module: "layers.0" not in name
+    )
+    assert [layer.name.rpartition(".")[2] for layer in layers] == ["gate_proj", "up_proj"] * 2
+    reasons = {layer.name: layer.reason for layer in dense}
+    assert reasons["model.layers.1.self_attn.q_proj"] == "not included"
+    assert reasons["model.layers.1.mlp.down_proj"] == "ignored by 'down_proj'"
+    assert reasons["model.layers.0.mlp.up_proj"] == "not selected"
+    assert len(layers) + len(dense) == 7 * BLOCKS
+
+
+def test_the_head_is_pruned_when_asked_for():
+    layers, _ = chosen_layers(tiny_model("llama"), head=True)
+    assert (layers[-1].name, layers[-1].decoder_block) == ("lm_head", None)
+
+
+def test_experts_in_one_tensor_are_named_as_left_dense():
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        **COMMON, **TOKENS, **GROUPED, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
+    )
+    layers, dense = chosen_layers(transformers.AutoModelForCausalLM.from_config(config))
+    assert len(layers) == 4 * BLOCKS
+    named = [layer.name for layer in dense if "experts" in layer.name]
+    assert len(named) == 2 * BLOCKS
+    assert all("not a linear layer" in layer.reason for layer in dense)
+
+
+@pytest.mark.parametrize("where", [{"include": ("q_prj",)}, {"ignore": ("re:nothing",)}])
+def test_an_expression_that_matches_nothing_lists_the_names(where):
+    with pytest.raises(ValueError, match=r"matches no linear layer .*down_proj, gate_proj, k_proj"):
+        chosen_layers(tiny_model("llama"), **where)
+
+
+def test_nothing_left_to_prune_is_told():
+    with pytest.raises(ValueError, match="leave no linear layer"):
+        chosen_layers(tiny_model("llama"), ignore=("re:.*",))
+
+
+def test_a_model_without_blocks_is_told():
+    with pytest.raises(ValueError, match="expected a decoder-only"):
+        decoder_blocks(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_the_list_of_blocks_wins_against_a_list_of_experts_in_its_only_block():
+    block = nn.Module()
+    block.experts = nn.ModuleList([nn.Linear(INNER, INNER) for _ in range(4)])
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    assert decoder_blocks(model)[0] == "layers"

@@ -1,0 +1,73 @@
+"""Tiny random models of several families, tokens for them. No network."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+VOCABULARY = 96
+WIDTH, INNER, HEADS, BLOCKS = 32, 64, 4, 3
+
+COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
+SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": HEADS,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+FAMILIES = {
+    "llama": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 8, "layer_types": None}),
+    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 8}),
+    "phi": ("PhiConfig", SIZES),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": WIDTH,
+            "ffn_dim": INNER,
+            "num_hidden_layers": BLOCKS,
+            "num_attention_heads": HEADS,
+            "word_embed_proj_dim": WIDTH,
+        },
+    ),
+    "gpt2": ("GPT2Config", {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": HEADS, "n_positions": 64}),
+    "falcon": (
+        "FalconConfig",
+        {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "alibi": False},
+    ),
+}
+
+
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
+    """A random causal language model in evaluation mode."""
+    name, values = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, name)(**{**COMMON, **TOKENS, **values, **changes})
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def random_tokens(windows: int = 4, length: int = 24, seed: int = 0) -> Tensor:
+    """(windows, length) token numbers."""
+    return torch.randint(3, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def word_tokenizer(**special) -> transformers.PreTrainedTokenizerFast:
+    """One token for each of the words w3, w4, …; <unk> is 0, <s> is 1, </s> is 2."""
+    words = ["<unk>", "<s>", "</s>", *(f"w{k}" for k in range(3, VOCABULARY))]
+    inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | special
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+def random_text(words: int, seed: int = 0) -> str:
+    """A text of so many words of `word_tokenizer`."""
+    numbers = torch.randint(3, VOCABULARY, (words,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"w{k}" for k in numbers.tolist())

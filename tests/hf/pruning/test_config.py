@@ -1,0 +1,87 @@
+"""Settings are checked at once, and survive JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import armorfact_hf
+from armorfact_hf.pruning.config import PruneConfig
+
+
+def test_settings_survive_json():
+    config = PruneConfig(block=64, include=("q_proj", "re:.*mlp.*"), shrinkage=0.5, baselines=())
+    assert PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_settings_of_another_version_are_refused():
+    with pytest.raises(ValueError, match=r"unknown settings \['colour'\]"):
+        PruneConfig.from_dict({"colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"method": "lottery"}, ValueError, "armorfact, sparsegpt"),
+        ({"pattern": "4:2"}, ValueError, "1 <= N < M"),
+        ({"block": 0}, ValueError, "positive number"),
+        ({"block": "big"}, ValueError, "'auto', got 'big'"),
+        ({"block": True}, ValueError, "positive number"),
+        ({"objective": "hessian"}, ValueError, "gram, diagonal, nowag"),
+        ({"propagate": "both"}, ValueError, "pruned, dense"),
+        ({"target": "moon"}, ValueError, "weight, output"),
+        ({"init": "armorfact"}, ValueError, "sparsegpt, wanda"),
+        ({"sweeps": -1}, ValueError, "sweeps >= 0"),
+        ({"rtol": 1.0}, ValueError, "rtol < 1"),
+        ({"shrinkage": -0.5}, ValueError, "finite number >= 0"),
+        ({"shrinkage": float("nan")}, ValueError, "finite number >= 0"),
+        ({"objective": "diagonal", "shrinkage": 1.0}, ValueError, "does not look at"),
+        ({"target": "output", "propagate": "dense"}, ValueError, "propagate='pruned'"),
+        ({"target": "output", "objective": "nowag"}, ValueError, "objective='gram'"),
+        ({"include": "q_proj"}, TypeError, "tuple of strings"),
+        ({"ignore": ("re:(",)}, ValueError, "not a regular expression"),
+        ({"baselines": ("luck",)}, ValueError, "baselines must be one of"),
+    ],
+)
+def test_settings_that_cannot_be_meant(settings, error, message):
+    with pytest.raises(error, match=message):
+        PruneConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 1.0),
+        ({"shrinkage": 0.0}, 0.0),
+        ({"shrinkage": 2.0}, 2.0),
+        ({"objective": "diagonal"}, 0.0),
+        ({"objective": "nowag"}, 0.0),
+    ],
+)
+def test_the_weight_of_the_diagonal(settings, expected):
+    assert PruneConfig(**settings).diagonal_weight == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"method": "wanda", "baselines": ()}, False),
+        ({"method": "wanda"}, True),
+        ({"objective": "nowag", "init": "nowag", "baselines": ()}, False),
+        ({"objective": "nowag", "baselines": ()}, True),
+    ],
+)
+def test_correlations_are_gathered_only_where_something_looks_at_them(settings, expected):
+    assert PruneConfig(**settings).needs_correlations == expected
+
+
+@pytest.mark.parametrize("name", armorfact_hf.__all__)
+def test_everything_that_is_exported_exists(name):
+    assert getattr(armorfact_hf, name).__module__.startswith("armorfact_hf.")
+
+
+def test_what_is_not_exported_is_told():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = armorfact_hf.nothing

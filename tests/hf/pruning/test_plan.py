@@ -1,0 +1,43 @@
+"""The plan says beforehand what pruning then does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.plan import make_plan
+from armorfact_hf.pruning.prune import prune_
+from tests.hf.models import BLOCKS, random_tokens, tiny_model
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "wanda"}, {"block": 8, "pattern": "1:4"}, {"head": True}])
+def test_bytes_are_those_of_the_pruned_layers(settings):
+    config = PruneConfig(**settings, sweeps=1, baselines=())
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = make_plan(model, random_tokens(), config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    report = prune_(model, random_tokens(), config)
+    assert [(x.name, x.shape, x.block, x.dense_bytes, x.bytes) for x in plan.layers] == [
+        (x.name, x.shape, x.block, x.dense_bytes, x.bytes) for x in report.layers
+    ]
+    assert plan.bytes == sum(layer.bytes for layer in report.layers)
+    assert plan.seconds > 0 and plan.peak_bytes > plan.model_bytes
+
+
+def test_wrapper_overhead():
+    plan = make_plan(tiny_model("llama"), random_tokens(), PruneConfig(include=("q_proj",), block=8), measure=False)
+    assert plan.wrapper_overhead == pytest.approx(8 / 32 + 8 / 32)
+    assert plan.seconds is None
+    assert len(plan.dense_layers) == 6 * BLOCKS
+
+
+def test_a_plan_of_later_blocks_runs_those_before_first():
+    config = PruneConfig(include=(f"re:model.layers.{BLOCKS - 1}",), sweeps=1)
+    assert make_plan(tiny_model("llama"), random_tokens(), config).seconds > 0
+
+
+def test_the_plan_refuses_what_pruning_would():
+    with pytest.raises(ValueError, match="no layer can be pruned"):
+        make_plan(tiny_model("llama"), random_tokens(), PruneConfig(block=7))

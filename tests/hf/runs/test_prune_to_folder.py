@@ -1,0 +1,641 @@
+"""From a model folder to a finished one: whole or not at all, resumed bit for bit, refused before any work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from armorfact import Pattern
+from armorfact_hf import files
+from armorfact_hf.checkpoint.description import NotPruned
+from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
+from armorfact_hf.data.load_model import load_model
+from armorfact_hf.evaluation import measure
+from armorfact_hf.evaluation.measure import Evaluation
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.journal import DifferentRun, Journal
+from armorfact_hf.runs import prune_to_folder as workflow
+from armorfact_hf.runs.compare import compare, evaluate_folder
+from armorfact_hf.runs.export import export_dense
+from armorfact_hf.runs.inspect import inspect_folder
+from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder, read_report
+from tests.hf.models import BLOCKS, random_text, random_tokens, tiny_model, word_tokenizer
+
+OURS = PruneConfig(sweeps=1)
+QUICK = PruneConfig(method="wanda", baselines=())
+RESUMED = {
+    "pruned": OURS,
+    "dense": replace(OURS, propagate="dense"),
+    "output": replace(OURS, target="output", head=True),
+}
+FINISHED = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "report.html",
+    "report.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def silent(sentence: str) -> None:
+    """Where progress and sentences go."""
+
+
+def prune(model: Path | str, out: Path, text: Path | str, config: PruneConfig = QUICK, **more):
+    return prune_to_folder(str(model), out, config, Calibration(str(text), 4, 24), log=silent, **more)
+
+
+def saved(family: str, folder: Path, **changes) -> Path:
+    """A folder with a tiny model and its tokenizer."""
+    shard_size = changes.pop("max_shard_size", "1GB")
+    tiny_model(family, **changes).save_pretrained(folder, max_shard_size=shard_size)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def nbytes(folder: Path) -> int:
+    return sum(tensor.nbytes for _, tensor in stored_tensors(folder))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("ARMORFACT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "pruned"
+
+
+# A finished folder
+
+
+def test_a_finished_folder_is_whole_and_alone(model_folder, text_file, out):
+    report = prune(model_folder, out, text_file, OURS)
+    assert names(out) == FINISHED
+    assert names(out.parent) == {"model", "text.txt", "pruned"}
+    assert read_report(out)["layers"] and len(report["layers"]) == 7 * BLOCKS
+    assert AutoTokenizer.from_pretrained(out)("w5 w3")["input_ids"] == [5, 3]
+    assert torch.isfinite(load_pruned(out)(random_tokens()).logits).all()
+
+
+def test_the_same_call_again_returns_the_report_without_pruning(model_folder, text_file, out, monkeypatch):
+    first = prune(model_folder, out, text_file)
+    monkeypatch.setattr(workflow, "prune_", None)
+    assert prune(model_folder, out, text_file) == first == json.loads((out / "report.json").read_text())
+
+
+def test_a_loaded_model_is_pruned_in_place_into_the_same_files(model_folder, text_file, out, tmp_path):
+    prune(model_folder, out, text_file)
+    loaded, other = load_model(str(model_folder)), tmp_path / "other"
+    prune_to_folder(loaded, other, QUICK, Calibration(str(text_file), 4, 24), log=silent)
+    assert (other / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    tokens = random_tokens()
+    torch.testing.assert_close(loaded.model(tokens).logits, load_pruned(out)(tokens).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", RESUMED.values(), ids=RESUMED)
+def test_no_layer_ends_above_the_start_of_its_objective(config, model_folder, text_file, out):
+    layers = prune(model_folder, out, text_file, config)["layers"]
+    assert all(0 < layer["objective_loss"] <= layer["objective_initial_loss"] for layer in layers)
+    assert any(layer["objective_loss"] < 0.9 * layer["objective_initial_loss"] for layer in layers)
+
+
+# Folders of other runs
+
+
+class Interrupted(Exception):
+    """Ends a run in the middle."""
+
+
+def interrupt(model: Path, out: Path, text: Path, config: PruneConfig = QUICK) -> Path:
+    """Run until two decoder blocks are finished; the folder of the journal."""
+
+    def progress(step):
+        if step.doing.startswith(f"decoder block {BLOCKS} "):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        prune(model, out, text, config, progress=progress)
+    return out.with_name(f"{out.name}.journal")
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        ("config", r"\(config.pattern: \"2:4\" there, \"1:4\" now\)"),
+        ("text", r"\(calibration: \"\w+…? there, \"\w+…? now\)"),
+        ("model", r"\(model: \"\w+…? there, \"\w+…? now\)"),
+    ],
+)
+def test_another_run_is_refused_and_told_what_differs(finished, change, differing, model_folder, text_file, out):
+    (prune if finished else interrupt)(model_folder, out, text_file)
+    stands = out if finished else out.with_name("pruned.journal")
+    config = replace(QUICK, pattern="1:4") if change == "config" else QUICK
+    if change == "text":
+        text_file.write_text(random_text(400, seed=1))
+    if change == "model":
+        saved("llama", model_folder, seed=1)
+    before = names(stands)
+    with pytest.raises(DifferentRun, match=differing + r"\. Give that run's arguments to continue it, name another"):
+        prune(model_folder, out, text_file, config)
+    assert names(stands) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "the model itself"])
+def test_an_out_that_is_not_ours_is_refused_and_kept(kind, model_folder, text_file, out):
+    if kind == "file":
+        out.write_text("thesis")
+    elif kind == "folder":
+        out.mkdir()
+    else:
+        out = model_folder
+    before = names(out.parent)
+    with pytest.raises(DifferentRun, match=re.escape(str(out)) + r" exists .*: name another, or remove it"):
+        prune(model_folder, out, text_file)
+    assert names(out.parent) == before
+
+
+def test_a_folder_in_place_of_the_journal_that_is_not_ours_is_kept(model_folder, text_file, out):
+    kept = out.with_name("pruned.journal") / "thesis.txt"
+    kept.parent.mkdir()
+    kept.write_text("years of work")
+    with pytest.raises(DifferentRun, match=re.escape(str(kept.parent))):
+        prune(model_folder, out, text_file)
+    assert kept.read_text() == "years of work"
+
+
+# Killed runs
+
+
+class Killer:
+    """Counts calls, and ends the process at one of them as a kill from outside would."""
+
+    def __init__(self, at: int | None) -> None:
+        self.left = at
+
+    def __call__(self, *_) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until(place: str, at: int | None, model: Path, out: Path, text: Path, config: PruneConfig) -> None:
+    """Run in a process of its own, killed at a step, before a file of the journal is named, or before the report."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    killer = Killer(at)
+    if place == "file":
+        files.os.fsync = killer
+    elif place == "report":
+        workflow.write_report = killer
+    prune(model, out, text, config, progress=killer if place == "step" else None)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts `run_until` in a fresh process, forked from one that has imported everything and computed nothing."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", __name__])
+    began = []
+
+    def start(*arguments):
+        began.append(processes.Process(target=run_until, args=arguments))
+        began[-1].start()
+        return began[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield start
+    for process in began:
+        process.kill()
+        process.join()
+
+
+def exit_code(process) -> int:
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.fixture
+def ends_alike(start, model_folder, text_file, tmp_path, out):
+    """Asserts that a run that was killed goes on to the end of one that was not."""
+
+    def check(config: PruneConfig) -> None:
+        whole = tmp_path / "whole"
+        for folder in (whole, out):
+            assert exit_code(start("step", None, model_folder, folder, text_file, config)) == 0
+        assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert names(out) == FINISHED and not out.with_name("pruned.journal").exists()
+
+    return check
+
+
+@pytest.mark.parametrize("setting", RESUMED)
+def test_a_run_killed_anywhere_ends_with_the_same_bits(setting, start, ends_alike, model_folder, text_file, out):
+    source = random.Random(setting)
+    places = [("step", source.randint(1, 30)) for _ in range(2)] + [("file", source.randint(1, 2)), ("report", 1)]
+    for place, at in places:
+        assert exit_code(start(place, at, model_folder, out, text_file, RESUMED[setting])) == -signal.SIGKILL
+    ends_alike(RESUMED[setting])
+
+
+def test_a_run_killed_at_any_time_ends_with_the_same_bits(start, ends_alike, model_folder, text_file, out):
+    delays = random.Random(0)
+    for _ in range(3):
+        process = start("step", None, model_folder, out, text_file, OURS)
+        process.join(delays.uniform(0.1, 0.9))
+        process.kill()
+    ends_alike(OURS)
+
+
+def test_a_run_killed_while_it_writes_leaves_nothing_behind(start, model_folder, text_file, out):
+    assert exit_code(start("report", 1, model_folder, out, text_file, QUICK)) == -signal.SIGKILL
+    prune(model_folder, out, text_file)
+    assert names(out.parent) == {"model", "text.txt", "pruned"}
+
+
+def test_a_run_stopped_before_its_journal_is_removed_removes_it_when_called_again(
+    model_folder, text_file, out, monkeypatch
+):
+    def rmtree(path: Path, **more) -> None:
+        if path.name == "pruned.journal":
+            raise Interrupted
+        shutil.rmtree(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "shutil", SimpleNamespace(rmtree=rmtree))
+        with pytest.raises(Interrupted):
+            prune(model_folder, out, text_file)
+    assert (out / "report.json").exists() and out.with_name("pruned.journal").exists()
+    prune(model_folder, out, text_file)
+    assert names(out.parent) == {"model", "text.txt", "pruned"}
+
+
+def raising(error: BaseException):
+    def act(*_, **__):
+        raise error
+
+    return act
+
+
+# Damaged journals
+
+
+def halved(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes, bit: int = 8 * 8 + 3) -> bytes:
+    """One bit changed; by default, where the header of a safetensors file begins."""
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+@pytest.mark.parametrize("damage", [halved, flipped, lambda content: b""], ids=["halved", "flipped", "empty"])
+def test_a_damaged_block_of_the_journal_is_named_and_made_again(damage, model_folder, text_file, out, tmp_path):
+    prune(model_folder, tmp_path / "whole", text_file)
+    path = interrupt(model_folder, out, text_file) / "block-0001.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*delete that one file"):
+        prune(model_folder, out, text_file)
+    path.unlink()
+    prune(model_folder, out, text_file)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_manifest_of_the_journal_is_named(content, model_folder, text_file, out):
+    path = interrupt(model_folder, out, text_file) / "manifest.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*delete"):
+        prune(model_folder, out, text_file)
+
+
+def test_a_bit_that_flips_in_a_header_is_told_or_harmless(model_folder, text_file, out):
+    path = interrupt(model_folder, out, text_file, OURS) / "block-0001.safetensors"
+    whole, stored = path.read_bytes(), Journal(path.parent, Pattern.parse("2:4"))
+
+    def read() -> str | list[dict]:
+        try:
+            return [layer.state_dict() for layer, _ in stored.read(path.stem).layers]
+        except ValueError as error:
+            return str(error)
+
+    expected, told = read(), 0
+    header = 8 + int.from_bytes(whole[:8], "little")
+    of_block = 8 * (re.search(rb'"block\W+4', whole).end() - 1) + 2  # makes a block of 0 of a block of 4
+    for bit in [of_block, *random.Random(0).sample(range(8 * header), 200)]:
+        path.write_bytes(flipped(whole, bit))
+        if isinstance(found := read(), str):
+            assert str(path) in found
+            told += 1
+        else:
+            assert all(torch.equal(x[key], y[key]) for x, y in zip(found, expected, strict=True) for key in y)
+    assert told > 100
+
+
+# Errors, all before any work
+
+
+@pytest.fixture
+def refused(model_folder, text_file, out, monkeypatch):
+    """Asserts that a run ends with an error, before anything is computed or written."""
+    monkeypatch.setattr(workflow, "prune_", None)
+
+    def check(message: str, model=model_folder, text=text_file, folder=out, error=ValueError, **more):
+        before = names(out.parent)
+        with pytest.raises(error, match=message):
+            prune(model, folder, text, **more)
+        assert names(out.parent) == before
+
+    return check
+
+
+def test_a_full_disk_is_told_beforehand(refused, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    refused(r"pruned needs 0\.00 GB of disk, 0\.00 GB are free; make room or name another", error=OSError)
+
+
+def test_a_disk_with_just_enough_room_is_enough(model_folder, text_file, out, tmp_path, monkeypatch):
+    prune(model_folder, out, text_file)
+    needed = nbytes(out) + sum(layer.bytes for layer in inspect_folder(out))  # the journal, and what comes of it
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    prune(model_folder, tmp_path / "again", text_file)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(OSError, match="make room"):
+        prune(model_folder, tmp_path / "a third time", text_file)
+
+
+def test_an_unwritable_folder_is_told_beforehand(refused, monkeypatch):
+    monkeypatch.setattr(files, "TemporaryDirectory", raising(PermissionError()))
+    refused("is not writable; name another folder", error=PermissionError)
+
+
+def test_a_folder_below_a_file_is_told_beforehand(refused, text_file):
+    refused("text.txt is a file; name another folder", folder=text_file / "x" / "y", error=NotADirectoryError)
+
+
+@pytest.mark.parametrize("damage", [halved, lambda content: content[:-1], flipped, lambda content: b""])
+def test_a_damaged_file_of_the_model_is_named(damage, refused, model_folder):
+    path = model_folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    refused(re.escape(str(path)) + r" is damaged \(.+\): copy or download it again")
+
+
+def test_a_missing_shard_is_named(refused, tmp_path):
+    folder = saved("llama", tmp_path / "sharded", max_shard_size="50KB")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    refused("lacks model-00002-of-00003.safetensors, which its index lists: copy or download it again", model=folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"weight_map": 1}'])
+def test_a_damaged_index_is_named(content, refused, tmp_path):
+    folder = saved("llama", tmp_path / "sharded", max_shard_size="50KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(content)
+    refused(re.escape(str(index)), model=folder)
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("config.json", r"holds no model \(it has no config\.json\): name a folder"),
+        ("model.safetensors", "holds no safetensors file"),
+        ("tokenizer", "has no tokenizer that transformers can load: put its files there"),
+    ],
+)
+def test_a_folder_without_a_part_of_a_model_is_told(removed, message, refused, model_folder):
+    for path in model_folder.glob(f"{removed}*"):
+        path.unlink()
+    refused(re.escape(str(model_folder)) + " " + message)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("demo:nope", "unknown demo model 'demo:nope': expected one of demo:smollm2, demo:gemma3-270m, "),
+        ("nope", "'nope' is no folder, no name on the hub .* 'owner/name'.*demo:smollm2"),
+        ("a/b/c", "'a/b/c' is no folder, no name on the hub"),
+        ("./nope", "'./nope' is no folder, no name on the hub"),
+        ("own er/name", "cannot load the model 'own er/name': "),
+    ],
+)
+def test_a_name_of_no_model_is_told_what_names_there_are(name, message, refused):
+    refused(message, model=name)
+
+
+def test_a_model_that_is_pruned_already_is_refused(model_folder, text_file, out, tmp_path):
+    prune(model_folder, out, text_file)
+    with pytest.raises(ValueError, match="is pruned already"):
+        prune(out, tmp_path / "again", text_file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"no-such\.txt' is no text file, and none of the demo texts: demo:gensim-enwiki"),
+        (b" \n", r"text\.txt holds no text"),
+        (b"\xff\xfe", r"cannot read .*text\.txt as UTF-8 text"),
+        (b"w3 " * 95, r"4 windows of 24 tokens need 96 tokens of text, got 95: ask for fewer or shorter windows"),
+    ],
+)
+def test_a_text_that_will_not_do_is_told(content, message, refused, text_file, tmp_path):
+    if content is not None:
+        text_file.write_bytes(content)
+    refused(message, text=text_file if content is not None else tmp_path / "no-such.txt")
+
+
+# Figures beside the dense model
+
+
+@pytest.fixture
+def other_text(tmp_path) -> Path:
+    path = tmp_path / "other.txt"
+    path.write_text(random_text(300, seed=1))
+    return path
+
+
+def test_an_evaluation_stands_in_the_report_beside_its_dense_model(model_folder, text_file, other_text, out):
+    prune(model_folder, out, text_file, OURS)
+    report = evaluate_folder(out, [Evaluation(str(other_text), 5, 24)], log=silent)
+    assert json.loads((out / "report.json").read_text()) == report
+    [entry] = report["evaluations"]
+    pinned = {"text": "other.txt", "split": "whole file", "window": 24, "stride": 24, "bos": None, "windows": 5}
+    assert pinned.items() <= entry.items() and entry["tokens"] == 5 * 23
+    assert set(entry) == {*pinned, "sha256", "chosen", "tokens", "dense", "methods"}
+    [method] = entry["methods"]
+    assert method["name"] == "armorfact" and method["perplexity"] != entry["dense"]
+    assert method["mean_loss"] == pytest.approx(
+        sum(layer["losses"]["armorfact"] for layer in report["layers"]) / len(report["layers"])
+    )
+    shown = (out / "report.html").read_text()
+    assert f"{entry['dense']:.2f}" in shown and f"{method['perplexity']:.2f}" in shown
+
+
+def test_perplexity_is_measured_once_for_a_model_and_a_text(model_folder, text_file, other_text, out, monkeypatch):
+    prune(model_folder, out, text_file)
+    measured, original = [], measure.evaluate_perplexity
+    monkeypatch.setattr(
+        measure, "evaluate_perplexity", lambda *given, **more: measured.append(more) or original(*given, **more)
+    )
+    ways = [Evaluation(str(other_text), 5, 24), Evaluation(str(other_text), 5, 16), Evaluation(str(text_file), 5, 24)]
+    for number, way in enumerate(ways, 1):
+        first = evaluate_folder(out, [way], log=silent)
+        assert evaluate_folder(out, [way], log=silent) == first
+        assert len(measured) == 2 * number and len(first["evaluations"]) == number
+
+
+def test_a_dense_model_that_has_changed_is_not_compared_with(model_folder, text_file, out):
+    prune(model_folder, out, text_file)
+    saved("llama", model_folder, seed=1)
+    with pytest.raises(ValueError, match="model is not the model that was pruned: its weights have changed since"):
+        evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], log=silent)
+
+
+def compared(model: Path, out: Path, text: Path, *texts: Path, config=OURS, methods=("wanda",)):
+    return compare(
+        str(model), out, config, methods, Calibration(str(text), 4, 24), [Evaluation(str(t), 2, 24) for t in texts],
+        log=silent,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["blocks", "blocks and tied head"])
+def test_a_comparison_has_a_row_for_each_method_with_its_bytes_on_disk(head, model_folder, text_file, out):
+    rows = compared(model_folder, out, text_file, text_file, config=replace(OURS, head=head))
+    assert [row.name for row in rows] == ["dense", "wanda", "armorfact"]
+    dense, wanda, ours = rows
+    folders = [model_folder, out.with_name("pruned-wanda"), out]
+    assert [row.bytes for row in rows] == [nbytes(folder) for folder in folders]
+    assert wanda.bytes < ours.bytes < dense.bytes
+    assert 0 == dense.mean_loss < ours.mean_loss < wanda.mean_loss
+    for row in rows:
+        assert row.ratio["text.txt"] == row.perplexity["text.txt"] / dense.perplexity["text.txt"]
+
+
+def test_a_comparison_reuses_what_is_finished(model_folder, text_file, out, monkeypatch):
+    rows = compared(model_folder, out, text_file, text_file)
+    monkeypatch.setattr(workflow, "prune_", None)
+    monkeypatch.setattr(measure, "evaluate_perplexity", None)
+    assert compared(model_folder, out, text_file, text_file) == rows
+
+
+def test_every_row_of_a_comparison_has_the_same_texts(model_folder, text_file, other_text, out):
+    compared(model_folder, out, text_file, other_text, methods=())
+    rows = compared(model_folder, out, text_file, text_file)
+    assert rows[0].perplexity.keys() == rows[1].perplexity.keys() == rows[2].perplexity.keys() >= {"text.txt"}
+
+
+def test_texts_of_the_same_file_name_are_told_apart(model_folder, text_file, other_text, out, tmp_path):
+    same_name = tmp_path / "elsewhere" / text_file.name
+    same_name.parent.mkdir()
+    same_name.write_text(other_text.read_text())
+    [dense, _] = compared(model_folder, out, text_file, text_file, same_name, methods=())
+    assert len(set(dense.perplexity.values())) == 2
+
+
+# Looking inside, and out again
+
+
+def test_every_layer_is_listed_with_its_bytes_on_disk(tmp_path, text_file, out):
+    model = saved("gpt2", tmp_path / "gpt2")
+    report = prune(model, out, text_file, OURS)
+    held = {layer.name: layer for layer in inspect_folder(out)}
+    assert set(held) == {layer["name"] for layer in report["layers"]}
+    stored, dense = dict(stored_tensors(out)), dict(stored_tensors(model))
+    for layer in report["layers"]:
+        name, found = layer["name"], held[layer["name"]]
+        parts = [f"{name}.{part}" for part in ("values", "positions", "left", "right")]
+        assert found.bytes == layer["bytes"] == sum(stored[part].nbytes for part in parts)
+        assert found.dense_bytes == layer["dense_bytes"] == dense[f"{name}.weight"].nbytes
+        assert found.shape == tuple(dense[f"{name}.weight"].T.shape) == tuple(layer["shape"])
+        assert (found.loss, found.sparsegpt_loss) == (layer["losses"]["armorfact"], layer["losses"]["sparsegpt"])
+        assert found.block == tuple(layer["block"]) == (stored[parts[2]].shape[-1], stored[parts[3]].shape[-1])
+
+
+def test_layers_are_listed_in_the_order_of_the_model(model_folder, text_file, out):
+    report = prune(model_folder, out, text_file)
+    assert [layer.name for layer in inspect_folder(out)] == [layer["name"] for layer in report["layers"]]
+
+
+def test_a_folder_without_report_is_listed_without_losses(model_folder, text_file, out):
+    prune(model_folder, out, text_file)
+    (out / "report.json").unlink()
+    assert {(layer.loss, layer.sparsegpt_loss) for layer in inspect_folder(out)} == {(None, None)}
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["blocks", "and head"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_an_exported_folder_is_an_ordinary_model_of_the_same_logits(family, head, text_file, out, tmp_path, caplog):
+    model = saved(family, tmp_path / family)
+    prune(model, out, text_file, replace(OURS, head=head))
+    dense = tmp_path / "dense"
+    export_dense(out, dense, silent)
+    assert names(dense) == names(model)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    loaded, info = AutoModelForCausalLM.from_pretrained(dense, output_loading_info=True)
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records and not any(info.values())
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in tiny_model(family).modules()]
+    if not head:
+        assert nbytes(dense) == nbytes(model)
+        assert config_of(dense) == config_of(model)
+    tokens = random_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, load_pruned(out)(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(dense)("w5 w3")["input_ids"] == [5, 3]
+
+
+def config_of(folder: Path) -> dict:
+    return {key: value for key, value in AutoConfig.from_pretrained(folder).to_dict().items() if key != "_name_or_path"}
+
+
+def test_an_export_takes_the_place_of_nothing(model_folder, text_file, out, tmp_path):
+    prune(model_folder, out, text_file)
+    before = (model_folder / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="model exists already: name a new folder"):
+        export_dense(out, model_folder, silent)
+    assert (model_folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("look", [inspect_folder, lambda folder: export_dense(folder, folder / "dense", silent)])
+def test_folders_that_hold_no_pruned_model_are_told_so(look, model_folder, tmp_path):
+    with pytest.raises(NotPruned, match="model holds no model pruned by armorfact; `armorfact prune` makes one"):
+        look(model_folder)
+    for folder in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(NotPruned, match=re.escape(str(folder))):
+            look(folder)
+
+
+def test_a_pruned_folder_that_lacks_a_layer_is_told(model_folder, text_file, out):
+    prune(model_folder, out, text_file)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["modules"].append({"name": "model.layers.9.x", "shape": [4, 4], "block": None})
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lack model\.layers\.9\.x\.values"):
+        inspect_folder(out)
