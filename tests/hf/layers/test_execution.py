@@ -449,7 +449,8 @@ def test_the_number_of_threads_changes_no_bit(size):
 
 WITHOUT_AVX512 = """
 import torch
-from armorfact_hf.execution import choice, simd
+from armorfact_hf.layers import execution as choice
+from armorfact_hf.layers.kernels import simd
 from tests.hf.layers.test_execution import assert_rounded, random_inputs, random_layer, runs
 assert not simd._has_avx512()
 dtype = getattr(torch, {dtype!r})
