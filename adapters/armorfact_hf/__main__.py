@@ -4,7 +4,14 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; without the packages that it needs, say how to get them."""
+    """Run the command line; without the packages or the memory that it needs, say so."""
+    try:
+        _run()
+    except MemoryError as error:
+        sys.exit(f"Error: this takes more memory than there is ({str(error) or 'none is left'}): end other programs")
+
+
+def _run() -> None:
     try:
         from armorfact_hf.cli.commands import app
     except ImportError as error:

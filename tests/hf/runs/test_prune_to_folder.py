@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -640,3 +641,10 @@ def test_a_pruned_folder_that_lacks_a_layer_is_told(model_folder, text_file, out
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"lack model\.layers\.9\.x\.values"):
         inspect_folder(out)
+
+
+def test_it_imports_where_there_is_no_resource_module():
+    code = "import sys; sys.modules['resource'] = None; import armorfact_hf.runs.prune_to_folder"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
