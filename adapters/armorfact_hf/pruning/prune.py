@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,14 @@ def prune_(
     refuse_pruned(model)
     layers, dense = fitting_layers(model, config, select)
     start = time.perf_counter()
-    stored = None if journal is None else open_journal(Path(journal), model, tokens, config, layers)
     model.eval()
-    run = BlockByBlock(model, list(tokens.split(1)), config, layers, stored, progress)
-    with damping_noted():
-        reports = tuple(run.reports())
+    with ExitStack() as until_done:
+        stored = None
+        if journal is not None:
+            stored = until_done.enter_context(open_journal(Path(journal), model, tokens, config, layers))
+        run = BlockByBlock(model, list(tokens.split(1)), config, layers, stored, progress)
+        with damping_noted():
+            reports = tuple(run.reports())
     describe_(model, config, reports)
     pruned = {report.name for report in reports}
     dense += [DenseLayer(x.name, "no calibration token reached it") for x in layers if x.name not in pruned]
