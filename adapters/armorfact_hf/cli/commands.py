@@ -166,13 +166,28 @@ def _prune(
             evaluations,
             dtype=dtype,
             device=device,
-            log=_say,
             progress=lambda done, total: told("measuring perplexity", done, total),
-            pruning=lambda step: told(step.doing, step.done, step.total),
-            on_plan=_show_plan,
+            observer=_observer(told),
         )
     console.print(tables.compared(rows))
     console.print(f"Report: {out / 'report.html'}")
+
+
+def _observer(told: Callable[[str, int, int], None]) -> Any:
+    """Shows sentences, plans and the bar."""
+    from armorfact_hf.observer import Observer, Step
+
+    class Shown(Observer):
+        def say(self, sentence: str) -> None:
+            _say(sentence)
+
+        def plan(self, plan: Any) -> None:
+            _show_plan(plan)
+
+        def step(self, step: Step) -> None:
+            told(step.doing, step.done, step.total)
+
+    return Shown()
 
 
 @app.command(name="eval")

@@ -14,7 +14,7 @@ from armorfact_hf.data.texts import evaluation_source, tokens_of
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.evaluation.perplexity import evaluate_perplexity
 from armorfact_hf.files import written_beside
-from armorfact_hf.pruning.journal import model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.journal import tokens_fingerprint
 
 Json = dict[str, Any]
 
@@ -55,7 +55,7 @@ def perplexity_of(loaded: Loaded, evaluation: Evaluation, progress: Progress | N
         "windows": evaluation.windows,
         "chosen": "evenly over the text",
     }
-    key = {**asked, "model": model_fingerprint(loaded.model)}
+    key = {**asked, "model": loaded.fingerprint}
     return _remembered(key, lambda: asked | _measured(loaded, tokens, asked, progress))
 
 

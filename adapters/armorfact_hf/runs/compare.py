@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,10 +12,8 @@ from armorfact_hf.data.texts import evaluation_source
 from armorfact_hf.evaluation.measure import Evaluation, Progress, perplexity_of
 from armorfact_hf.evaluation.tasks import evaluate_tasks
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.pruning.block_by_block import Step
+from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.journal import model_fingerprint
-from armorfact_hf.pruning.plan import Plan
 from armorfact_hf.report.page import write_report
 from armorfact_hf.runs.prune_to_folder import Calibration, Json, prune_to_folder, read_report
 
@@ -28,7 +26,7 @@ def dense_model(report: Json, device: str | None = None, log: Log = print) -> Lo
     """
     facts = report["model"]
     loaded = load_model(facts["name"], dtype=facts["dtype"], device=device, log=log)
-    if model_fingerprint(loaded.model) != facts["fingerprint"]:
+    if loaded.fingerprint != facts["fingerprint"]:
         raise ValueError(f"{facts['name']} is not the model that was pruned: its weights have changed since")
     return loaded
 
@@ -190,9 +188,7 @@ def compare(
     dtype: str = "auto",
     device: str | None = None,
     progress: Progress | None = None,
-    pruning: Callable[[Step], object] | None = None,
-    on_plan: Callable[[Plan], object] | None = None,
-    log: Log = print,
+    observer: Observer | None = None,
 ) -> list[Row]:
     """Prune a model by ``config`` into ``out`` and by other methods into folders beside it, and measure all alike.
 
@@ -201,8 +197,10 @@ def compare(
     Args:
         model, dtype, device: see `load_model`.
         methods: of one shot; each goes to the folder ``<out>-<method>``.
-        progress: called during evaluations. pruning: called during pruning. on_plan: called with each plan.
+        progress: called during evaluations. observer: is told of all else.
     """
+    observer = observer or Observer()
+    log = observer.say
     for evaluation in evaluations:
         evaluation_source(evaluation.text, log)  # raises before the work if there is none
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
@@ -210,7 +208,7 @@ def compare(
         log(f"Pruning {model} by {method}, into {folder}.")
         loaded = load_model(model, dtype, device, log)
         chosen = replace(config, method=method)
-        prune_to_folder(loaded, folder, chosen, calibration, progress=pruning, on_plan=on_plan, log=log)
+        prune_to_folder(loaded, folder, chosen, calibration, observer=observer)
         del loaded
     if evaluations:
         evaluate_folder(out, evaluations, device=device, beside=list(beside.values()), progress=progress, log=log)

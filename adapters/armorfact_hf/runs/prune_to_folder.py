@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,13 @@ from armorfact_hf.data.load_model import DEMO, Loaded, Log, load_model
 from armorfact_hf.data.texts import calibration_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
 from armorfact_hf.files import check_room
-from armorfact_hf.pruning.block_by_block import Step
+from armorfact_hf.model.structure import Select
+from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.journal import DifferentRun, check_same, flat_manifest, model_fingerprint, tokens_fingerprint
-from armorfact_hf.pruning.plan import Plan, make_plan
-from armorfact_hf.pruning.prune import PruneReport, prune_, refuse_pruned
+from armorfact_hf.pruning.job import Job, make_job
+from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same
+from armorfact_hf.pruning.plan import Plan, plan_job
+from armorfact_hf.pruning.prune import PruneReport, prune_job_
 from armorfact_hf.report.page import write_report
 
 Json = dict[str, Any]
@@ -62,10 +62,8 @@ def prune_to_folder(
     config: PruneConfig | None = None,
     calibration: Calibration | None = None,
     *,
-    progress: Callable[[Step], object] | None = None,
-    log: Log = print,
-    on_plan: Callable[[Plan], object] | None = None,
-    select: Any = None,
+    observer: Observer | None = None,
+    select: Select | None = None,
 ) -> Json:
     """Prune a model and write the finished folder: checkpoint, tokenizer, `report.json`, `report.html`.
 
@@ -76,7 +74,7 @@ def prune_to_folder(
         model: a name for `load_model`, or a loaded dense model, which is pruned in place.
         out: the folder to write.
         config, calibration: what to prune and how, and on which tokens.
-        progress: see `prune_`. log: called with a sentence for each slow step. on_plan: called with the plan.
+        observer: is told of slow steps, of the plan, and of every unit of work; it prints sentences by default.
         select: see `prune_`.
 
     Returns:
@@ -86,28 +84,20 @@ def prune_to_folder(
         ValueError, OSError: bad arguments, too little room on disk, an ``out`` that holds something else; all found
             before the work starts.
     """
-    config, calibration = config or PruneConfig(), calibration or Calibration()
+    observer, calibration = observer or Observer(), calibration or Calibration()
     if out.exists() and not (out / "report.json").exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
-    loaded = load_model(model, log=log) if isinstance(model, str) else model
-    refuse_pruned(loaded.model)
-    tokens = calibration.tokens(loaded, log)
-    manifest = _manifest(loaded, config, tokens)
+    loaded = load_model(model, log=observer.say) if isinstance(model, str) else model
+    job = make_job(loaded.model, calibration.tokens(loaded, observer.say), config, select)
     journal = out.with_name(f"{out.name}.journal")
     if out.exists():
-        report = read_report(out)
-        check_same(report["manifest"], manifest, out)
-        if (journal / "manifest.json").exists():
-            shutil.rmtree(journal)
-        log(f"{out} is finished already.")
-        return report
-    plan = make_plan(loaded.model, tokens, config, measure=on_plan is not None, select=select)
-    if on_plan is not None:
-        on_plan(plan)
+        return _found_finished(out, job, journal, observer)
+    plan = plan_job(job, measure=observer.wants_plan)
+    observer.plan(plan)
     check_room(out, 2 * plan.bytes + plan.model_bytes - plan.dense_bytes)
-    facts = _model_facts(loaded, manifest["model"])
-    done = prune_(loaded.model, tokens, config, select=select, journal=journal, progress=progress)
-    report = _report(facts, calibration, tokens, done, plan, manifest)
+    facts = _model_facts(loaded, job)
+    with Journal.open(journal, job.manifest, job.config.pattern) as stored:
+        report = _report(facts, calibration, job, prune_job_(job, stored, observer), plan)
     draft = journal / "whole"  # in the journal, so that whatever a kill leaves behind is removed with it
     shutil.rmtree(draft, ignore_errors=True)
     save_pruned(loaded.model, draft, loaded.tokenizer)
@@ -117,29 +107,28 @@ def prune_to_folder(
     return report
 
 
-def _manifest(loaded: Loaded, config: PruneConfig, tokens: torch.Tensor) -> Json:
-    return flat_manifest(
-        config.to_dict(),
-        armorfact=armorfact.__version__,
-        model=model_fingerprint(loaded.model),
-        calibration=tokens_fingerprint(tokens),
-    )
+def _found_finished(out: Path, job: Job, journal: Path, observer: Observer) -> Json:
+    """The report of a finished folder, which has to be this job's."""
+    report = read_report(out)
+    check_same(report["manifest"], job.manifest, out)
+    if (journal / "manifest.json").exists():
+        shutil.rmtree(journal)
+    observer.say(f"{out} is finished already.")
+    return report
 
 
-def _model_facts(loaded: Loaded, fingerprint: str) -> Json:
+def _model_facts(loaded: Loaded, job: Job) -> Json:
     return {
         "name": loaded.name,
         "class": type(loaded.model).__name__,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "bytes": sum(parameter.nbytes for parameter in loaded.model.parameters()),
-        "fingerprint": fingerprint,
+        "fingerprint": job.fingerprint,
     }
 
 
-def _report(
-    facts: Json, calibration: Calibration, tokens: torch.Tensor, done: PruneReport, plan: Plan, manifest: Json
-) -> Json:
+def _report(facts: Json, calibration: Calibration, job: Job, done: PruneReport, plan: Plan) -> Json:
     text = calibration.text.removeprefix(DEMO)
     return {
         "format": 1,
@@ -147,12 +136,12 @@ def _report(
         "model": facts,
         "calibration": {
             "text": text,
-            "windows": tokens.shape[0],
-            "length": tokens.shape[1],
-            "sha256": manifest["calibration"],
+            "windows": job.tokens.shape[0],
+            "length": job.tokens.shape[1],
+            "sha256": job.manifest["calibration"],
         },
         "config": done.config.to_dict(),
-        "manifest": manifest,
+        "manifest": job.manifest,
         "layers": [layer.to_dict() for layer in done.layers],
         "dense_layers": [{"name": layer.name, "reason": layer.reason} for layer in done.dense_layers],
         "totals": {**plan.to_dict(), "seconds": done.seconds, "peak_memory_bytes": peak_memory()},
@@ -167,6 +156,8 @@ def peak_memory() -> int:
     if status.exists():  # what getrusage says there counts what the process was forked from
         [line] = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -34,6 +34,7 @@ from armorfact_hf.runs.export import export_dense
 from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder, read_report
 from tests.hf.models import BLOCKS, random_text, random_tokens, tiny_model, word_tokenizer
+from tests.hf.observers import Silent, Stepping
 
 OURS = PruneConfig(sweeps=1)
 QUICK = PruneConfig(method="wanda", baselines=())
@@ -58,7 +59,7 @@ def silent(sentence: str) -> None:
 
 
 def prune(model: Path | str, out: Path, text: Path | str, config: PruneConfig = QUICK, **more):
-    return prune_to_folder(str(model), out, config, Calibration(str(text), 4, 24), log=silent, **more)
+    return prune_to_folder(str(model), out, config, Calibration(str(text), 4, 24), **{"observer": Silent()} | more)
 
 
 def saved(family: str, folder: Path, **changes) -> Path:
@@ -103,14 +104,14 @@ def test_a_finished_folder_is_whole_and_alone(model_folder, text_file, out):
 
 def test_the_same_call_again_returns_the_report_without_pruning(model_folder, text_file, out, monkeypatch):
     first = prune(model_folder, out, text_file)
-    monkeypatch.setattr(workflow, "prune_", None)
+    monkeypatch.setattr(workflow, "prune_job_", None)
     assert prune(model_folder, out, text_file) == first == json.loads((out / "report.json").read_text())
 
 
 def test_a_loaded_model_is_pruned_in_place_into_the_same_files(model_folder, text_file, out, tmp_path):
     prune(model_folder, out, text_file)
     loaded, other = load_model(str(model_folder)), tmp_path / "other"
-    prune_to_folder(loaded, other, QUICK, Calibration(str(text_file), 4, 24), log=silent)
+    prune_to_folder(loaded, other, QUICK, Calibration(str(text_file), 4, 24), observer=Silent())
     assert (other / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     tokens = random_tokens()
     torch.testing.assert_close(loaded.model(tokens).logits, load_pruned(out)(tokens).logits, rtol=0, atol=0)
@@ -138,7 +139,7 @@ def interrupt(model: Path, out: Path, text: Path, config: PruneConfig = QUICK) -
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        prune(model, out, text, config, progress=progress)
+        prune(model, out, text, config, observer=Stepping(progress))
     return out.with_name(f"{out.name}.journal")
 
 
@@ -213,7 +214,7 @@ def run_until(place: str, at: int | None, model: Path, out: Path, text: Path, co
         files.os.fsync = killer
     elif place == "report":
         workflow.write_report = killer
-    prune(model, out, text, config, progress=killer if place == "step" else None)
+    prune(model, out, text, config, observer=Stepping(killer) if place == "step" else Silent())
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +366,7 @@ def test_a_bit_that_flips_in_a_header_is_told_or_harmless(model_folder, text_fil
 @pytest.fixture
 def refused(model_folder, text_file, out, monkeypatch):
     """Asserts that a run ends with an error, before anything is computed or written."""
-    monkeypatch.setattr(workflow, "prune_", None)
+    monkeypatch.setattr(workflow, "prune_job_", None)
 
     def check(message: str, model=model_folder, text=text_file, folder=out, error=ValueError, **more):
         before = names(out.parent)
@@ -520,7 +521,7 @@ def test_a_dense_model_that_has_changed_is_not_compared_with(model_folder, text_
 def compared(model: Path, out: Path, text: Path, *texts: Path, config=OURS, methods=("wanda",)):
     return compare(
         str(model), out, config, methods, Calibration(str(text), 4, 24), [Evaluation(str(t), 2, 24) for t in texts],
-        log=silent,
+        observer=Silent(),
     )  # fmt: skip
 
 
@@ -539,7 +540,7 @@ def test_a_comparison_has_a_row_for_each_method_with_its_bytes_on_disk(head, mod
 
 def test_a_comparison_reuses_what_is_finished(model_folder, text_file, out, monkeypatch):
     rows = compared(model_folder, out, text_file, text_file)
-    monkeypatch.setattr(workflow, "prune_", None)
+    monkeypatch.setattr(workflow, "prune_job_", None)
     monkeypatch.setattr(measure, "evaluate_perplexity", None)
     assert compared(model_folder, out, text_file, text_file) == rows
 
