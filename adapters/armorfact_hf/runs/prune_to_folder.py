@@ -22,7 +22,7 @@ from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.journal import DifferentRun, check_same
+from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same
 from armorfact_hf.pruning.plan import Plan, plan_job
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
 from armorfact_hf.report.page import write_report
@@ -96,7 +96,8 @@ def prune_to_folder(
     observer.plan(plan)
     check_room(out, 2 * plan.bytes + plan.model_bytes - plan.dense_bytes)
     facts = _model_facts(loaded, job)
-    report = _report(facts, calibration, job, prune_job_(job, journal, observer), plan)
+    with Journal.open(journal, job.manifest, job.config.pattern) as stored:
+        report = _report(facts, calibration, job, prune_job_(job, stored, observer), plan)
     draft = journal / "whole"  # in the journal, so that whatever a kill leaves behind is removed with it
     shutil.rmtree(draft, ignore_errors=True)
     save_pruned(loaded.model, draft, loaded.tokenizer)
