@@ -57,6 +57,13 @@ def prune(
     init: Annotated[str, typer.Option(help="Where the factorization starts.")] = DEFAULTS.init,
     sweeps: Annotated[int, typer.Option(help="Sweeps of the solver over a layer, at most.")] = DEFAULTS.sweeps,
     rtol: Annotated[float, typer.Option(help="A layer ends when sweeps gain less than this share.")] = DEFAULTS.rtol,
+    refine: Annotated[
+        str, typer.Option(help="Tune each decoder block as a whole once it is factorized: block, or none.")
+    ] = str(DEFAULTS.refine),
+    passes: Annotated[
+        int, typer.Option(help="Passes over the calibration windows while a block is tuned.")
+    ] = DEFAULTS.passes,
+    rate: Annotated[float, typer.Option(help="Learning rate of that.")] = DEFAULTS.rate,
     include: Annotated[
         list[str], typer.Option(help="Layers to prune: last parts of their names, or re:EXPRESSION; repeatable.")
     ] = list(DEFAULTS.include),  # noqa: B006 (typer reads it, nothing changes it)
@@ -104,6 +111,9 @@ def prune(
             init=init,
             sweeps=sweeps,
             rtol=rtol,
+            refine=None if refine == "none" else refine,
+            passes=passes,
+            rate=rate,
             include=tuple(include),
             ignore=tuple(ignore),
             head=head,

@@ -14,6 +14,7 @@ from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.journal import flat_manifest, model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.schedule import Matching
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,12 @@ class Job:
     @property
     def follows_dense(self) -> bool:
         """Whether states of the dense model do."""
-        return self.config.propagate == "dense" or self.config.target == "output"
+        return self.config.propagate == "dense" or self.config.target == "output" or self.matching is not None
+
+    @property
+    def matching(self) -> Matching | None:
+        """How decoder blocks are tuned; of a single window none can be kept aside, so that none is."""
+        return self.config.matching if len(self.tokens) > 1 else None
 
     @cached_property
     def last_block(self) -> int:

@@ -17,7 +17,6 @@ keeps those it had.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,33 +26,12 @@ from torch import Tensor, nn
 from armorfact import BlockDiagonal, Core, Factors
 from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.pruning.schedule import Matching, kept_aside
 
-KEPT_ASIDE = 8  # one window in so many
-WARM_UP = 5  # steps over which the rate rises; then it falls as a cosine, to LEAST of itself
-LEAST = 0.1
 BETAS = (0.9, 0.95)
 MOST_HALVINGS = 8
 
 Layers = Mapping[str, FactorizedLinear]
-
-
-@dataclass(frozen=True)
-class Matching:
-    """How a block is tuned.
-
-    Args:
-        passes: over the windows that are not kept aside.
-        rate: the learning rate of the kept values of C; that of A and B is ``wrapper_rate`` times as large.
-    """
-
-    passes: int
-    rate: float
-    wrapper_rate: float
-
-    def steps(self, windows: int) -> int:
-        """How many windows are run in all, those kept aside (before and after) included."""
-        aside = len(kept_aside(windows))
-        return self.passes * (windows - aside) + 2 * aside if aside else 0
 
 
 @dataclass(frozen=True)
@@ -73,11 +51,6 @@ class BlockReport:
     after: float
     kept: bool
     notes: tuple[str, ...] = ()
-
-
-def kept_aside(windows: int) -> range:
-    """The windows that measure and do not train: one in eight, at least one of two."""
-    return range(min(KEPT_ASIDE, windows) - 1, windows, KEPT_ASIDE) if windows > 1 else range(0)
 
 
 def match_block_(
@@ -152,19 +125,6 @@ def _stored(master: FactorizedLinear, like: FactorizedLinear) -> FactorizedLinea
 
 
 @dataclass
-class _Rate:
-    """Warm-up, then a cosine; halved whenever a step had to be undone."""
-
-    total: int
-    factor: float = 1.0
-
-    def at(self, step: int) -> float:
-        """The multiple of the base rate for a step."""
-        rising = min(1.0, (step + 1) / WARM_UP)
-        return self.factor * rising * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / self.total)) / 2)
-
-
-@dataclass
 class _Undo:
     """The parameters as they were before the last step."""
 
@@ -187,35 +147,24 @@ def _train(
     masters: Layers, run: Callable[[int], Tensor], targets: Sequence[Tensor], matching: Matching, seed: int
 ) -> list[str]:
     """AdamW over the windows, one a step, in an order drawn from the seed; the notes of what had to be undone."""
-    groups = _groups(masters.values(), matching)
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    parameters = [parameter for master in masters.values() for parameter in master.parameters()]
     order = _order(len(targets), matching.passes, seed)
-    rate, undo, notes = _Rate(len(order)), _Undo(parameters), []
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
-    bases = [group["lr"] for group in groups]
+    undo, notes = _Undo(parameters), []
+    optimizer = torch.optim.AdamW(parameters, lr=matching.rate, betas=BETAS, weight_decay=0.0)
     for step, window in enumerate(order):
-        for group, base in zip(optimizer.param_groups, bases, strict=True):
-            group["lr"] = base * rate.at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = matching.rate_at(step, len(order)) / 2 ** len(notes)
         if _backward(run, window, targets[window], parameters):
             undo.remember()
             optimizer.step()
         else:
             undo.restore()
             optimizer.state.clear()
-            rate.factor /= 2
             notes.append(f"step {step + 1} of matching was not finite: the one before was undone, and the rate halved")
         optimizer.zero_grad(set_to_none=True)
         if len(notes) > MOST_HALVINGS:
             break
     return notes
-
-
-def _groups(masters: Iterable[FactorizedLinear], matching: Matching) -> list[dict]:
-    masters = list(masters)
-    core = [tensor for master in masters for tensor in (master.values, master.bias) if tensor is not None]
-    wrappers = [tensor for master in masters for tensor in (master.left, master.right) if tensor is not None]
-    groups = [{"params": core, "lr": matching.rate}]
-    return [*groups, {"params": wrappers, "lr": matching.rate * matching.wrapper_rate}] if wrappers else groups
 
 
 def _order(windows: int, passes: int, seed: int) -> list[int]:
@@ -224,10 +173,15 @@ def _order(windows: int, passes: int, seed: int) -> list[int]:
     return [training[k] for _ in range(passes) for k in torch.randperm(len(training), generator=generator).tolist()]
 
 
+@torch.enable_grad()
 def _backward(run: Callable[[int], Tensor], window: int, target: Tensor, parameters: list[nn.Parameter]) -> bool:
     """Gradients of the error on one window; whether all of them are finite."""
-    with torch.enable_grad(), torch.autocast(target.device.type, torch.bfloat16):
+    with torch.autocast(target.device.type, torch.bfloat16):
         output = run(window)
+    if not output.requires_grad:
+        raise ValueError(
+            "a decoder block passes no gradients on to its factors, so it cannot be tuned: prune with refine=None"
+        )
     loss = relative_error(output, target)
     if not loss.isfinite():
         return False

@@ -9,9 +9,10 @@ from torch import nn
 from armorfact import factorize
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning import matching
-from armorfact_hf.pruning.matching import Matching, kept_aside, match_block_, relative_error
+from armorfact_hf.pruning.matching import match_block_, relative_error
+from armorfact_hf.pruning.schedule import Matching, kept_aside
 
-QUICK = Matching(passes=4, rate=5e-3, wrapper_rate=2.0)
+QUICK = Matching(passes=4, rate=5e-3)
 
 
 class Block(nn.Module):
@@ -106,7 +107,7 @@ def test_the_same_call_gives_the_same_bits(block_and_targets, states):
 
 def test_a_rate_that_ruins_the_block_leaves_it_as_it_was(block_and_targets, states):
     block, layers, targets = block_and_targets
-    found, report = match_block_(block, layers, run(block, states, layers), targets, Matching(1, 10.0, 1.0), 0)
+    found, report = match_block_(block, layers, run(block, states, layers), targets, Matching(1, 10.0), 0)
     assert not report.kept and report.after > report.before
     assert all(found[name] is layer and getattr(block, name) is layer for name, layer in layers.items())
 
