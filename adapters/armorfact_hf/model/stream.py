@@ -133,3 +133,15 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
         del module.forward
         if kept is not None:
             module.forward = kept
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` is in evaluation mode inside the context."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -5,27 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from armorfact_hf.checkpoint.folder import stored_tensors
-from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import tiny_model, word_tokenizer
+from tests.hf.observers import Silent
 
 OURS = PruneConfig(sweeps=1)
 QUICK = PruneConfig(method="wanda", baselines=())
 
 
 def silent(sentence: str) -> None:
-    """Where progress and sentences go."""
-
-
-class Silent(Observer):
-    """Who is told of everything, and tells no one."""
-
-    say = staticmethod(silent)
+    """Where sentences go."""
 
 
 def prune(model: Path | str, out: Path, text: Path | str, config: PruneConfig = QUICK, **more):
-    return prune_to_folder(str(model), out, config, Calibration(str(text), 4, 24), log=silent, **more)
+    return prune_to_folder(str(model), out, config, Calibration(str(text), 4, 24), **{"observer": Silent()} | more)
 
 
 def saved(family: str, folder: Path, **changes) -> Path:

@@ -28,7 +28,8 @@ from armorfact_hf.runs.compare import compare, evaluate_folder
 from armorfact_hf.runs.compare import rows as rows_of
 from armorfact_hf.runs.prune_to_folder import Calibration
 from tests.hf.models import random_text
-from tests.hf.runs.folders import OURS, Silent, nbytes, prune, saved, silent
+from tests.hf.observers import Silent
+from tests.hf.runs.folders import OURS, nbytes, prune, saved, silent
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -99,7 +100,7 @@ def test_a_comparison_has_a_row_for_each_method_with_its_bytes_on_disk(head, mod
 
 def test_a_comparison_reuses_what_is_finished(model_folder, text_file, out, monkeypatch):
     rows = compared(model_folder, out, text_file, text_file)
-    monkeypatch.setattr(workflow, "prune_", None)
+    monkeypatch.setattr(workflow, "prune_job_", None)
     monkeypatch.setattr(measure, "evaluate_perplexity", None)
     assert compared(model_folder, out, text_file, text_file) == rows
 

@@ -29,7 +29,8 @@ from armorfact_hf.runs import prune_to_folder as workflow
 from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import BLOCKS, random_text, random_tokens
-from tests.hf.runs.folders import OURS, QUICK, names, nbytes, prune, saved, silent
+from tests.hf.observers import Silent, Stepping
+from tests.hf.runs.folders import OURS, QUICK, names, nbytes, prune, saved
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -63,14 +64,14 @@ def test_a_finished_folder_is_whole_and_alone(model_folder, text_file, out):
 
 def test_the_same_call_again_returns_the_report_without_pruning(model_folder, text_file, out, monkeypatch):
     first = prune(model_folder, out, text_file)
-    monkeypatch.setattr(workflow, "prune_", None)
+    monkeypatch.setattr(workflow, "prune_job_", None)
     assert prune(model_folder, out, text_file) == first == Report.read(out)
 
 
 def test_a_loaded_model_is_pruned_in_place_into_the_same_files(model_folder, text_file, out, tmp_path):
     prune(model_folder, out, text_file)
     loaded, other = load_model(str(model_folder)), tmp_path / "other"
-    prune_to_folder(loaded, other, QUICK, Calibration(str(text_file), 4, 24), log=silent)
+    prune_to_folder(loaded, other, QUICK, Calibration(str(text_file), 4, 24), observer=Silent())
     assert (other / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     tokens = random_tokens()
     torch.testing.assert_close(loaded.model(tokens).logits, load_pruned(out)(tokens).logits, rtol=0, atol=0)
@@ -98,7 +99,7 @@ def interrupt(model: Path, out: Path, text: Path, config: PruneConfig = QUICK) -
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        prune(model, out, text, config, progress=progress)
+        prune(model, out, text, config, observer=Stepping(progress))
     return out.with_name(f"{out.name}.journal")
 
 
@@ -173,7 +174,7 @@ def run_until(place: str, at: int | None, model: Path, out: Path, text: Path, co
         files.os.fsync = killer
     elif place == "report":
         Report.write = killer
-    prune(model, out, text, config, progress=killer if place == "step" else None)
+    prune(model, out, text, config, observer=Stepping(killer) if place == "step" else Silent())
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +325,7 @@ def test_a_bit_that_flips_in_a_header_is_told_or_harmless(model_folder, text_fil
 @pytest.fixture
 def refused(model_folder, text_file, out, monkeypatch):
     """Asserts that a run ends with an error, before anything is computed or written."""
-    monkeypatch.setattr(workflow, "prune_", None)
+    monkeypatch.setattr(workflow, "prune_job_", None)
 
     def check(message: str, model=model_folder, text=text_file, folder=out, error=ValueError, **more):
         before = names(out.parent)
