@@ -5,7 +5,6 @@ A folder that is there is whole: it is made under another name, inside of the jo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from armorfact_hf.checkpoint.folder import describe, describe_folder, save_prune
 from armorfact_hf.checkpoint.verify import check_headers, verify_folder
 from armorfact_hf.files import flush, room_for, workshop
 from armorfact_hf.pruning.journal import DifferentRun, Journal
+from armorfact_hf.report.record import Report
 
 
-def finish(
-    model: nn.Module, tokenizer: Any, write_report: Callable[[Path], object], out: Path, journal: Journal
-) -> None:
+def finish(model: nn.Module, tokenizer: Any, report: Report, out: Path, journal: Journal) -> None:
     """Write the pruned model, its tokenizer and its report to ``out``, and remove the journal.
 
     Raises:
@@ -29,7 +27,7 @@ def finish(
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     with room_for(out, needed), workshop(journal.folder, out.name) as draft:
         save_pruned(model, draft, tokenizer)
-        write_report(draft)
+        report.write(draft)
         flush(draft)
         _check_written(draft, model, out)
         if out.exists():
