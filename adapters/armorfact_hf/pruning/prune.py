@@ -72,18 +72,21 @@ def prune_(
     Raises:
         ValueError: tokens that are not a matrix of numbers in the vocabulary, a model without decoder blocks, settings
             that leave nothing to prune, a model that is pruned already.
-        DifferentRun: the journal belongs to other arguments.
+        DifferentRun: the journal belongs to other arguments. InUse: another process is writing it.
+        DiskFull: in mid-run; what is finished stays in the journal.
         NonFiniteActivations: a module computes NaN or infinite values; nothing is changed from its block on.
     """
-    job = make_job(model, calibration, config, select)
-    return prune_job_(job, None if journal is None else Path(journal), observer or Observer())
+    job, observer = make_job(model, calibration, config, select), observer or Observer()
+    if journal is None:
+        return prune_job_(job, None, observer)
+    with Journal.open(Path(journal), job.manifest, job.config.pattern) as stored:
+        return prune_job_(job, stored, observer)
 
 
-def prune_job_(job: Job, journal: Path | None, observer: Observer) -> PruneReport:
+def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneReport:
     """`prune_`, for arguments that were checked."""
-    stored = None if journal is None else Journal.open(journal, job.manifest, job.config.pattern)
     job.model.eval()
-    run = BlockByBlock.of(job, stored, observer)
+    run = BlockByBlock.of(job, journal, observer)
     with damping_noted():
         reports = tuple(run.reports())
     describe_(job.model, job.config, reports)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 
 import armorfact
-from armorfact_hf.checkpoint.folder import save_pruned
 from armorfact_hf.data.load_model import DEMO, Loaded, Log, load_model
 from armorfact_hf.data.texts import calibration_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
@@ -20,10 +18,11 @@ from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.journal import DifferentRun, check_same
+from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
 from armorfact_hf.pruning.plan import Plan, plan_job
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
 from armorfact_hf.report.record import FILE, CalibrationFacts, ModelFacts, Report, Totals
+from armorfact_hf.runs.finish import check_whole, finish
 
 
 @dataclass(frozen=True)
@@ -78,36 +77,38 @@ def prune_to_folder(
 
     Raises:
         ValueError, OSError: bad arguments, too little room on disk, an ``out`` that holds something else; all found
-            before the work starts.
+            before the work starts. InUse: another process writes the same folder. DiskFull: in mid-run; what is
+            finished is kept.
     """
     observer, calibration = observer or Observer(), calibration or Calibration()
     if out.exists() and not (out / FILE).exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
     loaded = load_model(model, log=observer.say) if isinstance(model, str) else model
     job = make_job(loaded.model, calibration.tokens(loaded, observer.say), config, select)
-    journal = out.with_name(f"{out.name}.journal")
     if out.exists():
-        return _found_finished(out, job, journal, observer)
+        return _found_finished(out, loaded, job, observer)
     plan = plan_job(job, measure=observer.wants_plan)
     observer.plan(plan)
     check_room(out, 2 * plan.bytes + plan.model_bytes - plan.dense_bytes)
     facts = _model_facts(loaded, job)
-    report = _report(facts, calibration, job, prune_job_(job, journal, observer), plan)
-    draft = journal / "whole"  # in the journal, so that whatever a kill leaves behind is removed with it
-    shutil.rmtree(draft, ignore_errors=True)
-    save_pruned(loaded.model, draft, loaded.tokenizer)
-    report.write(draft)
-    draft.rename(out)
-    shutil.rmtree(journal)
+    with Journal.open(_journal(out), job.manifest, job.config.pattern) as journal:
+        if out.exists():  # by another process that was at it a moment ago
+            return _found_finished(out, loaded, job, observer)
+        report = _report(facts, calibration, job, prune_job_(job, journal, observer), plan)
+        finish(loaded.model, loaded.tokenizer, report, out, journal)
     return report
 
 
-def _found_finished(out: Path, job: Job, journal: Path, observer: Observer) -> Report:
-    """The report of a finished folder, which has to be this job's."""
+def _journal(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
+
+
+def _found_finished(out: Path, loaded: Loaded, job: Job, observer: Observer) -> Report:
+    """The report of a finished folder, which has to be this job's, and whole."""
     report = Report.read(out)
     check_same(report.manifest, job.manifest, out)
-    if (journal / "manifest.json").exists():
-        shutil.rmtree(journal)
+    check_whole(out, loaded.tokenizer)
+    remove_leftover(_journal(out))
     observer.say(f"{out} is finished already.")
     return report
 

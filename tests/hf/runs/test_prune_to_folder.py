@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -18,7 +19,6 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from armorfact import Pattern
 from armorfact_hf import files
 from armorfact_hf.checkpoint.folder import load_pruned
 from armorfact_hf.data.load_model import load_model
@@ -298,7 +298,8 @@ def test_a_damaged_manifest_of_the_journal_is_named(content, model_folder, text_
 
 def test_a_bit_that_flips_in_a_header_is_told_or_harmless(model_folder, text_file, out):
     path = interrupt(model_folder, out, text_file, OURS) / "block-0001.safetensors"
-    whole, stored = path.read_bytes(), Journal(path.parent, Pattern.parse("2:4"))
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    whole, stored = path.read_bytes(), Journal.open(path.parent, manifest, "2:4")
 
     def read() -> str | list[dict]:
         try:
