@@ -14,6 +14,7 @@ from armorfact_hf.pruning import config as settings
 
 if TYPE_CHECKING:
     from armorfact_hf.evaluation.measure import Evaluation
+    from armorfact_hf.report.record import Report
     from armorfact_hf.runs.prune_to_folder import Calibration
 
 app = typer.Typer(
@@ -191,6 +192,7 @@ def evaluate_command(
     with errors_as_sentences(), shown_progress() as observer:
         chosen = _evaluations(text, windows, length, stride)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
+        found: Report | compare.Figures
         if (Path(model) / "report.json").exists():
             if dtype != "auto":
                 raise ValueError("a pruned folder is measured in the dtype it is stored in: leave out --dtype")
