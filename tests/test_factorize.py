@@ -176,7 +176,7 @@ def test_a_solver_of_the_users_own_runs_and_a_rising_one_does_no_harm():
         def init(self, problem, factors, seed):
             return Exact().init(problem, factors, seed)
 
-        def step(self, problem, state):
+        def step(self, problem, state, best):
             moved = state.factors.replace(core=2 * state.factors.core)
             return dataclasses.replace(state, factors=moved, loss=problem.loss(moved))
 
