@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from armorfact import arrays
 from armorfact.problem import MOST_GROWTH, Factors, Problem
 from armorfact.solvers.protocol import Best, Solver
 
@@ -41,7 +42,8 @@ class Budget:
     """When to stop; each field is checked after every sweep.
 
     Raises:
-        ValueError: a negative budget.
+        TypeError: ``max_sweeps`` is no integer.
+        ValueError: a negative budget, or one that is no number.
     """
 
     max_sweeps: int
@@ -50,7 +52,8 @@ class Budget:
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_sweeps < 0 or not self.rtol >= 0 or (self.time_limit is not None and self.time_limit < 0):
+        object.__setattr__(self, "max_sweeps", arrays.integer(self.max_sweeps, "max_sweeps"))
+        if self.max_sweeps < 0 or not self.rtol >= 0 or not (self.time_limit is None or self.time_limit >= 0):
             raise ValueError(
                 f"budgets must not be negative, got max_sweeps={self.max_sweeps}, "
                 f"rtol={self.rtol}, time_limit={self.time_limit}"

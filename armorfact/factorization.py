@@ -70,13 +70,14 @@ def factorize(
     Raises:
         TypeError: arguments of the wrong type, integer or complex dtypes, two array libraries.
         ValueError: wrong shapes, sizes that blocks or groups do not divide, NaN or infinite
-            entries, an XXt that is not symmetric positive semidefinite, unknown names.
+            entries, an XXt that is not symmetric positive semidefinite, negative budgets, unknown names.
     """
     pattern = Pattern.parse(pattern)
     weight = validate.weight(W, pattern)
     block_out, block_in = validate.blocks(block, weight.shape, pattern)
     algorithm = _solver(solver)
     budget = _budget(algorithm, max_sweeps, rtol, time_limit)
+    seed = validate.seed(seed)
     _check_init(init, weight, pattern, (block_out, block_in))
     _check_name("normalize", normalize, (None, "nowag"))
     scaled, weight_unit = validate.scaled(weight)

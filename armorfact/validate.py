@@ -51,6 +51,18 @@ def _finite(array: Array, name: str) -> None:
         raise ValueError(f"{name} has {bad} NaN or infinite entries; the loss is not defined")
 
 
+def seed(value: Any) -> int:
+    """The seed of the solvers that draw at random.
+
+    Raises:
+        TypeError: not an integer. ValueError: a negative one.
+    """
+    found = arrays.integer(value, "seed")
+    if found < 0:
+        raise ValueError(f"seed must not be negative, got {found}")
+    return found
+
+
 def working_dtype(weight: Array) -> Any:
     """float64 for a float64 weight, float32 for every other."""
     xp = arrays.namespace(weight)
@@ -205,9 +217,13 @@ def blocks(block: Any, shape: tuple[int, int], pattern: Pattern) -> tuple[int, i
         if block != "auto":
             raise ValueError(f"block must be an int, a pair of ints or 'auto', got {block!r}")
         return tuple(max(_fitting(d, g)) for d, g in zip(shape, groups, strict=True))  # type: ignore[return-value]
-    pair = (block, block) if _is_int(block) else block
-    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_int, pair))):
-        raise TypeError(f"block must be an int, a pair of ints or 'auto', got {block!r}")
+    pair = block if isinstance(block, tuple | list) else (block, block)
+    try:
+        pair = tuple(arrays.integer(size, "block") for size in pair)
+        if len(pair) != 2:
+            raise TypeError
+    except TypeError:
+        raise TypeError(f"block must be an int, a pair of ints or 'auto', got {block!r}") from None
     for size, length, group, name in zip(pair, shape, groups, ("d_out", "d_in"), strict=True):
         if size < 1 or length % size or size % group:
             rule = f" and is a multiple of the pattern's group {group}" if group > 1 else ""
@@ -215,11 +231,7 @@ def blocks(block: Any, shape: tuple[int, int], pattern: Pattern) -> tuple[int, i
                 f"block {size} does not fit {name} = {length}: it needs a size that divides "
                 f"{length}{rule}; these fit: {_fitting(length, group, length)}, or block='auto'"
             )
-    return int(pair[0]), int(pair[1])
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return pair
 
 
 def _fitting(length: int, group: int, most: int = MAX_AUTO_BLOCK) -> list[int]:

@@ -8,6 +8,7 @@ both; other devices run the same mathematics as batched array operations.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import array_api_compat
@@ -19,6 +20,20 @@ Array = Any
 def is_array(value: Any) -> bool:
     """Whether ``value`` is an array of a library that array-api-compat knows."""
     return array_api_compat.is_array_api_obj(value)
+
+
+def integer(value: Any, name: str) -> int:
+    """``value`` as a Python integer; NumPy's integers count, truth values and whole floats do not.
+
+    Raises:
+        TypeError: not an integer.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def namespace(*values: Any) -> Any:
