@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -121,34 +122,38 @@ class BlockByBlock:
     def _gathered(self, seen: Callable[[States, int], Inputs]) -> Statistics:
         """The moments over all windows of what is seen in each: first of what statistics are taken from."""
         statistics = Statistics(self.job.config.needs_correlations)
-        followed = [states for states in (self.pruned, self.dense) if states is not None]
         for window in range(len(self.job.tokens)):
-            inputs = [seen(states, window) for states in followed]
+            inputs = [seen(states, window) for states in self._followed]
             statistics.add(*(inputs if self.job.config.target == "output" else inputs[:1]))
         return statistics
 
+    @property
+    def _followed(self) -> list[States]:
+        """What statistics are taken from first."""
+        return [states for states in (self.pruned, self.dense) if states is not None]
+
     def _given(self) -> States:
-        """The states that the next block is given while its layers are pruned."""
-        if self.pruned is not None:
-            return self.pruned
-        return replace(self.dense, hidden=list(self.dense.hidden))  # those of the dense model are about to move on
+        """The states that the next block is given, kept where those of the dense model are about to move on."""
+        first = self._followed[0]
+        return replace(first, hidden=list(first.hidden))
 
     def _matched(
         self, index: int, given: States, pruned: Pruned, statistics: Statistics
     ) -> tuple[Pruned, BlockReport | None]:
         """The layers of a block, tuned together towards the states of the dense model behind it."""
-        if self.job.matching is None or not pruned:
+        if self.job.matching is None or self.dense is None or not pruned:
             return pruned, None
         for _ in self._replace(pruned):
             pass
         layers = {report.name: layer for layer, report in pruned}
+        targets = cast(list[Tensor], self.dense.hidden)  # they stand behind the block
 
         def run(window: int) -> Tensor:
             self.progress.tell(int(torch.is_grad_enabled()), f"decoder block {index + 1}, tuned as a whole")
             return given.stream.run(index, given.windows[window], given.hidden[window], torch.is_grad_enabled())
 
         with frozen(self.job.model):
-            tuned, matched = match_block_(self.job.model, layers, run, self.dense.hidden, self.job.matching, index)
+            tuned, matched = match_block_(self.job.model, layers, run, targets, self.job.matching, index)
         if not matched.kept:
             return pruned, matched
         dense = {layer.name: layer for layer in self.job.layers_of(index)}

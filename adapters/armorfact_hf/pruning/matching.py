@@ -116,6 +116,7 @@ def _stored(master: FactorizedLinear, like: FactorizedLinear) -> FactorizedLinea
     """The trained layer in the canonical gauge, rounded to the dtype that it is stored in."""
     left, core, right, bias = master.left, master.core, master.right, master.bias
     dtype = like.values.dtype
+    factors: tuple[Core, BlockDiagonal | None, BlockDiagonal | None]
     if left is not None and right is not None:
         found = canonical(Factors(left.detach(), core.dense(), right.detach())).astype(dtype)
         factors = Core.from_dense(found.core, core.pattern), BlockDiagonal(found.left), BlockDiagonal(found.right)
@@ -149,7 +150,8 @@ def _train(
     """AdamW over the windows, one a step, in an order drawn from the seed; the notes of what had to be undone."""
     parameters = [parameter for master in masters.values() for parameter in master.parameters()]
     order = _order(len(targets), matching.passes, seed)
-    undo, notes = _Undo(parameters), []
+    undo = _Undo(parameters)
+    notes: list[str] = []
     optimizer = torch.optim.AdamW(parameters, lr=matching.rate, betas=BETAS, weight_decay=0.0)
     for step, window in enumerate(order):
         for group in optimizer.param_groups:
