@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -114,15 +114,13 @@ def _master(layer: FactorizedLinear) -> FactorizedLinear:
 @torch.no_grad()
 def _stored(master: FactorizedLinear, like: FactorizedLinear) -> FactorizedLinear:
     """The trained layer in the canonical gauge, rounded to the dtype that it is stored in."""
-    left, core, right, bias = master.left, master.core, master.right, master.bias
-    dtype = like.values.dtype
-    factors: tuple[Core, BlockDiagonal | None, BlockDiagonal | None]
-    if left is not None and right is not None:
-        found = canonical(Factors(left.detach(), core.dense(), right.detach())).astype(dtype)
-        factors = Core.from_dense(found.core, core.pattern), BlockDiagonal(found.left), BlockDiagonal(found.right)
-    else:
-        factors = Core(core.values.to(dtype), core.packed, core.pattern, core.columns), None, None
-    return FactorizedLinear.of(*factors, None if bias is None else bias.detach().to(dtype))
+    dtype, core = like.values.dtype, master.core
+    bias = None if master.bias is None else master.bias.to(dtype)
+    if master.left is None or master.right is None:
+        return FactorizedLinear.of(replace(core, values=core.values.to(dtype)), bias=bias)
+    found = canonical(Factors(master.left.detach(), core.dense(), master.right.detach())).astype(dtype)
+    core = Core.from_dense(found.core, core.pattern)
+    return FactorizedLinear.of(core, BlockDiagonal(found.left), BlockDiagonal(found.right), bias)
 
 
 @dataclass
