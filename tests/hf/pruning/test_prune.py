@@ -73,7 +73,7 @@ def test_a_pruned_head_is_untied_from_the_embedding(tmp_path):
     assert torch.equal(dense.model.embed_tokens.weight, embedding)
 
 
-def grams_seen(monkeypatch, model, config):
+def grams_seen(monkeypatch, model, config, windows=4):
     """The moments that every layer was pruned with."""
     seen = {}
     finish = BlockByBlock._finish
@@ -83,7 +83,7 @@ def grams_seen(monkeypatch, model, config):
         return finish(self, layers, statistics)
 
     monkeypatch.setattr(BlockByBlock, "_finish", spy)
-    prune_(model, random_tokens(), config)
+    prune_(model, random_tokens(windows), config)
     return seen
 
 
