@@ -51,8 +51,8 @@ def test_the_loss_of_a_tuned_layer_is_that_of_what_is_stored(monkeypatch):
     layers = prune_(tiny_model("llama"), random_tokens(9), PruneConfig(**QUICK)).layers
     assert any(layer.factorized_loss not in (None, layer.losses["armorfact"]) for layer in layers)
     for layer in layers:
-        weight, gram = dense.get_submodule(layer.name).weight.double(), seen[layer.name].gram
-        residual = weight - model.get_submodule(layer.name).weight.double()
+        weight, gram = dense.get_submodule(layer.name).weight.detach().double(), seen[layer.name].gram
+        residual = weight - model.get_submodule(layer.name).weight.detach().double()
         loss = torch.trace(residual @ gram @ residual.T) / torch.trace(weight @ gram @ weight.T)
         assert layer.losses["armorfact"] == pytest.approx(float(loss), rel=1e-3)
 
