@@ -49,8 +49,9 @@ class Divergence:
         total, start = 0.0, 0
         for logits in self._logits(index, final):
             dense = self.dense[index][start : start + len(logits)]
-            pruned = logits.log_softmax(-1)
-            total += float((dense.exp() * (dense - pruned)).sum(dtype=torch.float64))
+            change = logits.log_softmax(-1) - dense
+            # sum p (exp d - 1 - d) is sum q - sum p + KL: no term is negative, so that small divergences do not drown.
+            total += float((dense.exp() * (change.expm1() - change)).sum(dtype=torch.float64))
             start += len(logits)
         return total / start
 
