@@ -111,7 +111,7 @@ def test_one_pass_keeps_the_mask():
 def test_the_divergence_is_that_of_the_whole_model(family):
     model, tokens = tiny_model(family), random_tokens(windows=2)
     layers = chosen_layers(model)[0]
-    dense = model(input_ids=tokens).logits.log_softmax(-1)
+    dense = model(input_ids=tokens).logits.double().log_softmax(-1)
     divergence = Divergence(model, tokens, range(3))
     for layer in (layers[0], layers[-1]):
         kept = layer.weight.clone()
@@ -119,7 +119,7 @@ def test_the_divergence_is_that_of_the_whole_model(family):
         found = divergence.of(layer, changed)
         assert torch.equal(layer.weight, kept)
         layer.weight.copy_(changed)
-        pruned = model(input_ids=tokens).logits.log_softmax(-1)
+        pruned = model(input_ids=tokens).logits.double().log_softmax(-1)
         layer.weight.copy_(kept)
         expected = (dense.exp() * (dense - pruned)).sum(-1).mean(-1)
         assert found == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-8)
@@ -131,9 +131,9 @@ def test_every_so_manieth_position_is_scored():
     model, tokens = tiny_model("llama"), random_tokens(windows=1)
     layer = chosen_layers(model)[0][0]
     changed = layer.weight + 0.1
-    dense = model(input_ids=tokens).logits[0].log_softmax(-1)
+    dense = model(input_ids=tokens).logits[0].double().log_softmax(-1)
     found = Divergence(model, tokens, [0], every=5).of(layer, changed)
     layer.weight.copy_(changed)
-    pruned = model(input_ids=tokens).logits[0].log_softmax(-1)
+    pruned = model(input_ids=tokens).logits[0].double().log_softmax(-1)
     expected = (dense.exp() * (dense - pruned)).sum(-1)[::5].mean()
     assert found == pytest.approx([float(expected)], rel=1e-3)
