@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armorfact_hf.model.causal_lm import CausalLM
+
 
 class _Done(Exception):
     """Ends a forward pass once the module of interest has been reached."""
@@ -31,7 +33,7 @@ class BlockStream:
         extras: for blocks that return a tuple, how many values follow the hidden states; filled by `run`.
     """
 
-    model: nn.Module
+    model: CausalLM
     blocks: Sequence[nn.Module]
     extras: dict[int, int] = field(default_factory=dict)
 

@@ -122,7 +122,10 @@ class PruneConfig:
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}: written by another version of armorfact?")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**given)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import armorfact
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
 from armorfact_hf.pruning.config import PruneConfig
@@ -29,7 +30,7 @@ class Job:
         dense_layers: what stays dense, and why.
     """
 
-    model: nn.Module
+    model: CausalLM
     tokens: Tensor
     config: PruneConfig
     prefix: str

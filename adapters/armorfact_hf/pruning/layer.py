@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def _fit(weight: Tensor, gram: Tensor, config: PruneConfig, layer: Layer) -> _Fi
     result = factorize(
         weight.to(dtype),
         given.float(),
-        block=layer.block,
+        block=cast(tuple[int, int], layer.block),  # what no block fits stays dense
         pattern=config.pattern,
         init=config.init,
         normalize="nowag" if config.objective == "nowag" else None,

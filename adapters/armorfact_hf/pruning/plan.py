@@ -121,7 +121,7 @@ def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
     stand_in = FactorizedLinear(
         *layer.shape, Pattern.parse(config.pattern), block, dtype=layer.weight.dtype, device="meta"
     )
-    wrappers = 0 if block is None else stand_in.left.nbytes + stand_in.right.nbytes
+    wrappers = sum(wrapper.nbytes for wrapper in (stand_in.left, stand_in.right) if wrapper is not None)
     return PlannedLayer(layer.name, layer.shape, block, layer.weight.nbytes, stand_in.nbytes, wrappers)
 
 

@@ -14,6 +14,7 @@ from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
 from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock
@@ -95,7 +96,7 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
     return PruneReport(job.config, reports, (*job.dense_layers, *missed), run.clock.seconds())
 
 
-def describe_(model: nn.Module, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
+def describe_(model: CausalLM, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
     """Write into the model's config what its pruned layers are, so that transformers saves and loads them."""
     pattern = Pattern.parse(config.pattern)
     layers = {report.name: LayerFormat(report.name, report.shape, pattern, report.block) for report in reports}
