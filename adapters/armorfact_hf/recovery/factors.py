@@ -1,0 +1,100 @@
+"""The pruned layers of a model while they are trained: once in float32, once as they are stored, once at their best."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from armorfact_hf.layers.linear import FactorizedLinear
+
+
+class TrainedFactors:
+    """Factors to train, in float32 or more, and the layers that they are rounded into.
+
+    Args:
+        model: holds pruned layers.
+        parts: which of their tensors are trained, of left, right, values and bias, where a layer has them.
+
+    Attributes:
+        parameters: what is trained, by the name that the tensor has in the model.
+        best: the tensors of the best state so far, in the dtypes in which they are stored; at first those found.
+    """
+
+    def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
+        self.model = model
+        self.stored = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+        self.masters = {name: _master(layer) for name, layer in self.stored.items()}
+        self.parameters = {
+            f"{name}.{part}": tensor
+            for name, layer in self.masters.items()
+            for part in parts
+            if (tensor := getattr(layer, part)) is not None
+        }
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.best = {name: tensor.clone() for name, tensor in self._rounded.items()}
+
+    @property
+    def _rounded(self) -> dict[str, Tensor]:
+        """The tensors of the stored layers that the parameters are rounded into."""
+        places = (name.rpartition(".") for name in self.parameters)
+        return {f"{layer}.{part}": getattr(self.stored[layer], part).detach() for layer, _, part in places}
+
+    def train_(self) -> None:
+        """The model computes with the factors that are trained."""
+        _put(self.model, self.masters)
+
+    @torch.no_grad()
+    def store_(self) -> None:
+        """The model computes with those factors rounded, as they would be stored."""
+        for name, tensor in self._rounded.items():
+            tensor.copy_(self.parameters[name])
+        _put(self.model, self.stored)
+
+    @torch.no_grad()
+    def keep_(self) -> None:
+        """What is stored now is the best so far."""
+        for name, tensor in self._rounded.items():
+            self.best[name].copy_(tensor)
+
+    @torch.no_grad()
+    def finish_(self) -> None:
+        """The model computes with the best, as stored."""
+        for name, tensor in self._rounded.items():
+            tensor.copy_(self.best[name])
+        _put(self.model, self.stored)
+
+
+@contextmanager
+def trained_factors(model: nn.Module, parts: Sequence[str]) -> Iterator[TrainedFactors]:
+    """The factors of a model, which asks for no other gradients inside the context and holds the best ones after it.
+
+    However the context ends, the model has its own layers back, and runs them as it did before.
+    """
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    ways = {module: module.execution for module in model.modules() if isinstance(module, FactorizedLinear)}
+    model.requires_grad_(False)
+    for layer in ways:
+        layer.use_(None)  # no second form of a weight that is going to change
+    factors = TrainedFactors(model, parts)
+    try:
+        yield factors
+    finally:
+        factors.finish_()
+        for layer, way in ways.items():
+            layer.use_(way)
+        for parameter, gradients in asked.items():
+            parameter.requires_grad_(gradients)
+
+
+def _master(layer: FactorizedLinear) -> FactorizedLinear:
+    return copy.deepcopy(layer).to(torch.promote_types(layer.values.dtype, torch.float32))
+
+
+def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
