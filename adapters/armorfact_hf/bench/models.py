@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.runs.prune_to_folder import peak_memory, read_report
+from armorfact_hf.report.record import Report
+from armorfact_hf.runs.prune_to_folder import peak_memory
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ def end_to_end(
     Raises:
         ValueError: the folder has no report that names its dense model, or a model cannot be loaded.
     """
-    facts = read_report(folder)["model"]
-    dtype = facts["dtype"] if dtype == "auto" else dtype
+    facts = Report.read(folder).model
+    dtype = facts.dtype if dtype == "auto" else dtype
     results = []
-    for name in (facts["name"], str(folder)):
+    for name in (facts.name, str(folder)):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
             results.append(own.submit(throughput, name, prompt, new, dtype, device).result())
     return results

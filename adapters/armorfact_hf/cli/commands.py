@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from armorfact_hf.cli import tables
+from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning import config as settings
+
+if TYPE_CHECKING:
+    from armorfact_hf.pruning.plan import Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -156,20 +160,9 @@ def _prune(
         loaded = load_model(model, dtype, device, _say)
         _show_plan(plan.make_plan(loaded.model, calibration.tokens(loaded, _say), config))
         return
-    with _bar() as told:
+    with _bar() as observer:
         rows = compare(
-            model,
-            out,
-            config,
-            methods,
-            calibration,
-            evaluations,
-            dtype=dtype,
-            device=device,
-            log=_say,
-            progress=lambda done, total: told("measuring perplexity", done, total),
-            pruning=lambda step: told(step.doing, step.done, step.total),
-            on_plan=_show_plan,
+            model, out, config, methods, calibration, evaluations, dtype=dtype, device=device, observer=observer
         )
     console.print(tables.compared(rows))
     console.print(f"Report: {out / 'report.html'}")
@@ -200,25 +193,19 @@ def evaluate_command(
     from armorfact_hf.data.load_model import load_model
     from armorfact_hf.runs import compare
 
-    with _errors_as_sentences(), _bar() as told:
+    with _errors_as_sentences(), _bar() as observer:
         chosen = _evaluations(text, windows, length, stride)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-
-        def progress(done: int, total: int) -> None:
-            told("measuring perplexity", done, total)
-
         if (Path(model) / "report.json").exists():
             if dtype != "auto":
                 raise ValueError("a pruned folder is measured in the dtype it is stored in: leave out --dtype")
-            report = compare.evaluate_folder(
-                Path(model), chosen, names, limit, device=device, progress=progress, log=_say
-            )
+            found = compare.evaluate_folder(Path(model), chosen, names, limit, device=device, observer=observer)
         else:
-            loaded = load_model(model, dtype, device, _say)
-            report = compare.evaluate_dense(loaded, chosen, names, limit, progress=progress, log=_say)
-    console.print(tables.evaluations(report["evaluations"]))
-    if report["tasks"]:
-        console.print(tables.tasks(report["tasks"]))
+            loaded = load_model(model, dtype, device, observer.say)
+            found = compare.evaluate_dense(loaded, chosen, names, limit, observer=observer)
+    console.print(tables.evaluations(found.evaluations))
+    if found.tasks:
+        console.print(tables.tasks(found.tasks))
 
 
 @app.command()
@@ -288,9 +275,15 @@ def bench(
 
     with _errors_as_sentences():
         counts = _counts(tokens)
-        with _bar() as told:
+        with _bar() as observer:
             timings = benches.bench_folder(
-                folder, counts, dtype=dtype, device=device, allow_dense=allow_dense, progress=told, log=_say
+                folder,
+                counts,
+                dtype=dtype,
+                device=device,
+                allow_dense=allow_dense,
+                progress=lambda doing, done, total: observer.step(Step(done, total, doing)),
+                log=observer.say,
             )
         console.print(tables.timings(timings))
         for sentence in tables.crossovers(timings, benches.choose(timings, allow_dense)):
@@ -323,29 +316,40 @@ def _errors_as_sentences() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+class _OnConsole(Observer):
+    """Prints sentences and plans, and moves a bar; in a file, a line every tenth of the way stands for the bar."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar, self.task = bar, bar.add_task("", total=None)
+        self.tenth = -1
+
+    def say(self, sentence: str) -> None:
+        _say(sentence)
+
+    def plan(self, plan: Plan) -> None:
+        _show_plan(plan)
+
+    def step(self, step: Step) -> None:
+        self.bar.update(self.task, description=step.doing, completed=step.done, total=step.total)
+        tenth = 10 * step.done // max(step.total, 1)
+        if self.bar.disable and tenth != self.tenth:
+            self.tenth = tenth
+            _say(f"{10 * tenth:3d}%  {step.doing}")
+
+
 @contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar, or a line every tenth of the way into a file; the function given says how far it is."""
+def _bar() -> Iterator[Observer]:
+    """Who shows on the console how a job goes."""
     times = TimeElapsedColumn(), TimeRemainingColumn()
     columns = BarColumn(), TaskProgressColumn(), *times, TextColumn("{task.description}")
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        tenths = {"said": -1}
-
-        def told(doing: str, done: int, total: int) -> None:
-            bar.update(task, description=doing, completed=done, total=total)
-            tenth = 10 * done // max(total, 1)
-            if bar.disable and tenth != tenths["said"]:
-                tenths["said"] = tenth
-                _say(f"{10 * tenth:3d}%  {doing}")
-
-        yield told
+        yield _OnConsole(bar)
 
 
 def _say(sentence: str) -> None:
     console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_plan(plan: Any) -> None:
+def _show_plan(plan: Plan) -> None:
     for sentence in tables.plan_lines(plan):
         _say(sentence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import sys
@@ -25,9 +24,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.journal import DifferentRun, check_same, flat_manifest, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.plan import Plan, make_plan
 from armorfact_hf.pruning.prune import PruneReport, prune_, refuse_pruned
-from armorfact_hf.report.page import write_report
-
-Json = dict[str, Any]
+from armorfact_hf.report.record import FILE, CalibrationFacts, ModelFacts, Report, Totals
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def prune_to_folder(
     log: Log = print,
     on_plan: Callable[[Plan], object] | None = None,
     select: Any = None,
-) -> Json:
+) -> Report:
     """Prune a model and write the finished folder: checkpoint, tokenizer, `report.json`, `report.html`.
 
     Finished blocks stand in the folder ``<out>.journal`` until ``out`` is whole, so the same call continues a run that
@@ -80,14 +77,14 @@ def prune_to_folder(
         select: see `prune_`.
 
     Returns:
-        The report, as `report.json` holds it.
+        The report, which is in the folder too.
 
     Raises:
         ValueError, OSError: bad arguments, too little room on disk, an ``out`` that holds something else; all found
             before the work starts.
     """
     config, calibration = config or PruneConfig(), calibration or Calibration()
-    if out.exists() and not (out / "report.json").exists():
+    if out.exists() and not (out / FILE).exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
     loaded = load_model(model, log=log) if isinstance(model, str) else model
     refuse_pruned(loaded.model)
@@ -95,8 +92,8 @@ def prune_to_folder(
     manifest = _manifest(loaded, config, tokens)
     journal = out.with_name(f"{out.name}.journal")
     if out.exists():
-        report = read_report(out)
-        check_same(report["manifest"], manifest, out)
+        report = Report.read(out)
+        check_same(report.manifest, manifest, out)
         if (journal / "manifest.json").exists():
             shutil.rmtree(journal)
         log(f"{out} is finished already.")
@@ -111,13 +108,13 @@ def prune_to_folder(
     draft = journal / "whole"  # in the journal, so that whatever a kill leaves behind is removed with it
     shutil.rmtree(draft, ignore_errors=True)
     save_pruned(loaded.model, draft, loaded.tokenizer)
-    write_report(draft, report)
+    report.write(draft)
     draft.rename(out)
     shutil.rmtree(journal)
     return report
 
 
-def _manifest(loaded: Loaded, config: PruneConfig, tokens: torch.Tensor) -> Json:
+def _manifest(loaded: Loaded, config: PruneConfig, tokens: torch.Tensor) -> dict[str, Any]:
     return flat_manifest(
         config.to_dict(),
         armorfact=armorfact.__version__,
@@ -126,39 +123,36 @@ def _manifest(loaded: Loaded, config: PruneConfig, tokens: torch.Tensor) -> Json
     )
 
 
-def _model_facts(loaded: Loaded, fingerprint: str) -> Json:
-    return {
-        "name": loaded.name,
-        "class": type(loaded.model).__name__,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
-        "bytes": sum(parameter.nbytes for parameter in loaded.model.parameters()),
-        "fingerprint": fingerprint,
-    }
+def _model_facts(loaded: Loaded, fingerprint: str) -> ModelFacts:
+    parameters = list(loaded.model.parameters())
+    return ModelFacts(
+        name=loaded.name,
+        architecture=type(loaded.model).__name__,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        bytes=sum(parameter.nbytes for parameter in parameters),
+        fingerprint=fingerprint,
+    )
 
 
 def _report(
-    facts: Json, calibration: Calibration, tokens: torch.Tensor, done: PruneReport, plan: Plan, manifest: Json
-) -> Json:
-    text = calibration.text.removeprefix(DEMO)
-    return {
-        "format": 1,
-        "armorfact_version": armorfact.__version__,
-        "model": facts,
-        "calibration": {
-            "text": text,
-            "windows": tokens.shape[0],
-            "length": tokens.shape[1],
-            "sha256": manifest["calibration"],
-        },
-        "config": done.config.to_dict(),
-        "manifest": manifest,
-        "layers": [layer.to_dict() for layer in done.layers],
-        "dense_layers": [{"name": layer.name, "reason": layer.reason} for layer in done.dense_layers],
-        "totals": {**plan.to_dict(), "seconds": done.seconds, "peak_memory_bytes": peak_memory()},
-        "evaluations": [],
-        "tasks": [],
-    }
+    facts: ModelFacts,
+    calibration: Calibration,
+    tokens: torch.Tensor,
+    done: PruneReport,
+    plan: Plan,
+    manifest: dict[str, Any],
+) -> Report:
+    return Report(
+        armorfact_version=armorfact.__version__,
+        model=facts,
+        calibration=CalibrationFacts(calibration.text.removeprefix(DEMO), *tokens.shape, manifest["calibration"]),
+        config=done.config,
+        manifest=manifest,
+        layers=done.layers,
+        dense_layers=done.dense_layers,
+        totals=Totals(plan.dense_bytes, plan.bytes, plan.wrapper_overhead, done.seconds, peak_memory()),
+    )
 
 
 def peak_memory() -> int:
@@ -169,15 +163,3 @@ def peak_memory() -> int:
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def read_report(folder: Path) -> Json:
-    """`report.json` of a finished folder.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    try:
-        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} holds no report of armorfact: {error}") from error

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from armorfact_hf.checkpoint.folder import stored_tensors
 from armorfact_hf.cli import commands as cli
 from armorfact_hf.evaluation import measure
-from armorfact_hf.runs import prune_to_folder as workflow
+from armorfact_hf.report.record import Report
 from tests.hf.models import random_text
 
 PATHS = [str(Path(__file__).parents[2] / name) for name in ("", "adapters")]
@@ -119,7 +119,7 @@ def test_every_option_reaches_the_settings(model_folder, text_file, out):
         "--baseline": "magnitude",
     }
     armorfact(*pruning(model_folder, out, text_file, "--no-eval", "--head", *sum(options.items(), ())))
-    config = workflow.read_report(out)["config"]
+    config = Report.read(out).config.to_dict()
     shown = {f"--{key}".removesuffix("s") if key == "baselines" else f"--{key}": config[key] for key in config}
     expected = options | {"--block": 8, "--shrinkage": 0.5, "--sweeps": 0, "--rtol": 0.25, "--head": True}
     expected |= {key: [options[key]] for key in ("--include", "--ignore", "--baseline")}
@@ -135,8 +135,8 @@ def test_without_evaluation_there_is_no_perplexity(model_folder, text_file, out,
 def test_eval_shows_dense_pruned_and_ratio(model_folder, text_file, out):
     armorfact(*pruning(model_folder, out, text_file, "--no-eval"))
     output = armorfact("eval", out, "--text", text_file, "--windows", 3, *SHORT)
-    [entry] = workflow.read_report(out)["evaluations"]
-    dense, pruned = entry["dense"], entry["methods"][0]["perplexity"]
+    [entry] = Report.read(out).evaluations
+    dense, pruned = entry.dense, entry.methods[0].perplexity
     cells = row(output, text_file.name)
     assert cells[-4:] == [f"{dense:.3f}", "wanda", f"{pruned:.3f}", f"{pruned / dense:.3f}"]
     assert {"dense", "perplexity", "tokens"} <= set(row(output, "text"))
@@ -224,11 +224,11 @@ def test_an_interrupted_run_goes_on_when_the_command_is_given_again(model_folder
 
     command = pruning(model_folder, out, text_file, "--no-eval")
     with monkeypatch.context() as patch:
-        patch.setattr(workflow, "write_report", interrupted)
+        patch.setattr(Report, "write", interrupted)
         assert "the same command continues from the last finished decoder block" in armorfact(*command, code=130)
     assert not out.exists()
     armorfact(*command)
-    assert len(workflow.read_report(out)["layers"]) == 21
+    assert len(Report.read(out).layers) == 21
 
 
 @pytest.mark.parametrize("command", COMMANDS)

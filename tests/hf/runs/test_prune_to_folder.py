@@ -27,13 +27,15 @@ from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.evaluation import measure
 from armorfact_hf.evaluation.measure import Evaluation
+from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.journal import DifferentRun, Journal
+from armorfact_hf.report.record import Report
 from armorfact_hf.runs import prune_to_folder as workflow
 from armorfact_hf.runs.compare import compare, evaluate_folder
 from armorfact_hf.runs.export import export_dense
 from armorfact_hf.runs.inspect import inspect_folder
-from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder, read_report
+from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import BLOCKS, random_text, random_tokens, tiny_model, word_tokenizer
 
 OURS = PruneConfig(sweeps=1)
@@ -56,6 +58,12 @@ FINISHED = {
 
 def silent(sentence: str) -> None:
     """Where progress and sentences go."""
+
+
+class Silent(Observer):
+    """Who is told of everything, and tells no one."""
+
+    say = staticmethod(silent)
 
 
 def prune(model: Path | str, out: Path, text: Path | str, config: PruneConfig = QUICK, **more):
@@ -97,7 +105,7 @@ def test_a_finished_folder_is_whole_and_alone(model_folder, text_file, out):
     report = prune(model_folder, out, text_file, OURS)
     assert names(out) == FINISHED
     assert names(out.parent) == {"model", "text.txt", "pruned"}
-    assert read_report(out)["layers"] and len(report["layers"]) == 7 * BLOCKS
+    assert Report.read(out).layers and len(report.layers) == 7 * BLOCKS
     assert AutoTokenizer.from_pretrained(out)("w5 w3")["input_ids"] == [5, 3]
     assert torch.isfinite(load_pruned(out)(random_tokens()).logits).all()
 
@@ -105,7 +113,7 @@ def test_a_finished_folder_is_whole_and_alone(model_folder, text_file, out):
 def test_the_same_call_again_returns_the_report_without_pruning(model_folder, text_file, out, monkeypatch):
     first = prune(model_folder, out, text_file)
     monkeypatch.setattr(workflow, "prune_", None)
-    assert prune(model_folder, out, text_file) == first == json.loads((out / "report.json").read_text())
+    assert prune(model_folder, out, text_file) == first == Report.read(out)
 
 
 def test_a_loaded_model_is_pruned_in_place_into_the_same_files(model_folder, text_file, out, tmp_path):
@@ -119,9 +127,9 @@ def test_a_loaded_model_is_pruned_in_place_into_the_same_files(model_folder, tex
 
 @pytest.mark.parametrize("config", RESUMED.values(), ids=RESUMED)
 def test_no_layer_ends_above_the_start_of_its_objective(config, model_folder, text_file, out):
-    layers = prune(model_folder, out, text_file, config)["layers"]
-    assert all(0 < layer["objective_loss"] <= layer["objective_initial_loss"] for layer in layers)
-    assert any(layer["objective_loss"] < 0.9 * layer["objective_initial_loss"] for layer in layers)
+    layers = prune(model_folder, out, text_file, config).layers
+    assert all(0 < layer.objective_loss <= layer.objective_initial_loss for layer in layers)
+    assert any(layer.objective_loss < 0.9 * layer.objective_initial_loss for layer in layers)
 
 
 # Folders of other runs
@@ -213,7 +221,7 @@ def run_until(place: str, at: int | None, model: Path, out: Path, text: Path, co
     if place == "file":
         files.os.fsync = killer
     elif place == "report":
-        workflow.write_report = killer
+        Report.write = killer
     prune(model, out, text, config, progress=killer if place == "step" else None)
 
 
@@ -482,16 +490,16 @@ def other_text(tmp_path) -> Path:
 
 def test_an_evaluation_stands_in_the_report_beside_its_dense_model(model_folder, text_file, other_text, out):
     prune(model_folder, out, text_file, OURS)
-    report = evaluate_folder(out, [Evaluation(str(other_text), 5, 24)], log=silent)
-    assert json.loads((out / "report.json").read_text()) == report
-    [entry] = report["evaluations"]
+    report = evaluate_folder(out, [Evaluation(str(other_text), 5, 24)], observer=Silent())
+    assert Report.read(out) == report
+    [entry] = json.loads((out / "report.json").read_text())["evaluations"]
     pinned = {"text": "other.txt", "split": "whole file", "window": 24, "stride": 24, "bos": None, "windows": 5}
     assert pinned.items() <= entry.items() and entry["tokens"] == 5 * 23
     assert set(entry) == {*pinned, "sha256", "chosen", "tokens", "dense", "methods"}
     [method] = entry["methods"]
     assert method["name"] == "armorfact" and method["perplexity"] != entry["dense"]
     assert method["mean_loss"] == pytest.approx(
-        sum(layer["losses"]["armorfact"] for layer in report["layers"]) / len(report["layers"])
+        sum(layer.losses["armorfact"] for layer in report.layers) / len(report.layers)
     )
     shown = (out / "report.html").read_text()
     assert f"{entry['dense']:.2f}" in shown and f"{method['perplexity']:.2f}" in shown
@@ -505,22 +513,22 @@ def test_perplexity_is_measured_once_for_a_model_and_a_text(model_folder, text_f
     )
     ways = [Evaluation(str(other_text), 5, 24), Evaluation(str(other_text), 5, 16), Evaluation(str(text_file), 5, 24)]
     for number, way in enumerate(ways, 1):
-        first = evaluate_folder(out, [way], log=silent)
-        assert evaluate_folder(out, [way], log=silent) == first
-        assert len(measured) == 2 * number and len(first["evaluations"]) == number
+        first = evaluate_folder(out, [way], observer=Silent())
+        assert evaluate_folder(out, [way], observer=Silent()) == first
+        assert len(measured) == 2 * number and len(first.evaluations) == number
 
 
 def test_a_dense_model_that_has_changed_is_not_compared_with(model_folder, text_file, out):
     prune(model_folder, out, text_file)
     saved("llama", model_folder, seed=1)
     with pytest.raises(ValueError, match="model is not the model that was pruned: its weights have changed since"):
-        evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], log=silent)
+        evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], observer=Silent())
 
 
 def compared(model: Path, out: Path, text: Path, *texts: Path, config=OURS, methods=("wanda",)):
     return compare(
         str(model), out, config, methods, Calibration(str(text), 4, 24), [Evaluation(str(t), 2, 24) for t in texts],
-        log=silent,
+        observer=Silent(),
     )  # fmt: skip
 
 
@@ -565,21 +573,21 @@ def test_every_layer_is_listed_with_its_bytes_on_disk(tmp_path, text_file, out):
     model = saved("gpt2", tmp_path / "gpt2")
     report = prune(model, out, text_file, OURS)
     held = {layer.name: layer for layer in inspect_folder(out)}
-    assert set(held) == {layer["name"] for layer in report["layers"]}
+    assert set(held) == {layer.name for layer in report.layers}
     stored, dense = dict(stored_tensors(out)), dict(stored_tensors(model))
-    for layer in report["layers"]:
-        name, found = layer["name"], held[layer["name"]]
+    for layer in report.layers:
+        name, found = layer.name, held[layer.name]
         parts = [f"{name}.{part}" for part in ("values", "positions", "left", "right")]
-        assert found.bytes == layer["bytes"] == sum(stored[part].nbytes for part in parts)
-        assert found.dense_bytes == layer["dense_bytes"] == dense[f"{name}.weight"].nbytes
-        assert found.shape == tuple(dense[f"{name}.weight"].T.shape) == tuple(layer["shape"])
-        assert (found.loss, found.sparsegpt_loss) == (layer["losses"]["armorfact"], layer["losses"]["sparsegpt"])
-        assert found.block == tuple(layer["block"]) == (stored[parts[2]].shape[-1], stored[parts[3]].shape[-1])
+        assert found.bytes == layer.bytes == sum(stored[part].nbytes for part in parts)
+        assert found.dense_bytes == layer.dense_bytes == dense[f"{name}.weight"].nbytes
+        assert found.shape == tuple(dense[f"{name}.weight"].T.shape) == tuple(layer.shape)
+        assert (found.loss, found.sparsegpt_loss) == (layer.losses["armorfact"], layer.losses["sparsegpt"])
+        assert found.block == tuple(layer.block) == (stored[parts[2]].shape[-1], stored[parts[3]].shape[-1])
 
 
 def test_layers_are_listed_in_the_order_of_the_model(model_folder, text_file, out):
     report = prune(model_folder, out, text_file)
-    assert [layer.name for layer in inspect_folder(out)] == [layer["name"] for layer in report["layers"]]
+    assert [layer.name for layer in inspect_folder(out)] == [layer.name for layer in report.layers]
 
 
 def test_a_folder_without_report_is_listed_without_losses(model_folder, text_file, out):
