@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from armorfact_hf.cli import tables
+from armorfact_hf.cli import recover, tables
 from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning import config as settings
 
@@ -206,6 +206,9 @@ def evaluate_command(
     console.print(tables.evaluations(found.evaluations))
     if found.tasks:
         console.print(tables.tasks(found.tasks))
+
+
+app.command()(recover.recover)
 
 
 @app.command()

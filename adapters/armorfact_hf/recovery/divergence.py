@@ -32,6 +32,7 @@ class Speaker:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.head = model, model.get_output_embeddings()
         self.stream = BlockStream(model, decoder_blocks(model)[1])
+        self.states(torch.zeros(1, dtype=torch.int64))  # the stream learns in which form blocks return their states
 
     def states(self, window: Tensor) -> Tensor:
         """What the head is given, (1, length, width); without gradients."""
@@ -82,10 +83,19 @@ class Divergence:
         return float(sum(part.double() for part in parts))
 
     def backward(self, window: Tensor) -> float:
-        """D on a window, products of the student in bfloat16; gradients are added to what asks for them in it."""
+        """D on a window, products of the student in bfloat16; gradients are added to what asks for them in it.
+
+        Raises:
+            ValueError: nothing that asks for them is reached.
+        """
         taught = self.teacher.states(window)
         with torch.autocast(self.student.model.device.type, torch.bfloat16):
             states = self.student.states_with_gradients(window, self.again)
+        if not states.requires_grad:
+            raise ValueError(
+                "no gradient reaches the pruned layers through this model: a module after them cuts it off (some "
+                "quantized layers do); load the other weights in float32 or bfloat16"
+            )
         total, gradients = 0.0, []
         for part in _parts(window):
             piece = states[:, part].detach().requires_grad_()

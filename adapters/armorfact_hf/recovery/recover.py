@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +21,12 @@ from armorfact_hf.pruning.prune import checked_tokens
 from armorfact_hf.recovery.adam import Adam
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.factors import TrainedFactors, trained_factors
+from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.recovery.settings import KEPT_ASIDE, TRAINED, RecoverySettings
 from armorfact_hf.recovery.state import Progress, StateFolder
 
 MOST_NORM = 1.0  # of the gradient; a longer one is cut down to it
 MOST_HALVINGS = 8  # of the rate, after which the run ends
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What `recover_` did.
-
-    Args:
-        settings: how.
-        windows, kept_aside: how many windows trained, and how many measured.
-        steps, tokens: done and seen in training.
-        before, after: mean divergence (nats a token) from the dense model on the windows kept aside, of the model as it
-            was and as it is now, both as stored.
-        best_step: the step that made the result; 0 if none was better than the start.
-        history: pairs of steps done and the divergence then.
-        seconds: wall time, that of earlier processes of a resumed run included.
-        notes: what went wrong on the way.
-    """
-
-    settings: RecoverySettings
-    windows: int
-    kept_aside: int
-    steps: int
-    tokens: int
-    before: float
-    after: float
-    best_step: int
-    history: tuple[tuple[int, float], ...]
-    seconds: float
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        lists = {"history": [list(pair) for pair in self.history], "notes": list(self.notes)}
-        return {**vars(self), "settings": self.settings.to_dict(), **lists}
 
 
 def recover_(
@@ -105,11 +71,15 @@ def recover_(
     tokens = checked_tokens(model, calibration)
     _check_windows(tokens)
     _check_models(model, teacher, settings)
-    model.eval(), teacher.eval()
-    with _opened(state, model, teacher, tokens, settings) as folder:
-        with trained_factors(model, TRAINED[settings.train]) as factors, torch.enable_grad():
-            divergence = Divergence(model, teacher, settings.gradient_checkpointing)
-            return _Run(tokens, settings, divergence, factors, folder, save_every, observer).to_the_end()
+    model.eval()
+    teacher.eval()
+    with (
+        _opened(state, model, teacher, tokens, settings) as folder,
+        trained_factors(model, TRAINED[settings.train]) as factors,
+        torch.enable_grad(),
+    ):
+        divergence = Divergence(model, teacher, settings.gradient_checkpointing)
+        return _Run(tokens, settings, divergence, factors, folder, save_every, observer).to_the_end()
 
 
 def kept_aside(windows: int) -> list[int]:
@@ -240,8 +210,8 @@ class _Run:
     def _measure_start(self) -> None:
         if self._measure() == math.inf:
             raise ValueError(
-                "the pruned model or its teacher has NaN or infinite logits on the windows kept aside, before any step: "
-                "see with `armorfact eval` which of them, and load or prune it again"
+                "the pruned model or its teacher has NaN or infinite logits on the windows kept aside, before any "
+                "step: see with `armorfact eval` which of them, and load or prune it again"
             )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -281,7 +251,7 @@ class _Run:
             before=self.progress.history[0][1],
             after=after,
             best_step=best_step,
-            history=tuple(self.progress.history),
+            history=tuple(pair for pair in self.progress.history if pair[1] < math.inf),
             seconds=seconds,
             notes=tuple(self.progress.notes),
         )

@@ -17,6 +17,7 @@ from armorfact_hf.layers.format import shown
 from armorfact_hf.model.structure import DenseLayer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.typed_json import from_json, to_json
 
 FORMAT_VERSION = 1
@@ -134,6 +135,7 @@ class Report:
         dense_layers: what stayed dense, and why.
         totals: bytes, time and memory.
         evaluations, tasks: what was measured afterwards.
+        recovery: how the model was tuned as a whole afterwards; the losses of its layers are those before.
 
     Raises:
         ValueError: another version of the format.
@@ -150,6 +152,7 @@ class Report:
     totals: Totals
     evaluations: tuple[PerplexityRecord, ...] = ()
     tasks: tuple[TaskRecord, ...] = ()
+    recovery: Recovery | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Report:
