@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from armorfact_hf.layers.execution import Execution as Execution
     from armorfact_hf.layers.linear import FactorizedLinear as FactorizedLinear
     from armorfact_hf.model.nonfinite import NonFiniteActivations as NonFiniteActivations
-    from armorfact_hf.pruning.block_by_block import Step as Step
+    from armorfact_hf.observer import Observer as Observer
+    from armorfact_hf.observer import Step as Step
     from armorfact_hf.pruning.config import PruneConfig as PruneConfig
     from armorfact_hf.pruning.journal import DifferentRun as DifferentRun
     from armorfact_hf.pruning.plan import Plan as Plan
@@ -59,13 +60,14 @@ _HOMES = {
     "FactorizedLinear": "layers.linear",
     "NonFiniteActivations": "model.nonfinite",
     "NotPruned": "checkpoint.description",
+    "Observer": "observer",
     "Perplexity": "evaluation.perplexity",
     "Plan": "pruning.plan",
     "PruneConfig": "pruning.config",
     "PruneReport": "pruning.prune",
     "Recovery": "recovery.report",
     "RecoverySettings": "recovery.settings",
-    "Step": "pruning.block_by_block",
+    "Step": "observer",
     "bench_folder": "bench.layers",
     "compare": "runs.compare",
     "end_to_end": "bench.models",

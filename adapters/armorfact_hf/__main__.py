@@ -2,14 +2,21 @@
 
 import sys
 
+from armorfact_hf.cli.signals import ended_by_signals
+
+INTERRUPTED = "Interrupted."
+CONTINUES = "Interrupted; the same command continues from the last finished decoder block."
+
 
 def main() -> None:
     """Run the command line; without the packages that it needs, say how to get them."""
-    try:
-        from armorfact_hf.cli.commands import app
-    except ImportError as error:
-        sys.exit(f"the command line needs more packages ({error}): pip install 'armorfact[hf]'")
-    app(prog_name="armorfact")
+    continues = sys.argv[1:2] == ["prune"] and "--dry-run" not in sys.argv
+    with ended_by_signals(CONTINUES if continues else INTERRUPTED):
+        try:
+            from armorfact_hf.cli.commands import app
+        except ImportError as error:
+            sys.exit(f"the command line needs more packages ({error}): pip install 'armorfact[hf]'")
+        app(prog_name="armorfact")
 
 
 if __name__ == "__main__":

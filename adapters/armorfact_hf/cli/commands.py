@@ -314,9 +314,6 @@ def _errors_as_sentences() -> Iterator[None]:
         errors.print(f"[bold red]Error:[/] {type(error).__name__}: ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        errors.print("Interrupted; the same command continues from the last finished decoder block.")
-        raise typer.Exit(130) from None
 
 
 class _OnConsole(Observer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.folder import describe, load_pruned, stored_tensors
 from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
+from armorfact_hf.pruning.journal import model_fingerprint
 
 Log = Callable[[str], None]
 
@@ -28,6 +29,17 @@ class Loaded:
     name: str
     model: nn.Module
     tokenizer: Any
+    _hashed: dict[tuple, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of the model, read again only if one of its tensors was replaced or changed in place."""
+        held = self.model.state_dict()
+        versions = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in held.items())
+        if versions not in self._hashed:
+            self._hashed.clear()
+            self._hashed[versions] = model_fingerprint(self.model)
+        return self._hashed[versions]
 
     @property
     def bos(self) -> int | None:

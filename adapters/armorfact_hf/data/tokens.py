@@ -44,7 +44,7 @@ def windows(tokens: np.ndarray, length: int, count: int | None = None, bos: int 
 
 
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:
-    """``count`` of the items, evenly from first to last; all of them if there are no more, or with None."""
+    """``count`` of the items at even distances, from the first on; all of them if there are no more, or with None."""
     if count is None or count >= len(items):
         return list(items)
     return [items[k * len(items) // count] for k in range(count)]

@@ -18,7 +18,7 @@ from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.evaluation.perplexity import evaluate_perplexity
 from armorfact_hf.files import written_beside
 from armorfact_hf.observer import Observer, Step
-from armorfact_hf.pruning.journal import model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.journal import tokens_fingerprint
 from armorfact_hf.typed_json import from_json, to_json
 
 
@@ -78,7 +78,7 @@ def perplexity_of(loaded: Loaded, evaluation: Evaluation, observer: Observer | N
         "stride": evaluation.stride,
         "bos": loaded.bos,
         "windows": evaluation.windows,
-        "model": model_fingerprint(loaded.model),
+        "model": loaded.fingerprint,
         "versions": [armorfact.__version__, transformers.__version__, torch.__version__],
     }
     return _remembered(key, lambda: _measured(loaded, text, tokens, evaluation, observer))

@@ -28,7 +28,7 @@ class BlockStream:
     Args:
         model: a causal language model in evaluation mode.
         blocks: its decoder blocks in order.
-        extras: for blocks that return a tuple, how many values follow the hidden states; filled by `run`.
+        extras: for blocks that return a tuple, how many values follow the hidden states; filled by `run` and `noting`.
     """
 
     model: nn.Module
@@ -55,10 +55,16 @@ class BlockStream:
         """What the head is given when the last block returns ``hidden``; with None, when the model is just run."""
         if hidden is not None:
             return self._until(head, lambda x: x, tokens, len(self.blocks), hidden)
+        with self.noting():
+            return self._until(head, lambda x: x, tokens, 0, None)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Inside the context, a pass of the model notes in which form each block returns its states, for `logits`."""
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.callback(block.register_forward_hook(self._noting(index)).remove)
-            return self._until(head, lambda x: x, tokens, 0, None)
+            yield
 
     def logits(self, head: nn.Module, tokens: Tensor, given: Tensor) -> Tensor:
         """The logits, (1, length, vocabulary), for what the head is given, scaled or capped as the model does it.
@@ -133,3 +139,15 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
         del module.forward
         if kept is not None:
             module.forward = kept
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` is in evaluation mode inside the context."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -25,11 +25,15 @@ class Layer:
         name: of the module in the model.
         module: `torch.nn.Linear`, or GPT-2's `Conv1D`, which stores its weight transposed.
         decoder_block: index of the decoder block that holds it; None for the head.
+        block: (block_out, block_in) of the wrappers that it gets, or None.
+        unfit: why no wrappers fit it, where that was looked into and none do.
     """
 
     name: str
     module: nn.Module
     decoder_block: int | None
+    block: tuple[int, int] | None = None
+    unfit: str = ""
 
     @property
     def weight(self) -> Tensor:

@@ -2,171 +2,141 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from armorfact_hf.model.moments import Inputs, Statistics, recorded_inputs
-from armorfact_hf.model.nonfinite import NonFiniteActivations, first_nonfinite
+from armorfact_hf.model.moments import Inputs, Statistics
 from armorfact_hf.model.stream import BlockStream
-from armorfact_hf.model.structure import Layer, decoder_blocks
-from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.model.structure import Layer
+from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Finished, Journal, Pruned
 from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.progress import Clock, Progress
 from armorfact_hf.pruning.side_by_side import prune_layers
+from armorfact_hf.pruning.states import States
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a progress callback is told: ``done`` of ``total`` units of work, and what comes next."""
-
-    done: int
-    total: int
-    doing: str
-
-
-@dataclass
 class BlockByBlock:
-    """The loop over the decoder blocks.
+    """The loop over the decoder blocks. Only one block's statistics are in memory at a time.
 
-    Between two blocks, ``hidden`` holds the states of every window that statistics are taken from, and ``dense`` those
-    of the dense model, where the target is its output. Only one block's statistics are in memory at a time.
+    Between two blocks, ``pruned`` and ``dense`` hold the states of every window, each where the settings follow that
+    model: statistics are taken from the pruned one's if there are any, and paired with the dense one's if there are
+    both. Once a block's layers are factorized, ``pruned`` still stands before the block and ``dense`` behind it.
 
     Args:
-        model: in evaluation mode; its layers are replaced.
-        windows: (1, length) tokens each.
-        config: the settings.
-        layers: what to prune, in the order of the model.
+        job: what is pruned; its model is in evaluation mode, and its layers are replaced.
         journal: where finished blocks are kept, or None.
-        progress: called after each unit of work, or None.
+        pruned, dense: the states of the model being pruned and of the dense one, or None. They move on.
+        progress, clock: how far the run is. They move on.
     """
 
-    model: nn.Module
-    windows: list[Tensor]
-    config: PruneConfig
-    layers: list[Layer]
+    job: Job
     journal: Journal | None
-    progress: Callable[[Step], object] | None
-    done: int = 0
+    pruned: States | None
+    dense: States | None
+    progress: Progress
+    clock: Clock
 
-    def __post_init__(self) -> None:
-        self.prefix, self.blocks = decoder_blocks(self.model)
-        self.stream = BlockStream(self.model, self.blocks)
-        self.hidden: list[Tensor | None] = [None] * len(self.windows)
-        self.dense: list[Tensor | None] = [None] * len(self.windows)
-        last = len(self.blocks) - 1
-        self.earlier = 0.0  # seconds spent on what was finished already
-        self.clock = time.perf_counter()
-        self.last = max(last if x.decoder_block is None else x.decoder_block for x in self.layers)
+    @classmethod
+    def of(cls, job: Job, journal: Journal | None, observer: Observer) -> BlockByBlock:
+        """The loop of a job, before its first block."""
+        stream, windows = BlockStream(job.model, job.blocks), job.tokens.split(1)
+        pruned, dense = (
+            States.before_the_first(stream, job.prefix, windows) if followed else None
+            for followed in (job.follows_pruned, job.follows_dense)
+        )
+        return cls(job, journal, pruned, dense, Progress(observer, _units(job)), Clock())
 
     def reports(self) -> Iterator[LayerReport]:
         """Prune every block, then the head; the reports of their layers."""
-        for index in range(self.last + 1):
-            layers = [layer for layer in self.layers if layer.decoder_block == index]
-            yield from self._prune_block(index, layers)
-        for layer in self.layers:
-            if layer.decoder_block is None:
-                yield from self._replace(self._restored("head") or self._finish("head", [layer], self._at_head(layer)))
-        self._tell(0, "done")
+        for index in range(self.job.last_block + 1):
+            yield from self._prune_block(index, self.job.layers_of(index))
+        yield from self._prune_head(self.job.layers_of(None))
+        self.progress.tell(0, "done")
 
     def _prune_block(self, index: int, layers: list[Layer]) -> Iterator[LayerReport]:
         key = f"block-{index:04}"
         pruned = self._restored(key) if layers else []
         if pruned is None:
-            pruned = self._finish(key, layers, self._inside_block(index, layers))
+            pruned = self._kept(key, self._finish(layers, self._inside_block(index, layers)))
         else:
-            self._tell(len(layers), f"decoder block {index + 1} is finished already")
-            self._run_dense(index)
+            self._pass_by(index, layers)
         yield from self._replace(pruned)
-        if self.config.propagate == "pruned" and (index < self.last or self.config.head):
-            for window in range(len(self.windows)):
-                self.hidden[window] = self._states_after(index, window, self.hidden)
+        if self.pruned is not None and (index < self.job.last_block or self.job.config.head):
+            for window in range(len(self.job.tokens)):
+                self._tell_window(index, window)
+                self.pruned.advance(index, window)
+
+    def _prune_head(self, layers: list[Layer]) -> Iterator[LayerReport]:
+        for head in layers:
+            pruned = self._restored("head")
+            if pruned is None:
+                pruned = self._kept("head", self._finish(layers, self._at_head(head)))
+            yield from self._replace(pruned)
 
     def _restored(self, key: str) -> Pruned | None:
-        finished = None if self.journal is None else self.journal.read(key, self.model.device)
+        finished = None if self.journal is None else self.journal.read(key, self.job.model.device)
         if finished is None:
             return None
-        self.earlier += finished.seconds
+        self.clock.earlier += finished.seconds
         return finished.layers
 
-    def _inside_block(self, index: int, layers: list[Layer]) -> Statistics:
-        """The moments of the layers' inputs; what follows the dense model moves on to the next block."""
+    def _pass_by(self, index: int, layers: Sequence[Layer]) -> None:
+        """Count a block without work as done, and move the dense model's states on through it while it is dense."""
+        why = "is finished already" if layers else "has no layer to prune"
+        self.progress.tell(len(layers), f"decoder block {index + 1} {why}")
+        for window in range(len(self.job.tokens)):
+            if self.pruned is not None:
+                self._tell_window(index, window)
+            if self.dense is not None:
+                self._tell_window(index, window)
+                self.dense.advance(index, window)
+
+    def _inside_block(self, index: int, layers: Sequence[Layer]) -> Statistics:
+        """The moments of the inputs of a block's layers; the dense model's states move on to the next block."""
         modules = {layer.name: layer.module for layer in layers}
-        statistics = Statistics(self.config.needs_correlations)
-        for window in range(len(self.windows)):
-            with recorded_inputs(modules) as inputs:
-                states = self._states_after(index, window, self.hidden, inputs)
-            dense = None
-            if self.config.target == "output":
-                with recorded_inputs(modules) as dense:
-                    self.dense[window] = self._states_after(index, window, self.dense, dense)
-            elif self.config.propagate == "dense":
-                self.hidden[window] = states
-            statistics.add(inputs, dense)
+
+        def seen(states: States, window: int) -> Inputs:
+            self._tell_window(index, window)
+            return states.inputs(index, window, modules, advance=states is self.dense)
+
+        return self._gathered(seen)
+
+    def _at_head(self, head: Layer) -> Statistics:
+        return self._gathered(lambda states, window: states.head_input(head.name, head.module, window))
+
+    def _gathered(self, seen: Callable[[States, int], Inputs]) -> Statistics:
+        """The moments over all windows of what is seen in each: first of what statistics are taken from."""
+        statistics = Statistics(self.job.config.needs_correlations)
+        followed = [states for states in (self.pruned, self.dense) if states is not None]
+        for window in range(len(self.job.tokens)):
+            statistics.add(*(seen(states, window) for states in followed))
         return statistics
 
-    def _run_dense(self, index: int) -> None:
-        """Move on what follows the dense model, through a block that is still dense."""
-        followers = {"pruned": self.dense if self.config.target == "output" else None, "dense": self.hidden}
-        states = followers[self.config.propagate]
-        for window in range(len(self.windows)):
-            if states is None:
-                self._tell(1, f"decoder block {index + 1} of {len(self.blocks)}")
-            else:
-                states[window] = self._states_after(index, window, states)
-
-    def _states_after(
-        self, index: int, window: int, states: list[Tensor | None], inputs: Inputs | None = None
-    ) -> Tensor:
-        """What block ``index`` makes of the states of a window, once that is finite."""
-        tokens, hidden = self.windows[window], states[window]
-        self._tell(1, f"decoder block {index + 1} of {len(self.blocks)}, window {window + 1}")
-        after = self.stream.run(index, tokens, hidden)
-        if not all(torch.isfinite(x).all() for x in (after, *(inputs.tensors.values() if inputs else ()))):
-            block, name = self.blocks[index], f"{self.prefix}.{index}"
-            culprit = first_nonfinite(block, name, lambda: self.stream.run(index, tokens, hidden)) or name
-            raise NonFiniteActivations(
-                f"{culprit} is the first module to return NaN or infinite values, on calibration window {window}; "
-                "load the model in bfloat16 or float32, or leave that window out"
-            )
-        return after
-
-    def _at_head(self, layer: Layer) -> Statistics:
-        statistics = Statistics(self.config.needs_correlations)
-        for window, hidden in enumerate(self.hidden):
-            seen = Inputs()
-            seen.see(layer.name, self.stream.head_input(layer.module, self.windows[window], hidden))
-            dense = None
-            if self.config.target == "output":
-                dense = Inputs()
-                dense.see(layer.name, self.stream.head_input(layer.module, self.windows[window], self.dense[window]))
-            statistics.add(seen, dense)
-        return statistics
-
-    def _finish(self, key: str, layers: list[Layer], statistics: Statistics) -> Pruned:
+    def _finish(self, layers: Sequence[Layer], statistics: Statistics) -> Pruned:
         # A layer that no token reaches (of an expert, say) is left as it is.
         work = [(layer, statistics.of(layer.name)) for layer in layers if layer.name in statistics.leader]
-        pruned = prune_layers(work, self.config, lambda layer: self._tell(1, layer.name))
+        return prune_layers(work, self.job.config, lambda layer: self.progress.tell(1, layer.name))
+
+    def _kept(self, key: str, pruned: Pruned) -> Pruned:
+        """The same, once it stands in the journal."""
         if self.journal is not None:
-            now = time.perf_counter()
-            self.journal.write(key, Finished(pruned, now - self.clock))
-            self.clock = now
+            self.journal.write(key, Finished(pruned, self.clock.lap()))
         return pruned
 
     def _replace(self, pruned: Pruned) -> Iterator[LayerReport]:
         for layer, report in pruned:
-            self.model.set_submodule(report.name, layer)
+            self.job.model.set_submodule(report.name, layer)
             yield report
 
-    def _tell(self, units: int, doing: str) -> None:
-        """Say what comes next; it is counted as done when the next thing is said."""
-        if self.progress is not None:
-            follows_pruned = self.config.propagate == "pruned"
-            passes = (1 + follows_pruned + (self.config.target == "output")) * (self.last + 1)
-            passes -= follows_pruned and not self.config.head  # nothing needs what the last block makes of it
-            total = len(self.layers) + passes * len(self.windows)
-            self.progress(Step(min(self.done, total), total, doing))
-        self.done += units
+    def _tell_window(self, index: int, window: int) -> None:
+        self.progress.tell(1, f"decoder block {index + 1} of {len(self.job.blocks)}, window {window + 1}")
+
+
+def _units(job: Job) -> int:
+    """The units of work of a run: a layer, and a window through a block."""
+    passes = (2 * job.follows_pruned + job.follows_dense) * (job.last_block + 1)
+    passes -= job.follows_pruned and not job.config.head  # nothing needs what the last block makes of it
+    return len(job.layers) + passes * len(job.tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from armorfact import Pattern
@@ -12,40 +14,68 @@ LARGEST_BLOCK = 128
 MOST_OVERHEAD = 1 / 8  # what "auto" lets the wrappers add to a layer
 
 
-def fitting_block(shape: tuple[int, int], config: PruneConfig) -> tuple[tuple[int, int] | None, str]:
-    """The blocks (block_out, block_in) that a layer gets; without any, None and the reason why."""
+def auto_block(shape: tuple[int, int], pattern: Pattern, most_overhead: float) -> int | None:
+    """The largest size that fits and adds no more than that; the smallest if all add more; None if none fits."""
     d_out, d_in = shape
-    group = Pattern.parse(config.pattern).group
-    if d_in % group:
-        return None, f"d_in = {d_in} is not a multiple of the pattern's group of {group}"
-    if config.method != "armorfact":
-        return (1, group), ""
-    fitting = [b for b in range(group, LARGEST_BLOCK + 1, group) if d_out % b == 0 and d_in % b == 0]
+    fitting = fitting_sizes(shape, pattern)
+    light = [size for size in fitting if size / d_in + size / d_out <= most_overhead]
+    return max(light, default=fitting[0] if fitting else None)
+
+
+def fitting_sizes(shape: tuple[int, int], pattern: Pattern) -> list[int]:
+    """The sizes of square blocks that divide a layer, up to the largest that is worth it."""
+    return [size for size in range(pattern.group, LARGEST_BLOCK + 1, pattern.group) if _divides(size, shape)]
+
+
+def _divides(size: int, shape: tuple[int, int]) -> bool:
+    return all(length % size == 0 for length in shape)
+
+
+def fitting_block(shape: tuple[int, int], config: PruneConfig) -> tuple[tuple[int, int] | None, str]:
+    """The blocks (block_out, block_in) of wrappers around a layer; without any, None and the reason why."""
+    d_out, d_in = shape
+    pattern = Pattern.parse(config.pattern)
+    if reason := _odd_width(d_in, pattern):
+        return None, reason
     if config.block == "auto":
-        light = [b for b in fitting if b / d_in + b / d_out <= MOST_OVERHEAD]
-        if not fitting:
-            return None, f"no block of up to {LARGEST_BLOCK} divides {d_out} and {d_in}"
-        size = max(light, default=fitting[0])
+        size = auto_block(shape, pattern, MOST_OVERHEAD)
+        reason = f"no block of up to {LARGEST_BLOCK} divides {d_out} and {d_in}"
     else:
         size = int(config.block)
-        if d_out % size or d_in % size or size % group:
-            return None, f"block {size} does not fit {d_out}x{d_in}; these do: {fitting or 'none'}"
-    return (size, size), ""
+        if not _divides(size, shape) or size % pattern.group:
+            these = fitting_sizes(shape, pattern) or "none"
+            size, reason = None, f"block {size} does not fit {d_out}x{d_in}; these do: {these}"
+    return (None, reason) if size is None else ((size, size), "")
+
+
+def _odd_width(d_in: int, pattern: Pattern) -> str:
+    """Why no core of the pattern is so wide, or nothing."""
+    return f"d_in = {d_in} is not a multiple of the pattern's group of {pattern.group}" if d_in % pattern.group else ""
+
+
+def fitted(layer: Layer, config: PruneConfig) -> Layer:
+    """The layer with the blocks that it gets, or the reason why there are none."""
+    block, reason = fitting_block(layer.shape, config)
+    return replace(layer, block=block, unfit=reason)
+
+
+def reason_to_stay_dense(layer: Layer, config: PruneConfig) -> str:
+    """Why a fitted layer cannot be pruned: one without wrappers needs a width that the pattern divides, no more."""
+    return layer.unfit if config.method == "armorfact" else _odd_width(layer.shape[1], Pattern.parse(config.pattern))
 
 
 def fitting_layers(
     model: nn.Module, config: PruneConfig, select: Select | None = None
 ) -> tuple[list[Layer], list[DenseLayer]]:
-    """The layers that will be pruned, and what stays dense with the reasons.
+    """The layers that will be pruned, with their blocks, and what stays dense with the reasons.
 
     Raises:
-        ValueError: see `chosen_layers`; or no block fits any layer.
+        ValueError: see `chosen_layers`; or no layer can be pruned.
     """
     chosen, dense = chosen_layers(model, config.include, config.ignore, config.head, select)
     layers = []
-    for layer in chosen:
-        block, reason = fitting_block(layer.shape, config)
-        if block is None:
+    for layer in (fitted(layer, config) for layer in chosen):
+        if reason := reason_to_stay_dense(layer, config):
             dense.append(DenseLayer(layer.name, reason))
         else:
             layers.append(layer)

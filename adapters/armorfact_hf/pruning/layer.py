@@ -14,8 +14,7 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.moments import Moments
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.fitting import fitting_block
-from armorfact_hf.pruning.losses import energy, layer_losses, one_shot
+from armorfact_hf.pruning.losses import energy, layer_losses, left_out, one_shot
 from armorfact_hf.pruning.notes import noting
 
 
@@ -28,7 +27,8 @@ class LayerReport:
         losses: tr((W - W') H (W - W')') / tr(W H W') by method, H the plain Gram matrix (or its diagonal, where
             no method looks at more); for W' as it is stored, in its dtype.
         objective_loss, objective_initial_loss: the relative loss that the solver minimized, at its end and start.
-        sweeps: accepted sweeps. seconds: spent on this layer's own method.
+        sweeps: the number of the last sweep that was accepted; 0 where the start was kept, or nothing sweeps.
+        seconds: spent on this layer's own method, the baselines not counted.
         dense_bytes, bytes: of the weight before and of what replaces it.
         tokens: that the statistics were gathered from.
         status: how the solver ended. notes: warnings on the way.
@@ -70,9 +70,9 @@ def _prune(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[Factori
     weight = layer.weight
     start = time.perf_counter()
     target = _target(weight.float(), moments, config)
-    notes: list[str] = []
+    notes = left_out(config, layer)
     with noting(notes):
-        fitted = _fit(target, moments.gram, config, weight.dtype)
+        fitted = _fit(target, moments.gram, config, layer)
     seconds = time.perf_counter() - start
     pruned = FactorizedLinear.of(*fitted.factors, _bias(layer))
     report = LayerReport(
@@ -80,7 +80,7 @@ def _prune(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[Factori
         decoder_block=layer.decoder_block,
         shape=layer.shape,
         block=pruned.block,
-        losses=layer_losses(target, pruned, moments.gram, config),
+        losses=layer_losses(target, pruned, moments.gram, config, layer),
         objective_loss=fitted.loss,
         objective_initial_loss=fitted.initial_loss,
         sweeps=fitted.sweeps,
@@ -132,7 +132,8 @@ class _Fit:
     status: str
 
 
-def _fit(weight: Tensor, gram: Tensor, config: PruneConfig, dtype: torch.dtype) -> _Fit:
+def _fit(weight: Tensor, gram: Tensor, config: PruneConfig, layer: Layer) -> _Fit:
+    dtype = layer.weight.dtype
     diagonal = gram.diagonal() if gram.ndim == 2 else gram
     if config.method != "armorfact":
         pruned = one_shot(config.method, weight, gram, config.pattern).to(dtype)
@@ -140,11 +141,10 @@ def _fit(weight: Tensor, gram: Tensor, config: PruneConfig, dtype: torch.dtype) 
         loss = energy(weight.double() - pruned, gram) / (energy(weight, gram) or 1.0)
         return _Fit((core, None, None), loss, loss, 0, "pruned in one shot")
     given = shrunk(gram, config.diagonal_weight) if config.objective == "gram" else diagonal
-    block, _ = fitting_block(tuple(weight.shape), config)
     result = factorize(
         weight.to(dtype),
         given.float(),
-        block=block,
+        block=layer.block,
         pattern=config.pattern,
         init=config.init,
         normalize="nowag" if config.objective == "nowag" else None,

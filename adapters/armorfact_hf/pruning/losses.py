@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 import armorfact
 from armorfact import Result, factorize
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.fitting import fitting_block
 
 CONVERGED = {"max_sweeps": 300, "rtol": 1e-4}  # the budget of the baseline "paper"
 
@@ -29,18 +27,28 @@ def energy(residual: Tensor, gram: Tensor) -> float:
     return max(float((weighted * residual).sum()), 0.0)
 
 
-def layer_losses(target: Tensor, pruned: FactorizedLinear, gram: Tensor, config: PruneConfig) -> dict[str, float]:
+def layer_losses(
+    target: Tensor, pruned: FactorizedLinear, gram: Tensor, config: PruneConfig, layer: Layer
+) -> dict[str, float]:
     """The relative loss tr((W - W') H (W - W')') / tr(W H W') of the layer as pruned, and of the baselines.
 
     Args:
         target: W, (d_out, d_in). pruned: what replaces it. gram: H, (d_in, d_in), or its diagonal.
+        layer: without wrappers' blocks, the baseline "paper" is left out, as `left_out` says.
     """
     weights = {config.method: _exact_weight(pruned)}
     for method in config.baselines:
-        if method not in weights:
-            weights[method] = _baseline(method, target, gram, config)
+        if method not in weights and not (method == "paper" and layer.block is None):
+            weights[method] = _baseline(method, target, gram, config, layer)
     whole = energy(target, gram) or 1.0
     return {method: energy(target.double() - weight, gram) / whole for method, weight in weights.items()}
+
+
+def left_out(config: PruneConfig, layer: Layer) -> list[str]:
+    """A sentence for the report of a layer that a baseline does not fit."""
+    if "paper" not in config.baselines or layer.block is not None:
+        return []
+    return [f"the baseline 'paper' is left out: {layer.unfit}"]
 
 
 def _exact_weight(pruned: FactorizedLinear) -> Tensor:
@@ -51,16 +59,15 @@ def _exact_weight(pruned: FactorizedLinear) -> Tensor:
     return armorfact.Factors(pruned.left.double(), core, pruned.right.double()).dense()
 
 
-def _baseline(method: str, weight: Tensor, gram: Tensor, config: PruneConfig) -> Tensor:
+def _baseline(method: str, weight: Tensor, gram: Tensor, config: PruneConfig, layer: Layer) -> Tensor:
     if method != "paper":
         return one_shot(method, weight, gram, config.pattern)
-    return paper(weight, gram, replace(config, method="armorfact")).dense()
+    return paper(weight, gram, config.pattern, layer.block).dense()
 
 
-def paper(weight: Tensor, gram: Tensor, config: PruneConfig) -> Result:
+def paper(weight: Tensor, gram: Tensor, pattern: str, block: tuple[int, int] | None) -> Result:
     """The ARMOR paper's objective solved to convergence: diag(H), NoWag-normalized W, from the NoWag-P mask."""
     diagonal = gram.diagonal() if gram.ndim == 2 else gram
-    block, _ = fitting_block(tuple(weight.shape), config)
     return factorize(
-        weight, diagonal.float(), block=block, pattern=config.pattern, init="nowag", normalize="nowag", **CONVERGED
+        weight, diagonal.float(), block=block, pattern=pattern, init="nowag", normalize="nowag", **CONVERGED
     )

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from armorfact import Pattern
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.model.moments import Statistics, recorded_inputs
-from armorfact_hf.model.stream import BlockStream
-from armorfact_hf.model.structure import DenseLayer, Layer, decoder_blocks
+from armorfact_hf.model.moments import Statistics
+from armorfact_hf.model.stream import BlockStream, evaluating
+from armorfact_hf.model.structure import DenseLayer, Layer, Select
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.fitting import fitting_block, fitting_layers
+from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.layer import prune_layer
-from armorfact_hf.pruning.prune import checked_tokens, refuse_pruned
 from armorfact_hf.pruning.side_by_side import layer_flops
+from armorfact_hf.pruning.states import States
 
 SOLVER_COPIES = 6.5  # a generous estimate of one factorization's peak, in float32 copies of W and H
 
@@ -80,36 +80,44 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, calibration: Any, config: PruneConfig, *, measure: bool = True, select: Any = None
+    model: nn.Module,
+    calibration: Any,
+    config: PruneConfig | None = None,
+    *,
+    measure: bool = True,
+    select: Select | None = None,
 ) -> Plan:
     """Plan the pruning of a model; nothing of it is changed.
 
     Args:
         model, calibration, config, select: as for `prune_`.
-        measure: estimate the time, by running one window through the first decoder block and pruning one of its layers.
+        measure: see `plan_job`.
 
     Raises:
-        ValueError: what `prune_` would raise for these arguments.
+        ValueError: what `prune_` would raise for these arguments before it starts to work.
     """
-    refuse_pruned(model)
-    tokens = checked_tokens(model, calibration)
-    layers, dense = fitting_layers(model, config, select)
-    planned = tuple(_planned(layer, config) for layer in layers)
-    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return plan_job(make_job(model, calibration, config, select), measure=measure)
+
+
+def plan_job(job: Job, *, measure: bool = True) -> Plan:
+    """What `prune_job_` will do and cost.
+
+    Args:
+        measure: estimate the time, by running one window through the first decoder block and pruning one of its layers.
+    """
+    model_bytes = sum(parameter.nbytes for parameter in job.model.parameters())
     return Plan(
-        layers=planned,
-        dense_layers=tuple(dense),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=tuple(_planned(layer, job.config) for layer in job.layers),
+        dense_layers=job.dense_layers,
+        parameters=sum(parameter.numel() for parameter in job.model.parameters()),
         model_bytes=model_bytes,
-        peak_bytes=_peak_bytes(model, model_bytes, tokens, layers, config),
-        seconds=_estimated_seconds(model, tokens, layers, config) if measure else None,
+        peak_bytes=_peak_bytes(job, model_bytes),
+        seconds=_estimated_seconds(job) if measure else None,
     )
 
 
 def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
-    block, _ = fitting_block(layer.shape, config)
-    if config.method != "armorfact":
-        block = None
+    block = layer.block if config.method == "armorfact" else None
     stand_in = FactorizedLinear(
         *layer.shape, Pattern.parse(config.pattern), block, dtype=layer.weight.dtype, device="meta"
     )
@@ -117,45 +125,42 @@ def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
     return PlannedLayer(layer.name, layer.shape, block, layer.weight.nbytes, stand_in.nbytes, wrappers)
 
 
-def _peak_bytes(model: nn.Module, model_bytes: int, tokens: Tensor, layers: list[Layer], config: PruneConfig) -> int:
+def _peak_bytes(job: Job, model_bytes: int) -> int:
     """Weights, hidden states, the second moments of the largest block, and the work space of the largest layer."""
-    width = model.get_input_embeddings().embedding_dim
-    copies = 2 if config.target == "output" else 1
-    states = tokens.numel() * width * layers[0].weight.element_size() * copies
+    width = job.model.get_input_embeddings().embedding_dim
+    copies = job.follows_pruned + job.follows_dense
+    states = job.tokens.numel() * width * job.layers[0].weight.element_size() * copies
     by_block: dict[int | None, int] = {}
-    for layer in layers:
+    for layer in job.layers:
         d_in = layer.shape[1]
-        square = d_in * d_in if config.needs_correlations else d_in
+        square = d_in * d_in if job.config.needs_correlations else d_in
         by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + 8 * square * copies
-    sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in layers))
-    at_once = torch.get_num_threads() if layers[0].weight.device.type == "cpu" else 1
+    sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in job.layers))
+    at_once = torch.get_num_threads() if job.layers[0].weight.device.type == "cpu" else 1
     return int(model_bytes + states + max(by_block.values()) + SOLVER_COPIES * sum(sizes[-at_once:]))
 
 
-def _estimated_seconds(model: nn.Module, tokens: Tensor, layers: list[Layer], config: PruneConfig) -> float:
+def _estimated_seconds(job: Job) -> float:
     """Time one window and one layer of the first block that is pruned, and scale by the work."""
-    blocks = decoder_blocks(model)[1]
-    stream, window = BlockStream(model.eval(), blocks), tokens[:1]
-    first = len(blocks) - 1 if layers[0].decoder_block is None else layers[0].decoder_block
-    here = [layer for layer in layers if layer.decoder_block == first]
-    hidden = None
-    for index in range(first):
-        hidden = stream.run(index, window, hidden)
-    stream.run(first, window, hidden)  # warms caches and lazily built parts
-    plain = _seconds(lambda: stream.run(first, window, hidden))
-    statistics = Statistics(config.needs_correlations)
-
-    def gather() -> None:
-        with recorded_inputs({layer.name: layer.module for layer in here}) as inputs:
-            stream.run(first, window, hidden)
-        statistics.add(inputs)
-
-    gathering = _seconds(gather)
+    first = min(job.last_block if layer.decoder_block is None else layer.decoder_block for layer in job.layers)
+    here = [layer for layer in job.layers if layer.decoder_block == first]
+    statistics = Statistics(job.config.needs_correlations)
+    with evaluating(job.model):
+        states = States.before_the_first(BlockStream(job.model, job.blocks), job.prefix, job.tokens[:1].split(1))
+        for index in range(first):
+            states.advance(index, 0)
+        states.inputs(first, 0, {}, advance=False)  # warms caches and lazily built parts
+        plain = _seconds(lambda: states.inputs(first, 0, {}, advance=False))
+        modules = {layer.name: layer.module for layer in here}
+        gathering = _seconds(lambda: statistics.add(states.inputs(first, 0, modules, advance=False)))
     reached = [layer for layer in here if layer.name in statistics.leader]
-    solving = _seconds_a_flop(reached[0], statistics, config) * sum(map(layer_flops, layers)) if reached else 0.0
-    passes = (config.propagate == "pruned") + (config.target == "output")
-    last = max(first if layer.decoder_block is None else layer.decoder_block for layer in layers)
-    return len(tokens) * (last + 1) * (gathering + passes * plain) + solving
+    solving = _seconds_a_flop(reached[0], statistics, job.config) * _flops(job) if reached else 0.0
+    passes = job.follows_pruned + job.follows_dense * job.follows_pruned
+    return len(job.tokens) * (job.last_block + 1) * (gathering + passes * plain) + solving
+
+
+def _flops(job: Job) -> float:
+    return sum(map(layer_flops, job.layers))
 
 
 def _seconds_a_flop(layer: Layer, statistics: Statistics, config: PruneConfig) -> float:

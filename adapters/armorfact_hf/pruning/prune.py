@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-import armorfact
 from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.model.structure import DenseLayer, Layer, Select
-from armorfact_hf.pruning.block_by_block import BlockByBlock, Step
+from armorfact_hf.model.structure import DenseLayer, Select
+from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.block_by_block import BlockByBlock
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.fitting import fitting_layers
-from armorfact_hf.pruning.journal import Journal, flat_manifest, model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.job import Job, make_job
+from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.notes import damping_noted
 
@@ -56,7 +53,7 @@ def prune_(
     *,
     select: Select | None = None,
     journal: Path | str | None = None,
-    progress: Callable[[Step], object] | None = None,
+    observer: Observer | None = None,
 ) -> PruneReport:
     """Replace linear layers of a causal language model by `FactorizedLinear`, block by block, in place.
 
@@ -67,7 +64,7 @@ def prune_(
         select: called with name and module of each layer that the config lets through; keeps it if true.
         journal: folder in which every finished block is kept. Called again with the same arguments on the same dense
             model, after a run that was killed, `prune_` continues from there and ends with the same weights.
-        progress: called after each unit of work.
+        observer: is told of every unit of work.
 
     Returns:
         The reports; the model is left in evaluation mode.
@@ -75,66 +72,27 @@ def prune_(
     Raises:
         ValueError: tokens that are not a matrix of numbers in the vocabulary, a model without decoder blocks, settings
             that leave nothing to prune, a model that is pruned already.
-        DifferentRun: the journal belongs to other arguments.
+        DifferentRun: the journal belongs to other arguments. InUse: another process is writing it.
+        DiskFull: in mid-run; what is finished stays in the journal.
         NonFiniteActivations: a module computes NaN or infinite values; nothing is changed from its block on.
     """
-    config = PruneConfig() if config is None else config
-    tokens = checked_tokens(model, calibration)
-    refuse_pruned(model)
-    layers, dense = fitting_layers(model, config, select)
-    start = time.perf_counter()
-    stored = None if journal is None else open_journal(Path(journal), model, tokens, config, layers)
-    model.eval()
-    run = BlockByBlock(model, list(tokens.split(1)), config, layers, stored, progress)
+    job, observer = make_job(model, calibration, config, select), observer or Observer()
+    if journal is None:
+        return prune_job_(job, None, observer)
+    with Journal.open(Path(journal), job.manifest, job.config.pattern) as stored:
+        return prune_job_(job, stored, observer)
+
+
+def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneReport:
+    """`prune_`, for arguments that were checked."""
+    job.model.eval()
+    run = BlockByBlock.of(job, journal, observer)
     with damping_noted():
         reports = tuple(run.reports())
-    describe_(model, config, reports)
+    describe_(job.model, job.config, reports)
     pruned = {report.name for report in reports}
-    dense += [DenseLayer(x.name, "no calibration token reached it") for x in layers if x.name not in pruned]
-    return PruneReport(config, reports, tuple(dense), run.earlier + time.perf_counter() - start)
-
-
-def checked_tokens(model: nn.Module, calibration: Any) -> Tensor:
-    """Calibration tokens as an int64 tensor (windows, length).
-
-    Raises:
-        ValueError: not a non-empty integer matrix, or numbers outside of the vocabulary.
-    """
-    tokens = torch.as_tensor(calibration)
-    if tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
-        raise ValueError(
-            f"calibration must be a (windows, length) matrix of token numbers, got shape {tuple(tokens.shape)} of "
-            f"{tokens.dtype}; armorfact_hf.windows cuts a text's tokens into one"
-        )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(
-            f"calibration holds token numbers from {low} to {high}, the model's vocabulary has {vocabulary}: "
-            "were they made by this model's own tokenizer?"
-        )
-    return tokens.to(torch.int64)
-
-
-def refuse_pruned(model: nn.Module) -> None:
-    """Raise ValueError if the model holds pruned layers already."""
-    for name, module in model.named_modules():
-        if isinstance(module, FactorizedLinear):
-            raise ValueError(f"the model is pruned already ({name}); load the dense model again")
-
-
-def open_journal(
-    folder: Path, model: nn.Module, tokens: Tensor, config: PruneConfig, layers: Sequence[Layer]
-) -> Journal:
-    """The journal of the run with these arguments, new or continued."""
-    manifest = flat_manifest(
-        config.to_dict(),
-        armorfact=armorfact.__version__,
-        model=model_fingerprint(model),
-        calibration=tokens_fingerprint(tokens),
-        layers=[layer.name for layer in layers],
-    )
-    return Journal.open(folder, manifest, config.pattern)
+    missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
+    return PruneReport(job.config, reports, (*job.dense_layers, *missed), run.clock.seconds())
 
 
 def describe_(model: nn.Module, config: PruneConfig, reports: Sequence[LayerReport]) -> None:

@@ -32,7 +32,6 @@ class Speaker:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.head = model, model.get_output_embeddings()
         self.stream = BlockStream(model, decoder_blocks(model)[1])
-        self.states(torch.zeros(1, dtype=torch.int64))  # the stream learns in which form blocks return their states
 
     def states(self, window: Tensor) -> Tensor:
         """What the head is given, (1, length, width); without gradients."""
@@ -50,6 +49,7 @@ class Speaker:
             for block in self.stream.blocks if again else ():
                 stack.enter_context(replaced_forward(block, _computed_again(block.forward)))
             stack.enter_context(replaced_forward(self.head, narrow))
+            stack.enter_context(self.stream.noting())
             self.model(input_ids=window[None].to(self.model.device), use_cache=False)
         return given[0]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ import armorfact
 from armorfact_hf.data.tokens import spread
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer, Step
-from armorfact_hf.pruning.journal import flat_manifest, model_fingerprint, tokens_fingerprint
-from armorfact_hf.pruning.prune import checked_tokens
+from armorfact_hf.pruning.checks import checked_tokens
+from armorfact_hf.pruning.journal import Journal, flat_manifest, model_fingerprint, tokens_fingerprint
 from armorfact_hf.recovery.adam import Adam
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.factors import TrainedFactors, trained_factors
 from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.recovery.settings import KEPT_ASIDE, TRAINED, RecoverySettings
-from armorfact_hf.recovery.state import Progress, StateFolder
+from armorfact_hf.recovery.state import Progress, read_state_, write_state
 
 MOST_NORM = 1.0  # of the gradient; a longer one is cut down to it
 MOST_HALVINGS = 8  # of the rate, after which the run ends
@@ -65,7 +64,7 @@ def recover_(
         ValueError: tokens that are no matrix of numbers in the vocabulary or fewer than two windows, a model without
             pruned layers or without gradients, a teacher that is pruned or has another vocabulary, NaN or infinite
             logits before the first step.
-        DifferentRun: the folder belongs to other arguments. RuntimeError: another process works in it.
+        DifferentRun: the folder belongs to other arguments. InUse: another process writes to it. DiskFull: in mid-run.
     """
     settings, observer = settings or RecoverySettings(), observer or Observer()
     tokens = checked_tokens(model, calibration)
@@ -74,12 +73,12 @@ def recover_(
     model.eval()
     teacher.eval()
     with (
-        _opened(state, model, teacher, tokens, settings) as folder,
+        _opened(state, model, teacher, tokens, settings) as journal,
         trained_factors(model, TRAINED[settings.train]) as factors,
         torch.enable_grad(),
     ):
         divergence = Divergence(model, teacher, settings.gradient_checkpointing)
-        return _Run(tokens, settings, divergence, factors, folder, save_every, observer).to_the_end()
+        return _Run(tokens, settings, divergence, factors, journal, save_every, observer).to_the_end()
 
 
 def kept_aside(windows: int) -> list[int]:
@@ -110,15 +109,13 @@ def _check_models(model: nn.Module, teacher: nn.Module, settings: RecoverySettin
         )
 
 
-@contextmanager
 def _opened(
     state: Path | str | None, model: nn.Module, teacher: nn.Module, tokens: Tensor, settings: RecoverySettings
-) -> Iterator[StateFolder | None]:
+) -> AbstractContextManager[Journal | None]:
     if state is None:
-        yield None
-        return
-    with StateFolder.opened(Path(state), manifest_of(model, teacher, tokens, settings)) as folder:
-        yield folder
+        return nullcontext()
+    pattern = next(module.pattern for module in model.modules() if isinstance(module, FactorizedLinear))
+    return Journal.open(Path(state), manifest_of(model, teacher, tokens, settings), pattern)
 
 
 def manifest_of(model: nn.Module, teacher: nn.Module, tokens: Tensor, settings: RecoverySettings) -> dict[str, Any]:
@@ -141,12 +138,12 @@ class _Run:
         settings: RecoverySettings,
         divergence: Divergence,
         factors: TrainedFactors,
-        folder: StateFolder | None,
+        journal: Journal | None,
         save_every: int,
         observer: Observer,
     ) -> None:
         self.settings, self.divergence, self.factors = settings, divergence, factors
-        self.folder, self.save_every, self.observer = folder, save_every, observer
+        self.journal, self.save_every, self.observer = journal, save_every, observer
         aside = kept_aside(len(tokens))
         self.aside = [tokens[window] for window in aside]
         self.training = [tokens[window] for window in range(len(tokens)) if window not in aside]
@@ -222,11 +219,11 @@ class _Run:
 
     def _save(self) -> None:
         self.progress.count, self.progress.last_rate = self.adam.count, self.adam.last_rate
-        if self.folder is not None:
-            self.folder.write(self._tensors(), self.progress)
+        if self.journal is not None:
+            write_state(self.journal, self._tensors(), self.progress)
 
     def _resume(self) -> None:
-        found = None if self.folder is None else self.folder.read_(self._tensors())
+        found = None if self.journal is None else read_state_(self.journal, self._tensors())
         if found is not None:
             self.progress = found
             self.adam.count, self.adam.last_rate = found.count, found.last_rate

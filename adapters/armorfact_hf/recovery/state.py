@@ -1,29 +1,27 @@
 """A recovery on disk: what a killed run resumes from, bit for bit.
 
-`manifest.json` says which models, tokens and settings the folder belongs to; `state.safetensors` holds the factors, the
-moments and the best state, and in its header, as JSON, what else there is. Files are written beside their target and
-renamed, so a file that is there is whole.
+The folder is a `Journal`: its manifest says which models, tokens and settings it belongs to, and one process writes to
+it at a time. In place of finished blocks there is `state.safetensors`: the factors, their moments and the best state,
+and in its header, as JSON, what else there is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from armorfact_hf.files import written_beside
-from armorfact_hf.pruning.journal import DifferentRun, check_same
+from armorfact_hf.files import room_for, written_beside
+from armorfact_hf.pruning.journal import DAMAGE, Journal
+from armorfact_hf.pruning.seal import BLANK, check_seal, seal
 
-MANIFEST, STATE, LOCK = "manifest.json", "state.safetensors", "lock"
+STATE = "state.safetensors"
 
 
 @dataclass
@@ -59,91 +57,40 @@ class Progress:
         return cls(**{**found, "history": history})
 
 
-@dataclass(frozen=True)
-class StateFolder:
-    """The folder of one run, held by one process; `opened` makes it."""
+def write_state(journal: Journal, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+    """Keep the state of the run.
 
-    folder: Path
+    Raises:
+        DiskFull: the disk has no room for it; the state before is kept.
+    """
+    path = journal.folder / STATE
+    state = json.dumps({"run": journal.run, **asdict(progress)})
+    with room_for(path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(path) as draft:
+        save_file(dict(tensors), draft, metadata={"state": state, **BLANK})
+        seal(draft)
 
-    @classmethod
-    @contextmanager
-    def opened(cls, folder: Path, manifest: Mapping[str, Any]) -> Iterator[StateFolder]:
-        """Start in ``folder``, or continue what is there; it is this process's alone inside the context.
 
-        Raises:
-            DifferentRun: the folder belongs to a run with another manifest, or holds something else.
-            RuntimeError: another process works in it.
-            ValueError: the manifest is damaged.
-        """
-        path = folder / MANIFEST
-        if folder.exists() and not path.exists() and any(_foreign(found) for found in folder.iterdir()):
-            raise DifferentRun(f"{folder} exists and holds no recovery of armorfact: name another, or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if path.exists():
-                check_same(_read_manifest(path), manifest, folder)
-            else:
-                with written_beside(path) as draft:
-                    draft.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-            yield cls(folder)
+def read_state_(journal: Journal, tensors: Mapping[str, Tensor]) -> Progress | None:
+    """Copy the state that was kept into ``tensors``; None, and nothing is changed, where none was.
 
-    def write(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-        """Keep the state of the run."""
-        with written_beside(self.folder / STATE) as draft:
-            save_file(dict(tensors), draft, metadata={"progress": json.dumps(asdict(progress))})
-
-    @torch.no_grad()
-    def read_(self, tensors: Mapping[str, Tensor]) -> Progress | None:
-        """Copy the state that was kept into ``tensors``; None, and nothing is changed, where none was.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        path = self.folder / STATE
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, "pt") as stored:
-                progress = Progress.from_dict(json.loads(stored.metadata()["progress"]))
-                _check_names(set(stored.keys()), set(tensors))
+    Raises:
+        ValueError: the file is damaged, or of another run.
+    """
+    path = journal.folder / STATE
+    if not path.exists():
+        return None
+    try:
+        check_seal(path)
+        with safe_open(path, "pt") as stored:
+            state = json.loads(stored.metadata()["state"])
+            if state.pop("run") != journal.run:
+                raise ValueError("it is of another run")
+            with torch.no_grad():
                 for name, tensor in tensors.items():
-                    tensor.copy_(_like(stored.get_tensor(name), tensor, name))
-                return progress
-        except (SafetensorError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); delete that one file, and the recovery starts from its first step"
-            ) from error
-
-
-def _foreign(path: Path) -> bool:
-    return path.name != LOCK and not path.name.endswith(".part")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            yield
-    except Timeout as error:
-        raise RuntimeError(f"another process works in {folder}: wait for its end, or name another folder") from error
-
-
-def _read_manifest(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"expected a dictionary, got {type(found).__name__}")
-        return found
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete its folder, and start again") from error
-
-
-def _check_names(found: set[str], wanted: set[str]) -> None:
-    if found != wanted:
-        raise ValueError(f"its tensors differ from the model's, among them {min(found ^ wanted)}")
-
-
-def _like(found: Tensor, tensor: Tensor, name: str) -> Tensor:
-    if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
-        raise ValueError(f"{name}: expected {tensor.dtype} {list(tensor.shape)}, got {found.dtype} {list(found.shape)}")
-    return found
+                    # Copied into memory of PyTorch's own: aligned as in a run without interruption: the same bits.
+                    tensor.copy_(stored.get_tensor(name))
+            return Progress.from_dict(state)
+    except DAMAGE as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete that one file, and the recovery starts from its first step"
+        ) from error

@@ -14,7 +14,6 @@ from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.journal import model_fingerprint
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 
@@ -35,7 +34,7 @@ def dense_model(report: Report, device: str | None = None, log: Log = print) -> 
     """
     facts = report.model
     loaded = load_model(facts.name, dtype=facts.dtype, device=device, log=log)
-    if model_fingerprint(loaded.model) != facts.fingerprint:
+    if loaded.fingerprint != facts.fingerprint:
         raise ValueError(f"{facts.name} is not the model that was pruned: its weights have changed since")
     return loaded
 
@@ -224,15 +223,9 @@ def compare(
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
     for method, folder in {**beside, config.method: out}.items():
         observer.say(f"Pruning {model} by {method}, into {folder}.")
-        prune_to_folder(
-            load_model(model, dtype, device, observer.say),
-            folder,
-            replace(config, method=method),
-            calibration,
-            progress=observer.step,
-            on_plan=observer.plan,
-            log=observer.say,
-        )
+        loaded = load_model(model, dtype, device, observer.say)
+        prune_to_folder(loaded, folder, replace(config, method=method), calibration, observer=observer)
+        del loaded
     if evaluations:
         evaluate_folder(out, evaluations, device=device, beside=list(beside.values()), observer=observer)
     return rows(out, list(beside.values()))

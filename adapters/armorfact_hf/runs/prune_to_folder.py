@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import resource
-import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 import armorfact
-from armorfact_hf.checkpoint.folder import save_pruned
 from armorfact_hf.data.load_model import DEMO, Loaded, Log, load_model
 from armorfact_hf.data.texts import calibration_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
 from armorfact_hf.files import check_room
-from armorfact_hf.pruning.block_by_block import Step
+from armorfact_hf.model.structure import Select
+from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.journal import DifferentRun, check_same, flat_manifest, model_fingerprint, tokens_fingerprint
-from armorfact_hf.pruning.plan import Plan, make_plan
-from armorfact_hf.pruning.prune import PruneReport, prune_, refuse_pruned
+from armorfact_hf.pruning.job import Job, make_job
+from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
+from armorfact_hf.pruning.plan import Plan, plan_job
+from armorfact_hf.pruning.prune import PruneReport, prune_job_
 from armorfact_hf.report.record import FILE, CalibrationFacts, ModelFacts, Report, Totals
+from armorfact_hf.runs.finish import check_whole, finish
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,8 @@ def prune_to_folder(
     config: PruneConfig | None = None,
     calibration: Calibration | None = None,
     *,
-    progress: Callable[[Step], object] | None = None,
-    log: Log = print,
-    on_plan: Callable[[Plan], object] | None = None,
-    select: Any = None,
+    observer: Observer | None = None,
+    select: Select | None = None,
 ) -> Report:
     """Prune a model and write the finished folder: checkpoint, tokenizer, `report.json`, `report.html`.
 
@@ -73,7 +69,7 @@ def prune_to_folder(
         model: a name for `load_model`, or a loaded dense model, which is pruned in place.
         out: the folder to write.
         config, calibration: what to prune and how, and on which tokens.
-        progress: see `prune_`. log: called with a sentence for each slow step. on_plan: called with the plan.
+        observer: is told of slow steps, of the plan, and of every unit of work; it prints sentences by default.
         select: see `prune_`.
 
     Returns:
@@ -81,49 +77,43 @@ def prune_to_folder(
 
     Raises:
         ValueError, OSError: bad arguments, too little room on disk, an ``out`` that holds something else; all found
-            before the work starts.
+            before the work starts. InUse: another process writes the same folder. DiskFull: in mid-run; what is
+            finished is kept.
     """
-    config, calibration = config or PruneConfig(), calibration or Calibration()
+    observer, calibration = observer or Observer(), calibration or Calibration()
     if out.exists() and not (out / FILE).exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
-    loaded = load_model(model, log=log) if isinstance(model, str) else model
-    refuse_pruned(loaded.model)
-    tokens = calibration.tokens(loaded, log)
-    manifest = _manifest(loaded, config, tokens)
-    journal = out.with_name(f"{out.name}.journal")
+    loaded = load_model(model, log=observer.say) if isinstance(model, str) else model
+    job = make_job(loaded.model, calibration.tokens(loaded, observer.say), config, select)
     if out.exists():
-        report = Report.read(out)
-        check_same(report.manifest, manifest, out)
-        if (journal / "manifest.json").exists():
-            shutil.rmtree(journal)
-        log(f"{out} is finished already.")
-        return report
-    plan = make_plan(loaded.model, tokens, config, measure=on_plan is not None, select=select)
-    if on_plan is not None:
-        on_plan(plan)
+        return _found_finished(out, loaded, job, observer)
+    plan = plan_job(job, measure=observer.wants_plan)
+    observer.plan(plan)
     check_room(out, 2 * plan.bytes + plan.model_bytes - plan.dense_bytes)
-    facts = _model_facts(loaded, manifest["model"])
-    done = prune_(loaded.model, tokens, config, select=select, journal=journal, progress=progress)
-    report = _report(facts, calibration, tokens, done, plan, manifest)
-    draft = journal / "whole"  # in the journal, so that whatever a kill leaves behind is removed with it
-    shutil.rmtree(draft, ignore_errors=True)
-    save_pruned(loaded.model, draft, loaded.tokenizer)
-    report.write(draft)
-    draft.rename(out)
-    shutil.rmtree(journal)
+    facts = _model_facts(loaded, job)
+    with Journal.open(_journal(out), job.manifest, job.config.pattern) as journal:
+        if out.exists():  # by another process that was at it a moment ago
+            return _found_finished(out, loaded, job, observer)
+        report = _report(facts, calibration, job, prune_job_(job, journal, observer), plan)
+        finish(loaded.model, loaded.tokenizer, report, out, journal)
     return report
 
 
-def _manifest(loaded: Loaded, config: PruneConfig, tokens: torch.Tensor) -> dict[str, Any]:
-    return flat_manifest(
-        config.to_dict(),
-        armorfact=armorfact.__version__,
-        model=model_fingerprint(loaded.model),
-        calibration=tokens_fingerprint(tokens),
-    )
+def _journal(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
 
 
-def _model_facts(loaded: Loaded, fingerprint: str) -> ModelFacts:
+def _found_finished(out: Path, loaded: Loaded, job: Job, observer: Observer) -> Report:
+    """The report of a finished folder, which has to be this job's, and whole."""
+    report = Report.read(out)
+    check_same(report.manifest, job.manifest, out)
+    check_whole(out, loaded.tokenizer)
+    remove_leftover(_journal(out))
+    observer.say(f"{out} is finished already.")
+    return report
+
+
+def _model_facts(loaded: Loaded, job: Job) -> ModelFacts:
     parameters = list(loaded.model.parameters())
     return ModelFacts(
         name=loaded.name,
@@ -131,24 +121,18 @@ def _model_facts(loaded: Loaded, fingerprint: str) -> ModelFacts:
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in parameters),
         bytes=sum(parameter.nbytes for parameter in parameters),
-        fingerprint=fingerprint,
+        fingerprint=job.fingerprint,
     )
 
 
-def _report(
-    facts: ModelFacts,
-    calibration: Calibration,
-    tokens: torch.Tensor,
-    done: PruneReport,
-    plan: Plan,
-    manifest: dict[str, Any],
-) -> Report:
+def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneReport, plan: Plan) -> Report:
+    text, sha256 = calibration.text.removeprefix(DEMO), job.manifest["calibration"]
     return Report(
         armorfact_version=armorfact.__version__,
         model=facts,
-        calibration=CalibrationFacts(calibration.text.removeprefix(DEMO), *tokens.shape, manifest["calibration"]),
+        calibration=CalibrationFacts(text, *job.tokens.shape, sha256),
         config=done.config,
-        manifest=manifest,
+        manifest=job.manifest,
         layers=done.layers,
         dense_layers=done.dense_layers,
         totals=Totals(plan.dense_bytes, plan.bytes, plan.wrapper_overhead, done.seconds, peak_memory()),
@@ -161,5 +145,7 @@ def peak_memory() -> int:
     if status.exists():  # what getrusage says there counts what the process was forked from
         [line] = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

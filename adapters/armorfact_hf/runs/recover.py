@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from armorfact_hf.checkpoint.folder import describe_folder, save_pruned
+from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning.journal import DifferentRun, check_same
+from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
 from armorfact_hf.recovery.recover import manifest_of, recover_
 from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.report.record import FILE, Report
 from armorfact_hf.runs.compare import dense_model
+from armorfact_hf.runs.finish import check_whole, finish
 from armorfact_hf.runs.prune_to_folder import Calibration
 
 EVERYTHING = Calibration(windows=None)
@@ -37,7 +39,7 @@ def recover_to_folder(
 ) -> Report:
     """Recover the pruned model of a finished folder, and write another one: checkpoint, tokenizer, report.
 
-    The run stands in the folder ``<out>.recovery`` until ``out`` is whole, so the same call continues one that was
+    The run stands in the folder ``<out>.journal`` until ``out`` is whole, so the same call continues one that was
     killed; where ``out`` is the finished work of the same call, its report is returned at once.
 
     Args:
@@ -54,7 +56,8 @@ def recover_to_folder(
     Raises:
         NotPruned: ``folder`` holds no pruned model.
         ValueError, OSError: bad arguments, a dense model that changed, too little room on disk, an ``out`` that holds
-            something else; all found before the work starts.
+            something else; all found before the work starts. InUse: another process writes the same folder. DiskFull:
+            in mid-run; what was kept last is still there.
     """
     settings, observer = settings or RecoverySettings(), observer or Observer()
     if out.exists() and not (out / FILE).exists():
@@ -65,23 +68,31 @@ def recover_to_folder(
     dense = _teacher(report, teacher, device, observer)
     tokens = calibration.tokens(loaded, observer.say)
     manifest = manifest_of(loaded.model, dense, tokens, settings)
-    state = out.with_name(f"{out.name}.recovery")
     if out.exists():
-        found = Report.read(out)
-        check_same(found.manifest, manifest, out)
-        if (state / "manifest.json").exists():
-            shutil.rmtree(state)
-        observer.say(f"{out} is finished already.")
-        return found
+        return _found_finished(out, loaded.tokenizer, manifest, observer)
     check_room(out, _needed(loaded.model))
-    done = recover_(loaded.model, tokens, dense, settings, state=state, save_every=save_every, observer=observer)
-    report = replace(report, manifest=manifest, evaluations=(), tasks=(), recovery=done)
-    draft = state / "whole"  # in there, so that whatever a kill leaves behind is removed with it
-    shutil.rmtree(draft, ignore_errors=True)
-    save_pruned(loaded.model, draft, loaded.tokenizer)
-    report.write(draft)
-    draft.rename(out)
-    shutil.rmtree(state)
+    with Journal.open(_journal(out), manifest, describe_folder(folder).pattern) as journal:
+        if out.exists():  # by another process that was at it a moment ago
+            return _found_finished(out, loaded.tokenizer, manifest, observer)
+        done = recover_(
+            loaded.model, tokens, dense, settings, state=journal.folder, save_every=save_every, observer=observer
+        )
+        report = replace(report, manifest=manifest, evaluations=(), tasks=(), recovery=done)
+        finish(loaded.model, loaded.tokenizer, report, out, journal)
+    return report
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
+
+
+def _found_finished(out: Path, tokenizer: Any, manifest: Mapping[str, object], observer: Observer) -> Report:
+    """The report of a finished folder, which has to be this run's, and whole."""
+    report = Report.read(out)
+    check_same(report.manifest, manifest, out)
+    check_whole(out, tokenizer)
+    remove_leftover(_journal(out))
+    observer.say(f"{out} is finished already.")
     return report
 
 

@@ -15,6 +15,7 @@ from armorfact_hf.pruning.block_by_block import BlockByBlock
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
 from tests.hf.models import BLOCKS, FAMILIES, random_tokens, tiny_model
+from tests.hf.observers import Stepping
 
 QUICK = {"sweeps": 2, "baselines": ("sparsegpt",)}
 
@@ -75,9 +76,9 @@ def grams_seen(monkeypatch, model, config):
     seen = {}
     finish = BlockByBlock._finish
 
-    def spy(self, key, layers, statistics):
+    def spy(self, layers, statistics):
         seen.update({layer.name: statistics.of(layer.name) for layer in layers})
-        return finish(self, key, layers, statistics)
+        return finish(self, layers, statistics)
 
     monkeypatch.setattr(BlockByBlock, "_finish", spy)
     prune_(model, random_tokens(), config)
@@ -141,7 +142,7 @@ def test_layers_that_no_block_fits_stay_dense_and_are_named():
 @pytest.mark.parametrize("settings", [{}, {"target": "output"}, {"propagate": "dense"}])
 def test_progress_ends_where_it_said_it_would(settings):
     steps = []
-    prune_(tiny_model("llama"), random_tokens(), PruneConfig(**QUICK, **settings), progress=steps.append)
+    prune_(tiny_model("llama"), random_tokens(), PruneConfig(**QUICK, **settings), observer=Stepping(steps.append))
     done = [step.done for step in steps]
     assert done == sorted(done) and done[0] == 0
     assert steps[-1].done == steps[-1].total

@@ -18,12 +18,12 @@ WIDE = {
 }
 
 
-def dense_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
+def dense_model(family: str = "gpt2", dtype: torch.dtype = torch.float32) -> nn.Module:
     return tiny_model(family, dtype=dtype, **WIDE.get(family, {"initializer_range": 0.1}))
 
 
 @torch.no_grad()
-def pruned_model(family: str = "llama", dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
+def pruned_model(family: str = "gpt2", dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
     """Every layer is made too small as well: an error of which training on a few random tokens mends a part."""
     model = dense_model(family, dtype)
     prune_(model, random_tokens(), PruneConfig(**{"sweeps": 1, "baselines": (), "block": 8} | settings))

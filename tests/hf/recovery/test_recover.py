@@ -22,12 +22,12 @@ from armorfact_hf.typed_json import from_json, to_json
 from tests.hf.models import random_tokens, tiny_model
 from tests.hf.recovery.models import dense_model, pruned_layers, pruned_model
 
-TOKENS = random_tokens(16, 48, seed=3)
+TOKENS = random_tokens(16, seed=3)
 SETTINGS = RecoverySettings(steps=24, rate=1e-3, warm_up=4, measure_every=8)
 WILD = RecoverySettings(steps=6, rate=0.5, warm_up=0, measure_every=2)
 
 
-class Silent(Observer):
+class Told(Observer):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Silent(Observer):
 
 
 def recover(model: nn.Module, settings: RecoverySettings = SETTINGS, tokens=TOKENS, teacher=None, **more):
-    more = {"observer": Silent()} | more
+    more = {"observer": Told()} | more
     return recover_(model, tokens, dense_model() if teacher is None else teacher, settings, **more)
 
 
@@ -58,13 +58,13 @@ def aside_divergence(model: nn.Module, teacher: nn.Module) -> float:
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_divergence_falls_and_is_that_of_the_model_as_saved(family, dtype, tmp_path):
     model, teacher = pruned_model(family, dtype), dense_model(family, torch.bfloat16)
     before = aside_divergence(model, teacher)
     report = recover(model, teacher=teacher)
-    assert report.before == before and report.after < 0.95 * before and report.best_step > 0
+    assert report.before == before and report.after < 0.9 * before and report.best_step > 0
     save_pruned(model, tmp_path)
     assert aside_divergence(load_pruned(tmp_path), teacher) == report.after
     assert {tensor.dtype for layer in pruned_layers(model).values() for tensor in layer.parameters()} == {dtype}
@@ -72,9 +72,9 @@ def test_the_divergence_falls_and_is_that_of_the_model_as_saved(family, dtype, t
 
 @pytest.mark.parametrize("train", ["factors", "wrappers"])
 def test_only_what_is_trained_changes_and_supports_never_do(train):
-    model, before = pruned_model("qwen2"), tensors(pruned_model("qwen2"))
+    model, before = pruned_model(), tensors(pruned_model())
     asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    report = recover(model, RecoverySettings(train, steps=20, rate=1e-3), teacher=dense_model("qwen2"))
+    report = recover(model, RecoverySettings(train, steps=20, rate=1e-3))
     parts = {"factors": ("left", "right", "values", "bias"), "wrappers": ("left", "right")}[train]
     trained = {
         f"{name}.{part}"
@@ -145,10 +145,10 @@ def test_every_pass_sees_every_other_window_once(monkeypatch):
 
 
 def test_progress_and_report():
-    told = Silent()
+    told = Told()
     report = recover(pruned_model(), observer=told)
     assert [step.done for step in told.steps] == list(range(25)) and {step.total for step in told.steps} == {24}
-    assert (report.windows, report.kept_aside, report.steps, report.tokens) == (14, 2, 24, 24 * 48)
+    assert (report.windows, report.kept_aside, report.steps, report.tokens) == (14, 2, 24, 24 * 24)
     assert [step for step, _ in report.history] == [0, 8, 16, 24] and not report.notes
     assert from_json(Recovery, json.loads(json.dumps(to_json(report)))) == report
 
@@ -185,7 +185,7 @@ def states(monkeypatch) -> list[dict[str, torch.Tensor]]:
 def test_a_step_that_is_not_finite_is_undone_and_the_rate_halved(wrong, monkeypatch):
     failing(monkeypatch, at=[3], **wrong)
     seen = states(monkeypatch)
-    told = Silent()
+    told = Told()
     report = recover(pruned_model(), RecoverySettings(steps=6, rate=1e-3, warm_up=0), observer=told)
     assert len(report.notes) == 1 and "step 4: loss or gradient was not finite" in report.notes[0]
     assert report.notes[0] in told.sentences and report.steps == 6
@@ -209,7 +209,7 @@ def test_a_model_that_is_not_finite_at_first_is_told_and_kept():
     model, before = pruned_model(), tensors(pruned_model())
     teacher = dense_model()
     with torch.no_grad():
-        teacher.model.norm.weight[0] = math.nan
+        teacher.transformer.ln_f.weight[0] = math.nan
     with pytest.raises(ValueError, match=r"NaN or infinite logits .*`armorfact eval`"):
         recover(model, teacher=teacher)
     assert not changed(model, before) and not any(layer.training for layer in pruned_layers(model).values())
@@ -219,7 +219,7 @@ class Interrupted(Exception):
     """Ends a run in the middle."""
 
 
-class Interrupting(Silent):
+class Interrupting(Told):
     """Ends a run at a step."""
 
     def __init__(self, at: int) -> None:
@@ -256,8 +256,8 @@ def state(tmp_path):
     ("change", "differing"),
     [
         ({"settings": RecoverySettings(steps=24, rate=2e-3, warm_up=4, measure_every=8)}, "config.rate: 0.001 there"),
-        ({"tokens": random_tokens(16, 48, seed=4)}, "calibration: "),
-        ({"teacher": tiny_model("llama", seed=1)}, "teacher: "),
+        ({"tokens": random_tokens(16, seed=4)}, "calibration: "),
+        ({"teacher": tiny_model("gpt2", seed=1)}, "teacher: "),
         ({"model": pruned_model(sweeps=2)}, "pruned: "),
     ],
     ids=["settings", "tokens", "teacher", "model"],
@@ -271,7 +271,7 @@ def test_another_run_is_refused_and_told_what_differs(change, differing, state):
 
 def test_a_folder_that_is_not_ours_is_kept(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DifferentRun, match="exists and holds no recovery of armorfact"):
+    with pytest.raises(DifferentRun, match="exists and holds no journal of armorfact"):
         recover(pruned_model(), state=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -304,7 +304,7 @@ def test_a_damaged_manifest_is_named(content, state):
 @torch.no_grad()
 def on_meta() -> nn.Module:
     model = pruned_model()
-    model.model.layers[1].to("meta")
+    model.transformer.h[1].to("meta")
     return model
 
 
@@ -321,7 +321,7 @@ def inferred() -> nn.Module:
         ({"tokens": TOKENS + 96}, "vocabulary has 96"),
         ({"model": dense_model()}, "holds no pruned layer: prune it first"),
         ({"teacher": pruned_model()}, "the teacher is pruned: give the dense model"),
-        ({"teacher": tiny_model("llama", vocab_size=64)}, "vocabulary of 96, got one of 64"),
+        ({"teacher": tiny_model("gpt2", vocab_size=64)}, "vocabulary of 96, got one of 64"),
         ({"model": pruned_model(method="wanda"), "settings": RecoverySettings("wrappers")}, "no pruned layer has wrap"),
         ({"model": on_meta()}, r"no gradients can be had .* meta device .*load_pruned\(folder, device\)"),
         ({"model": inferred()}, r"no gradients can be had .*torch\.inference_mode"),

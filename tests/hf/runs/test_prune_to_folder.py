@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import multiprocessing
 import os
 import random
@@ -17,29 +15,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from armorfact import Pattern
 from armorfact_hf import files
-from armorfact_hf.checkpoint.description import NotPruned
-from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
+from armorfact_hf.checkpoint.folder import load_pruned
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.evaluation import measure
-from armorfact_hf.evaluation.measure import Evaluation
-from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.journal import DifferentRun, Journal
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import prune_to_folder as workflow
-from armorfact_hf.runs.compare import compare, evaluate_folder
-from armorfact_hf.runs.export import export_dense
 from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
-from tests.hf.models import BLOCKS, random_text, random_tokens, tiny_model, word_tokenizer
+from tests.hf.models import BLOCKS, random_text, random_tokens
+from tests.hf.observers import Silent, Stepping
+from tests.hf.runs.folders import OURS, QUICK, names, nbytes, prune, saved
 
-OURS = PruneConfig(sweeps=1)
-QUICK = PruneConfig(method="wanda", baselines=())
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 RESUMED = {
     "pruned": OURS,
     "dense": replace(OURS, propagate="dense"),
@@ -56,48 +49,6 @@ FINISHED = {
 }
 
 
-def silent(sentence: str) -> None:
-    """Where progress and sentences go."""
-
-
-class Silent(Observer):
-    """Who is told of everything, and tells no one."""
-
-    say = staticmethod(silent)
-
-
-def prune(model: Path | str, out: Path, text: Path | str, config: PruneConfig = QUICK, **more):
-    return prune_to_folder(str(model), out, config, Calibration(str(text), 4, 24), log=silent, **more)
-
-
-def saved(family: str, folder: Path, **changes) -> Path:
-    """A folder with a tiny model and its tokenizer."""
-    shard_size = changes.pop("max_shard_size", "1GB")
-    tiny_model(family, **changes).save_pretrained(folder, max_shard_size=shard_size)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def nbytes(folder: Path) -> int:
-    return sum(tensor.nbytes for _, tensor in stored_tensors(folder))
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ARMORFACT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    transformers_logging.disable_progress_bar()
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "pruned"
-
-
 # A finished folder
 
 
@@ -112,14 +63,14 @@ def test_a_finished_folder_is_whole_and_alone(model_folder, text_file, out):
 
 def test_the_same_call_again_returns_the_report_without_pruning(model_folder, text_file, out, monkeypatch):
     first = prune(model_folder, out, text_file)
-    monkeypatch.setattr(workflow, "prune_", None)
+    monkeypatch.setattr(workflow, "prune_job_", None)
     assert prune(model_folder, out, text_file) == first == Report.read(out)
 
 
 def test_a_loaded_model_is_pruned_in_place_into_the_same_files(model_folder, text_file, out, tmp_path):
     prune(model_folder, out, text_file)
     loaded, other = load_model(str(model_folder)), tmp_path / "other"
-    prune_to_folder(loaded, other, QUICK, Calibration(str(text_file), 4, 24), log=silent)
+    prune_to_folder(loaded, other, QUICK, Calibration(str(text_file), 4, 24), observer=Silent())
     assert (other / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     tokens = random_tokens()
     torch.testing.assert_close(loaded.model(tokens).logits, load_pruned(out)(tokens).logits, rtol=0, atol=0)
@@ -147,7 +98,7 @@ def interrupt(model: Path, out: Path, text: Path, config: PruneConfig = QUICK) -
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        prune(model, out, text, config, progress=progress)
+        prune(model, out, text, config, observer=Stepping(progress))
     return out.with_name(f"{out.name}.journal")
 
 
@@ -222,7 +173,7 @@ def run_until(place: str, at: int | None, model: Path, out: Path, text: Path, co
         files.os.fsync = killer
     elif place == "report":
         Report.write = killer
-    prune(model, out, text, config, progress=killer if place == "step" else None)
+    prune(model, out, text, config, observer=Stepping(killer) if place == "step" else Silent())
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +297,8 @@ def test_a_damaged_manifest_of_the_journal_is_named(content, model_folder, text_
 
 def test_a_bit_that_flips_in_a_header_is_told_or_harmless(model_folder, text_file, out):
     path = interrupt(model_folder, out, text_file, OURS) / "block-0001.safetensors"
-    whole, stored = path.read_bytes(), Journal(path.parent, Pattern.parse("2:4"))
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    whole, stored = path.read_bytes(), Journal.open(path.parent, manifest, "2:4")
 
     def read() -> str | list[dict]:
         try:
@@ -373,7 +325,7 @@ def test_a_bit_that_flips_in_a_header_is_told_or_harmless(model_folder, text_fil
 @pytest.fixture
 def refused(model_folder, text_file, out, monkeypatch):
     """Asserts that a run ends with an error, before anything is computed or written."""
-    monkeypatch.setattr(workflow, "prune_", None)
+    monkeypatch.setattr(workflow, "prune_job_", None)
 
     def check(message: str, model=model_folder, text=text_file, folder=out, error=ValueError, **more):
         before = names(out.parent)
@@ -476,174 +428,3 @@ def test_a_text_that_will_not_do_is_told(content, message, refused, text_file, t
     if content is not None:
         text_file.write_bytes(content)
     refused(message, text=text_file if content is not None else tmp_path / "no-such.txt")
-
-
-# Figures beside the dense model
-
-
-@pytest.fixture
-def other_text(tmp_path) -> Path:
-    path = tmp_path / "other.txt"
-    path.write_text(random_text(300, seed=1))
-    return path
-
-
-def test_an_evaluation_stands_in_the_report_beside_its_dense_model(model_folder, text_file, other_text, out):
-    prune(model_folder, out, text_file, OURS)
-    report = evaluate_folder(out, [Evaluation(str(other_text), 5, 24)], observer=Silent())
-    assert Report.read(out) == report
-    [entry] = json.loads((out / "report.json").read_text())["evaluations"]
-    pinned = {"text": "other.txt", "split": "whole file", "window": 24, "stride": 24, "bos": None, "windows": 5}
-    assert pinned.items() <= entry.items() and entry["tokens"] == 5 * 23
-    assert set(entry) == {*pinned, "sha256", "chosen", "tokens", "dense", "methods"}
-    [method] = entry["methods"]
-    assert method["name"] == "armorfact" and method["perplexity"] != entry["dense"]
-    assert method["mean_loss"] == pytest.approx(
-        sum(layer.losses["armorfact"] for layer in report.layers) / len(report.layers)
-    )
-    shown = (out / "report.html").read_text()
-    assert f"{entry['dense']:.2f}" in shown and f"{method['perplexity']:.2f}" in shown
-
-
-def test_perplexity_is_measured_once_for_a_model_and_a_text(model_folder, text_file, other_text, out, monkeypatch):
-    prune(model_folder, out, text_file)
-    measured, original = [], measure.evaluate_perplexity
-    monkeypatch.setattr(
-        measure, "evaluate_perplexity", lambda *given, **more: measured.append(more) or original(*given, **more)
-    )
-    ways = [Evaluation(str(other_text), 5, 24), Evaluation(str(other_text), 5, 16), Evaluation(str(text_file), 5, 24)]
-    for number, way in enumerate(ways, 1):
-        first = evaluate_folder(out, [way], observer=Silent())
-        assert evaluate_folder(out, [way], observer=Silent()) == first
-        assert len(measured) == 2 * number and len(first.evaluations) == number
-
-
-def test_a_dense_model_that_has_changed_is_not_compared_with(model_folder, text_file, out):
-    prune(model_folder, out, text_file)
-    saved("llama", model_folder, seed=1)
-    with pytest.raises(ValueError, match="model is not the model that was pruned: its weights have changed since"):
-        evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], observer=Silent())
-
-
-def compared(model: Path, out: Path, text: Path, *texts: Path, config=OURS, methods=("wanda",)):
-    return compare(
-        str(model), out, config, methods, Calibration(str(text), 4, 24), [Evaluation(str(t), 2, 24) for t in texts],
-        observer=Silent(),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("head", [False, True], ids=["blocks", "blocks and tied head"])
-def test_a_comparison_has_a_row_for_each_method_with_its_bytes_on_disk(head, model_folder, text_file, out):
-    rows = compared(model_folder, out, text_file, text_file, config=replace(OURS, head=head))
-    assert [row.name for row in rows] == ["dense", "wanda", "armorfact"]
-    dense, wanda, ours = rows
-    folders = [model_folder, out.with_name("pruned-wanda"), out]
-    assert [row.bytes for row in rows] == [nbytes(folder) for folder in folders]
-    assert wanda.bytes < ours.bytes < dense.bytes
-    assert 0 == dense.mean_loss < ours.mean_loss < wanda.mean_loss
-    for row in rows:
-        assert row.ratio["text.txt"] == row.perplexity["text.txt"] / dense.perplexity["text.txt"]
-
-
-def test_a_comparison_reuses_what_is_finished(model_folder, text_file, out, monkeypatch):
-    rows = compared(model_folder, out, text_file, text_file)
-    monkeypatch.setattr(workflow, "prune_", None)
-    monkeypatch.setattr(measure, "evaluate_perplexity", None)
-    assert compared(model_folder, out, text_file, text_file) == rows
-
-
-def test_every_row_of_a_comparison_has_the_same_texts(model_folder, text_file, other_text, out):
-    compared(model_folder, out, text_file, other_text, methods=())
-    rows = compared(model_folder, out, text_file, text_file)
-    assert rows[0].perplexity.keys() == rows[1].perplexity.keys() == rows[2].perplexity.keys() >= {"text.txt"}
-
-
-def test_texts_of_the_same_file_name_are_told_apart(model_folder, text_file, other_text, out, tmp_path):
-    same_name = tmp_path / "elsewhere" / text_file.name
-    same_name.parent.mkdir()
-    same_name.write_text(other_text.read_text())
-    [dense, _] = compared(model_folder, out, text_file, text_file, same_name, methods=())
-    assert len(set(dense.perplexity.values())) == 2
-
-
-# Looking inside, and out again
-
-
-def test_every_layer_is_listed_with_its_bytes_on_disk(tmp_path, text_file, out):
-    model = saved("gpt2", tmp_path / "gpt2")
-    report = prune(model, out, text_file, OURS)
-    held = {layer.name: layer for layer in inspect_folder(out)}
-    assert set(held) == {layer.name for layer in report.layers}
-    stored, dense = dict(stored_tensors(out)), dict(stored_tensors(model))
-    for layer in report.layers:
-        name, found = layer.name, held[layer.name]
-        parts = [f"{name}.{part}" for part in ("values", "positions", "left", "right")]
-        assert found.bytes == layer.bytes == sum(stored[part].nbytes for part in parts)
-        assert found.dense_bytes == layer.dense_bytes == dense[f"{name}.weight"].nbytes
-        assert found.shape == tuple(dense[f"{name}.weight"].T.shape) == tuple(layer.shape)
-        assert (found.loss, found.sparsegpt_loss) == (layer.losses["armorfact"], layer.losses["sparsegpt"])
-        assert found.block == tuple(layer.block) == (stored[parts[2]].shape[-1], stored[parts[3]].shape[-1])
-
-
-def test_layers_are_listed_in_the_order_of_the_model(model_folder, text_file, out):
-    report = prune(model_folder, out, text_file)
-    assert [layer.name for layer in inspect_folder(out)] == [layer.name for layer in report.layers]
-
-
-def test_a_folder_without_report_is_listed_without_losses(model_folder, text_file, out):
-    prune(model_folder, out, text_file)
-    (out / "report.json").unlink()
-    assert {(layer.loss, layer.sparsegpt_loss) for layer in inspect_folder(out)} == {(None, None)}
-
-
-@pytest.mark.parametrize("head", [False, True], ids=["blocks", "and head"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_an_exported_folder_is_an_ordinary_model_of_the_same_logits(family, head, text_file, out, tmp_path, caplog):
-    model = saved(family, tmp_path / family)
-    prune(model, out, text_file, replace(OURS, head=head))
-    dense = tmp_path / "dense"
-    export_dense(out, dense, silent)
-    assert names(dense) == names(model)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    loaded, info = AutoModelForCausalLM.from_pretrained(dense, output_loading_info=True)
-    logger.removeHandler(caplog.handler)
-    assert not caplog.records and not any(info.values())
-    assert [type(module) for module in loaded.modules()] == [type(module) for module in tiny_model(family).modules()]
-    if not head:
-        assert nbytes(dense) == nbytes(model)
-        assert config_of(dense) == config_of(model)
-    tokens = random_tokens()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, load_pruned(out)(tokens).logits, rtol=1e-5, atol=1e-5)
-    assert AutoTokenizer.from_pretrained(dense)("w5 w3")["input_ids"] == [5, 3]
-
-
-def config_of(folder: Path) -> dict:
-    return {key: value for key, value in AutoConfig.from_pretrained(folder).to_dict().items() if key != "_name_or_path"}
-
-
-def test_an_export_takes_the_place_of_nothing(model_folder, text_file, out, tmp_path):
-    prune(model_folder, out, text_file)
-    before = (model_folder / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="model exists already: name a new folder"):
-        export_dense(out, model_folder, silent)
-    assert (model_folder / "model.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize("look", [inspect_folder, lambda folder: export_dense(folder, folder / "dense", silent)])
-def test_folders_that_hold_no_pruned_model_are_told_so(look, model_folder, tmp_path):
-    with pytest.raises(NotPruned, match="model holds no model pruned by armorfact; `armorfact prune` makes one"):
-        look(model_folder)
-    for folder in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(NotPruned, match=re.escape(str(folder))):
-            look(folder)
-
-
-def test_a_pruned_folder_that_lacks_a_layer_is_told(model_folder, text_file, out):
-    prune(model_folder, out, text_file)
-    config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["modules"].append({"name": "model.layers.9.x", "shape": [4, 4], "block": None})
-    (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"lack model\.layers\.9\.x\.values"):
-        inspect_folder(out)
