@@ -152,7 +152,7 @@ class Report:
     totals: Totals
     evaluations: tuple[PerplexityRecord, ...] = ()
     tasks: tuple[TaskRecord, ...] = ()
-    recovery: Recovery | None = None
+    recovery: Recovery | None = field(default=None, metadata={"optional": True})
 
     @classmethod
     def read(cls, folder: Path) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from armorfact_hf.checkpoint.folder import load_pruned, save_pruned
 from armorfact_hf.layers.execution import Execution
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.journal import DifferentRun
+from armorfact_hf.pruning.lock import InUse, lock, unlock
 from armorfact_hf.recovery.divergence import Divergence
-from armorfact_hf.recovery.recover import MOST_HALVINGS, kept_aside, recover_
+from armorfact_hf.recovery.recover import recover_
+from armorfact_hf.recovery.report import Recovery
+from armorfact_hf.recovery.run import MOST_HALVINGS, kept_aside
 from armorfact_hf.recovery.settings import RecoverySettings
-from armorfact_hf.report.record import Recovery
 from armorfact_hf.typed_json import from_json, to_json
 from tests.hf.models import random_tokens, tiny_model
 from tests.hf.recovery.models import dense_model, pruned_layers, pruned_model
@@ -296,6 +299,22 @@ def test_a_damaged_manifest_is_named(content, state):
     (state / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=r"manifest\.json is damaged .*; delete its folder"):
         recover(pruned_model(), state=state)
+
+
+def test_another_writer_is_refused(state):
+    done = []
+
+    def elsewhere() -> None:
+        with pytest.raises(InUse, match="is being written by process"):
+            recover(pruned_model(), state=state)
+        done.append(True)
+
+    held = lock(state)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    unlock(held)
+    assert done
 
 
 # What is refused
