@@ -37,6 +37,8 @@ class TrainedFactors:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.best = {name: tensor.clone() for name, tensor in self._rounded.items()}
+        ours = {parameter for layer in self.stored.values() for parameter in layer.parameters()}
+        self.halves = [p for p in model.parameters() if p.dtype == torch.float16 and p not in ours]
 
     @property
     def _rounded(self) -> dict[str, Tensor]:
@@ -46,14 +48,14 @@ class TrainedFactors:
 
     def train_(self) -> None:
         """The model computes with the factors that are trained."""
-        _put(self.model, self.masters)
+        self._put(self.masters, torch.float32)
 
     @torch.no_grad()
     def store_(self) -> None:
         """The model computes with those factors rounded, as they would be stored."""
         for name, tensor in self._rounded.items():
             tensor.copy_(self.parameters[name])
-        _put(self.model, self.stored)
+        self._put(self.stored, torch.float16)
 
     @torch.no_grad()
     def keep_(self) -> None:
@@ -66,7 +68,14 @@ class TrainedFactors:
         """The model computes with the best, as stored."""
         for name, tensor in self._rounded.items():
             tensor.copy_(self.best[name])
-        _put(self.model, self.stored)
+        self._put(self.stored, torch.float16)
+
+    def _put(self, layers: Mapping[str, nn.Module], halves: torch.dtype) -> None:
+        """Float16 does not mix with bfloat16 everywhere, and float32 holds it exactly: so do dense parts meanwhile."""
+        for name, layer in layers.items():
+            self.model.set_submodule(name, layer)
+        for parameter in self.halves:
+            parameter.data = parameter.data.to(halves)
 
 
 @contextmanager
@@ -93,8 +102,3 @@ def trained_factors(model: nn.Module, parts: Sequence[str]) -> Iterator[TrainedF
 
 def _master(layer: FactorizedLinear) -> FactorizedLinear:
     return copy.deepcopy(layer).to(torch.promote_types(layer.values.dtype, torch.float32))
-
-
-def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
