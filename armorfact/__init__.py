@@ -8,13 +8,14 @@ from armorfact.packed import Core
 from armorfact.pattern import Pattern
 from armorfact.problem import Factors, Problem
 from armorfact.result import BlockDiagonal, Result
-from armorfact.solvers import Adam, Exact, Gradient, Solver, State
+from armorfact.solvers import Adam, Best, Exact, Gradient, Solver, State
 from armorfact.solvers.exact import Extrapolation
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adam",
+    "Best",
     "BlockDiagonal",
     "Core",
     "DampingWarning",

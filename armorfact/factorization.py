@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from armorfact import arrays, driver, initial, validate
+from armorfact import arrays, driver, validate
 from armorfact.driver import Budget, Progress
 from armorfact.gauge import canonical
-from armorfact.gram import Gram
-from armorfact.initial.nowag import normalize as nowag_normalization
+from armorfact.gram import FullGram, Gram
+from armorfact.initial import METHODS
+from armorfact.initial.sparsegpt import prune, within_range
+from armorfact.objective import Objective, Units
 from armorfact.packed import Core, array_bytes
 from armorfact.pattern import Pattern
-from armorfact.problem import Factors, Problem, residual_panels
+from armorfact.problem import Factors, Problem
 from armorfact.result import BlockDiagonal, Result
+from armorfact.scaling import Scaling
 from armorfact.solvers import Adam, Exact, Gradient, Solver
 
 Array = Any
 
 SOLVERS = {"exact": Exact, "gradient": Gradient, "adam": Adam}
-INITIALIZATIONS = ("sparsegpt", "wanda", "nowag", "magnitude")
+INITIALIZATIONS = tuple(METHODS)
 
 
 def factorize(
@@ -68,96 +70,27 @@ def factorize(
     Raises:
         TypeError: arguments of the wrong type, integer or complex dtypes, two array libraries.
         ValueError: wrong shapes, sizes that blocks or groups do not divide, NaN or infinite
-            entries, an XXt that is not symmetric positive semidefinite, unknown names.
+            entries, an XXt that is not symmetric positive semidefinite, negative budgets, unknown names.
     """
     pattern = Pattern.parse(pattern)
     weight = validate.weight(W, pattern)
     block_out, block_in = validate.blocks(block, weight.shape, pattern)
     algorithm = _solver(solver)
     budget = _budget(algorithm, max_sweeps, rtol, time_limit)
+    seed = validate.seed(seed)
     _check_init(init, weight, pattern, (block_out, block_in))
-    row_weight = validate.row_weights(row_weight, weight)
     _check_name("normalize", normalize, (None, "nowag"))
-    gram = validate.gram(XXt, weight)
+    scaled, weight_unit = validate.scaled(weight)
+    gram, gram_unit = validate.gram(XXt, weight)
+    row_weight, row_unit = validate.row_weights(row_weight, weight)
 
-    scaling = Scaling.of(validate.working(weight), normalize, row_weight)
-    problem = Problem(
-        weight=scaling.scaled(validate.working(weight)),
-        gram=gram,
-        pattern=pattern,
-        block_out=block_out,
-        block_in=block_in,
-    )
-    start = _initial_factors(init, weight, gram, problem, scaling)
-    run = driver.run(algorithm, problem, scaling.into(start), budget, seed, callback)
-    return _measured(weight, problem, scaling, start, run)
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Row and column scales that turn a weighted or normalized objective into the plain one.
-
-    The solver sees W_ij / (row_i column_j); factors go back with A's rows times row and B's
-    columns times column.
-
-    Args:
-        row: (d_out,) or None for ones; column: (d_in,) or None for ones.
-    """
-
-    row: Array | None
-    column: Array | None
-
-    @classmethod
-    def of(cls, weight: Array, normalize: str | None, row_weight: Array | None) -> Scaling:
-        """The scaling of the objective asked for."""
-        row = column = None
-        if normalize == "nowag":
-            found = nowag_normalization(weight)
-            row, column = found.row, found.column
-        if row_weight is not None:
-            row = row_weight**-0.5 if row is None else row * row_weight**-0.5
-        return cls(row, column)
-
-    def scaled(self, weight: Array, rows: slice = slice(None)) -> Array:
-        """W, or those of its rows, as the solver sees it."""
-        if self.column is not None:
-            weight = weight / self.column
-        return weight if self.row is None else weight / self.row[rows][:, None]
-
-    def into(self, factors: Factors) -> Factors:
-        """Factors of W as factors of the scaled W.
-
-        The scales go into A and B; where those are identities, as at the start, into C, so that a
-        solver starts at identities too.
-        """
-        left, core, right = factors.left, factors.core, factors.right
-        if self.row is not None:
-            left, core = left / self._rows(left), core / self.row[:, None]
-            left = left * self._columns(self.row, left)
-        if self.column is not None:
-            right, core = right / self._columns(self.column, right), core / self.column[None, :]
-            right = right * self._rows_of(self.column, right)
-        return Factors(left, core, right)
-
-    def out_of(self, factors: Factors) -> Factors:
-        """Factors of the scaled W as factors of W."""
-        left, right = factors.left, factors.right
-        if self.row is not None:
-            left = left * self._rows(left)
-        if self.column is not None:
-            right = right * self._columns(self.column, right)
-        return Factors(left, factors.core, right)
-
-    def _rows(self, stack: Array) -> Array:
-        return self._rows_of(self.row, stack)
-
-    @staticmethod
-    def _rows_of(scale: Array, stack: Array) -> Array:
-        return arrays.namespace(stack).reshape(scale, (stack.shape[0], stack.shape[1], 1))
-
-    @staticmethod
-    def _columns(scale: Array, stack: Array) -> Array:
-        return arrays.namespace(stack).reshape(scale, (stack.shape[0], 1, stack.shape[1]))
+    scaling = Scaling.of(scaled, normalize, row_weight)
+    units = Units(weight_unit, gram_unit, row_unit, normalize is not None)
+    objective = Objective(weight, validate.as_given(XXt, gram), scaling, units)
+    problem = Problem(scaling.scaled(scaled), validate.definite(gram, XXt), pattern, block_out, block_in)
+    start, notes = _start(init, scaled, gram, problem, objective)
+    run = driver.run(algorithm, problem, scaling.into(start), budget, seed, callback, units.loss)
+    return _measured(objective, problem, start, run, notes)
 
 
 def _check_name(argument: str, value: Any, known: tuple[Any, ...]) -> None:
@@ -225,49 +158,42 @@ def _same_library(array: Array, weight: Array, name: str) -> None:
         )
 
 
-def _initial_factors(init: Any, weight: Array, gram: Gram, problem: Problem, scaling: Scaling) -> Factors:
-    """The starting factors, in the scale of W and in the working dtype."""
+def _start(init: Any, weight: Array, gram: Gram, problem: Problem, objective: Objective) -> tuple[Factors, str]:
+    """The starting factors of the scaled W, and what the status has to say about them."""
     if isinstance(init, Result):
-        return init.factors.astype(validate.working_dtype(weight))
-    core = _initial_core(init, validate.working(weight), gram, problem.pattern)
-    return problem.identity_wrapped(core)
-
-
-def _initial_core(init: Any, weight: Array, gram: Gram, pattern: Pattern) -> Array:
-    xp = arrays.namespace(weight)
+        return objective.units.into(init.factors.astype(weight.dtype)), ""
     if not isinstance(init, str):
-        return xp.where(init, weight, xp.zeros_like(weight))
-    if init == "magnitude":
-        return initial.magnitude(weight, pattern=pattern)
-    methods = {"sparsegpt": initial.sparsegpt, "wanda": initial.wanda, "nowag": initial.nowag}
-    return methods[init](weight, getattr(gram, "matrix", gram.diagonal), pattern=pattern)
+        xp = arrays.namespace(weight)
+        return problem.identity_wrapped(xp.where(init, weight, xp.zeros_like(weight))), ""
+    if init != "sparsegpt":
+        array = gram.matrix if isinstance(gram, FullGram) else gram.diagonal
+        return problem.identity_wrapped(METHODS[init](weight, array, pattern=problem.pattern)), ""
+    home = objective.units.weight, objective.weight.dtype
+    core, rows = within_range(prune(weight, gram, problem.pattern), weight, gram, problem.pattern, home)
+    note = f"; {rows} rows that SparseGPT takes out of the range of {home[1]} start from Wanda's choice"
+    return problem.identity_wrapped(core), note if rows else ""
 
 
-def _measured(weight: Array, problem: Problem, scaling: Scaling, start: Factors, run: driver.Run) -> Result:
+def _measured(objective: Objective, problem: Problem, start: Factors, run: driver.Run, notes: str) -> Result:
     """Round to the dtype of W, measure what is returned, and keep the start if rounding made it best."""
-    measure = partial(_loss, weight, problem, scaling)
-    found = canonical(scaling.out_of(run.factors)).astype(weight.dtype)
-    rounded_start = start.astype(weight.dtype)
-    loss, initial_loss = measure(found), measure(rounded_start)
-    status = run.status
+    weight, units = objective.weight, objective.units
+    initial = units.out_of(start).astype(weight.dtype)
+    found = units.out_of(canonical(objective.scaling.out_of(run.factors))).astype(weight.dtype)
+    initial_loss = objective.loss(initial)
+    usable = objective.usable(found)
+    loss = objective.loss(found) if usable else math.inf
     if not loss <= initial_loss:
-        found, loss = rounded_start, initial_loss
-        status += f"; in {weight.dtype} the initialization has the smaller loss and is returned"
+        why = "has the smaller loss" if usable else "alone stays in range"
+        found, loss = initial, initial_loss
+        notes += f"; in {weight.dtype} the initialization {why} and is returned"
     return Result(
         left=BlockDiagonal(found.left),
         core=Core.from_dense(found.core, problem.pattern),
         right=BlockDiagonal(found.right),
-        loss=loss,
-        initial_loss=initial_loss,
-        weight_loss=measure(rounded_start.replace(core=0 * rounded_start.core)),
+        loss=units.loss(max(loss, 0.0)),
+        initial_loss=units.loss(max(initial_loss, 0.0)),
+        weight_loss=units.loss(max(objective.weight_loss(problem.block_out), 0.0)),
         history=run.history,
-        status=status,
+        status=run.status + notes,
         original_nbytes=array_bytes(weight),
-    )
-
-
-def _loss(weight: Array, problem: Problem, scaling: Scaling, factors: Factors) -> float:
-    """The loss of factors of W, in float64, in the objective asked for."""
-    return sum(
-        problem.gram.inner(scaling.scaled(residual, rows)) for rows, residual in residual_panels(weight, factors)
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from armorfact import Exact, factorize
+from armorfact import Exact, Pattern, factorize
 from tests.conftest import gram_matrix
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 16))
@@ -57,6 +57,17 @@ CASES = {
     "row weights not positive": ((WEIGHT,), {"row_weight": np.zeros(8)}, ValueError, "positive"),
     "pattern of a wrong type": ((WEIGHT,), {"pattern": 24}, TypeError, "'2:4'"),
     "negative budget": ((WEIGHT,), {"max_sweeps": -1}, ValueError, "must not be negative"),
+    "sweeps not a number": ((WEIGHT,), {"max_sweeps": float("nan")}, TypeError, "max_sweeps must be an integer"),
+    "half a sweep": ((WEIGHT,), {"max_sweeps": 2.5}, TypeError, "max_sweeps must be an integer, got 2.5"),
+    "rtol not a number": ((WEIGHT,), {"rtol": float("nan")}, ValueError, "must not be negative"),
+    "time not a number": ((WEIGHT,), {"time_limit": float("nan")}, ValueError, "must not be negative"),
+    "a seed that is no integer": ((WEIGHT,), {"seed": 0.5}, TypeError, "seed must be an integer"),
+    "a negative seed": ((WEIGHT,), {"seed": -1}, ValueError, "seed must not be negative"),
+    "a block that is a truth value": ((WEIGHT,), {"block": True}, TypeError, "block must be"),
+    "three blocks": ((WEIGHT,), {"block": (4, 4, 4)}, TypeError, "block must be"),
+    "a pattern of many supports": ((WEIGHT,), {"pattern": "8:16"}, ValueError, "more than the 100 supports"),
+    "a huge pattern": ((WEIGHT,), {"pattern": "5000000:10000000"}, ValueError, "more than the 100 supports"),
+    "a pattern of endless digits": ((WEIGHT,), {"pattern": "1:" + "9" * 5000}, ValueError, "must look like"),
     "negative time": ((WEIGHT,), {"time_limit": -1.0}, ValueError, "must not be negative"),
 }
 
@@ -72,6 +83,16 @@ def test_bad_input(name):
     options = {"block": (8, 8), "solver": NeverRun(), **options}
     with pytest.raises(error, match=message):
         factorize(*arguments, **options)
+
+
+def test_integers_of_numpy_are_integers():
+    base = factorize(WEIGHT, GRAM, block=8, max_sweeps=2, seed=3)
+    same = factorize(WEIGHT, GRAM, block=np.int64(8), max_sweeps=np.int32(2), seed=np.uint8(3))
+    np.testing.assert_array_equal(same.dense(), base.dense())
+    assert factorize(WEIGHT, block=(np.int64(4), 8), max_sweeps=0).left.blocks.shape == (2, 4, 4)
+    assert Pattern(np.int64(2), np.int64(4)) == Pattern(2, 4)
+    with pytest.raises(TypeError, match="integer"):
+        Pattern(2.0, 4)
 
 
 def test_a_warm_start_of_another_shape_is_refused():

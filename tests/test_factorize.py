@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -176,7 +177,7 @@ def test_a_solver_of_the_users_own_runs_and_a_rising_one_does_no_harm():
         def init(self, problem, factors, seed):
             return Exact().init(problem, factors, seed)
 
-        def step(self, problem, state):
+        def step(self, problem, state, best):
             moved = state.factors.replace(core=2 * state.factors.core)
             return dataclasses.replace(state, factors=moved, loss=problem.loss(moved))
 
@@ -202,3 +203,19 @@ def test_the_core_imports_no_framework():
         "assert not {'torch', 'cupy', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_factorizes_too_and_no_pool_of_numba_is_started():
+    code = """
+import os, numpy as np, armorfact
+weight = np.random.default_rng(0).standard_normal((256, 256), dtype=np.float32)
+expected = armorfact.factorize(weight, weight @ weight.T, block=64, max_sweeps=2).loss
+from numba.np.ufunc import parallel
+assert not parallel._is_initialized
+child = os.fork()
+if child == 0:
+    os._exit(armorfact.factorize(weight, weight @ weight.T, block=64, max_sweeps=2).loss != expected)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -13,17 +13,9 @@ _PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def to_json(value: Any) -> Any:
-    """Plain JSON types; a dataclass becomes an object of its fields, in their order.
-
-    A field with metadata {"optional": True} is left out where it is None.
-    """
+    """Plain JSON types; a dataclass becomes an object of its fields, in their order."""
     if is_dataclass(value):
-        held = [(field, getattr(value, field.name)) for field in fields(value)]
-        return {
-            _key(field): to_json(item)
-            for field, item in held
-            if not (item is None and field.metadata.get("optional", False))
-        }
+        return {_key(field): to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     return [to_json(item) for item in value] if isinstance(value, tuple | list) else value

@@ -7,6 +7,8 @@ both; other devices run the same mathematics as batched array operations.
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 import array_api_compat
@@ -18,6 +20,20 @@ Array = Any
 def is_array(value: Any) -> bool:
     """Whether ``value`` is an array of a library that array-api-compat knows."""
     return array_api_compat.is_array_api_obj(value)
+
+
+def integer(value: Any, name: str) -> int:
+    """``value`` as a Python integer; NumPy's integers count, truth values and whole floats do not.
+
+    Raises:
+        TypeError: not an integer.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def namespace(*values: Any) -> Any:
@@ -71,6 +87,41 @@ def total(array: Array) -> float:
     """The sum of all entries, accumulated in float64."""
     xp = namespace(array)
     return float(xp.sum(array, dtype=xp.float64))
+
+
+def all_finite(array: Array) -> bool:
+    """Whether no entry is NaN or infinite."""
+    xp = namespace(array)
+    return bool(xp.all(xp.isfinite(array)))
+
+
+def largest(array: Array) -> float:
+    """The largest magnitude among the entries."""
+    xp = namespace(array)
+    return float(xp.max(xp.abs(array)))
+
+
+def exponent(array: Array) -> int:
+    """The e with ``2**(e - 1) <= largest(array) < 2**e``; 0 where all entries are zero."""
+    return math.frexp(largest(array))[1]
+
+
+def times_two_to(array: Array, exponent: int) -> Array:
+    """``array * 2**exponent``, exact as long as it stays in the range of the dtype; infinite beyond.
+
+    The factor is applied in two halves: 2**128 itself is no float32.
+    """
+    if exponent == 0:
+        return array
+    half = exponent // 2
+    with np.errstate(over="ignore"):
+        return array * 2.0**half * 2.0 ** (exponent - half)
+
+
+def rounded(array: Array, dtype: Any) -> Array:
+    """The array in ``dtype``, infinite where its range ends; not copied where nothing changes."""
+    with np.errstate(over="ignore"):
+        return namespace(array).astype(array, dtype, copy=False)
 
 
 def transpose(array: Array) -> Array:

@@ -54,6 +54,6 @@ def nowag(weight: Array, XXt: Array | None, *, pattern: str | Pattern = "2:4") -
     """
     pattern = Pattern.parse(pattern)
     weight = validate.weight(weight, pattern)
-    gram = validate.gram(XXt, weight, definite=False)
-    normalized = normalize(validate.working(weight)).normalized
+    gram, _ = validate.gram(XXt, weight)
+    normalized = normalize(validate.scaled(weight)[0]).normalized
     return keep_largest(weight, normalized**2 * gram.diagonal, pattern)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from armorfact_hf.data.load_model import load_model
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs.prune_to_folder import peak_memory
 
@@ -56,7 +57,7 @@ def throughput(
 
 
 @torch.inference_mode()
-def _run(model: nn.Module, tokens: torch.Tensor, new: int) -> tuple[float, float]:
+def _run(model: CausalLM, tokens: torch.Tensor, new: int) -> tuple[float, float]:
     """Seconds to read the tokens, and median seconds of a written one."""
     start = time.perf_counter()
     output = model(tokens, use_cache=True, logits_to_keep=1)

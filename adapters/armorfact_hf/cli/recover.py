@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from armorfact_hf.cli import tables
+from armorfact_hf.cli.terminal import errors_as_sentences, say, shown_progress
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
 
 DEFAULTS = RecoverySettings()
@@ -53,11 +55,10 @@ def recover(
 
     `armorfact recover pruned --out recovered --train wrappers --steps 50`
     """
-    from armorfact_hf.cli import commands
     from armorfact_hf.runs.prune_to_folder import Calibration
     from armorfact_hf.runs.recover import recover_to_folder
 
-    with commands._errors_as_sentences(), commands._bar() as observer:
+    with errors_as_sentences(), shown_progress() as observer:
         settings = RecoverySettings(
             train=train,
             steps=steps,
@@ -76,9 +77,5 @@ def recover(
             save_every=save_every,
             observer=observer,
         )
-    done = report.recovery
-    commands._say(
-        f"{done.before:.4f} nats a token from dense before, {done.after:.4f} after {done.best_step} of {done.steps} "
-        f"steps, on {done.kept_aside} windows kept aside."
-    )
-    commands._say(f"Measure it by `armorfact eval {out}`.")
+    say(tables.recovered(report.recovery))
+    say(f"Measure it by `armorfact eval {out}`.")

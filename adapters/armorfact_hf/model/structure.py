@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.causal_lm import CausalLM
 
 Select = Callable[[str, nn.Module], bool]
 
@@ -30,7 +32,7 @@ class Layer:
     """
 
     name: str
-    module: nn.Module
+    module: nn.Linear | Conv1D
     decoder_block: int | None
     block: tuple[int, int] | None = None
     unfit: str = ""
@@ -80,7 +82,7 @@ def _linear_weights(blocks: Iterable[nn.Module]) -> int:
     return dense + sum(x.out_features * x.in_features for x in modules if isinstance(x, FactorizedLinear))
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     """Whether a module computes x W' + b with a W of its own."""
     return isinstance(module, nn.Linear | Conv1D)
 
@@ -163,7 +165,7 @@ def _other_weights(prefix: str, blocks: Sequence[nn.Module]) -> list[DenseLayer]
     ]
 
 
-def _head(model: nn.Module) -> Layer:
+def _head(model: CausalLM) -> Layer:
     head = model.get_output_embeddings()
     if head is None or not is_linear(head):
         raise ValueError(f"head=True: {type(model).__name__} has no linear output head")

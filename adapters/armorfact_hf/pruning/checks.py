@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.causal_lm import CausalLM
 
 
 def refuse_pruned(model: nn.Module) -> None:
@@ -17,7 +18,7 @@ def refuse_pruned(model: nn.Module) -> None:
             raise ValueError(f"the model is pruned already ({name}); load the dense model again")
 
 
-def checked_tokens(model: nn.Module, calibration: Any) -> Tensor:
+def checked_tokens(model: CausalLM, calibration: Any) -> Tensor:
     """Calibration tokens as an int64 tensor (windows, length).
 
     Raises:

@@ -14,6 +14,7 @@ from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
 from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock
@@ -21,6 +22,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.notes import damping_noted
 
 
@@ -33,12 +35,14 @@ class PruneReport:
         layers: a report for each pruned layer, in the order of the model.
         dense_layers: what stayed dense, and why.
         seconds: wall time, that of the finished blocks which a resumed run found included.
+        blocks: how each decoder block was tuned, where they were.
     """
 
     config: PruneConfig
     layers: tuple[LayerReport, ...]
     dense_layers: tuple[DenseLayer, ...]
     seconds: float
+    blocks: tuple[BlockReport, ...] = ()
 
     def mean_loss(self, method: str | None = None) -> float:
         """The mean relative loss over the layers, of the method of this run or of a baseline in its report."""
@@ -92,10 +96,11 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
     describe_(job.model, job.config, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
-    return PruneReport(job.config, reports, (*job.dense_layers, *missed), run.clock.seconds())
+    dense_layers = (*job.dense_layers, *missed)
+    return PruneReport(job.config, reports, dense_layers, run.clock.seconds(), tuple(run.blocks))
 
 
-def describe_(model: nn.Module, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
+def describe_(model: CausalLM, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
     """Write into the model's config what its pruned layers are, so that transformers saves and loads them."""
     pattern = Pattern.parse(config.pattern)
     layers = {report.name: LayerFormat(report.name, report.shape, pattern, report.block) for report in reports}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import IO
 
 BLANK = {"sha256": "0" * 64}  # the metadata to save a file with that is going to be sealed
 FIELD = re.compile(rb'"sha256":"([0-9a-f]{64})"')  # quotes inside of names and values are escaped: there is one of it
@@ -39,7 +39,7 @@ def check_seal(path: Path) -> None:
         raise ValueError("its sha256 differs")
 
 
-def _digest(file: IO[bytes]) -> tuple[int, bytes, bytes]:
+def _digest(file: BufferedRandom | BufferedReader) -> tuple[int, bytes, bytes]:
     """Where the digest stands, what stands there, and what should."""
     head = file.read(8)
     head += file.read(min(int.from_bytes(head, "little"), _size(file)))
@@ -51,7 +51,7 @@ def _digest(file: IO[bytes]) -> tuple[int, bytes, bytes]:
     return found.start(1), found[1], whole.hexdigest().encode()
 
 
-def _size(file: IO[bytes]) -> int:
+def _size(file: BufferedRandom | BufferedReader) -> int:
     here = file.tell()
     size = file.seek(0, 2)
     file.seek(here)

@@ -20,6 +20,9 @@ class Adam:
 
     Args:
         parameters: float32 or float64; each holds its gradient, zero at first, from here on.
+
+    Attributes:
+        gradients: those that the parameters hold.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -27,21 +30,22 @@ class Adam:
         self.mean = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         self.square = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         self.count, self.last_rate = 0, 0.0
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
+        self.gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.gradients[name]
 
     def zero_gradients_(self) -> None:
         """Forget the gradients."""
-        for parameter in self.parameters.values():
-            parameter.grad.zero_()
+        for gradient in self.gradients.values():
+            gradient.zero_()
 
     @torch.no_grad()
     def step_(self, rate: float) -> None:
         """Move along the gradients."""
         self.count, self.last_rate = self.count + 1, rate
-        for name, parameter in self.parameters.items():
-            self.mean[name].lerp_(parameter.grad, 1 - BETAS[0])
-            self.square[name].mul_(BETAS[1]).addcmul_(parameter.grad, parameter.grad, value=1 - BETAS[1])
+        for name, gradient in self.gradients.items():
+            self.mean[name].lerp_(gradient, 1 - BETAS[0])
+            self.square[name].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         self._move_(-rate)
 
     @torch.no_grad()

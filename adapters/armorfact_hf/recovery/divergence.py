@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +29,7 @@ POSITIONS_AT_ONCE = 128
 class Speaker:
     """A causal language model in two parts: the body, and the head that makes words of its states."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model, self.head = model, model.get_output_embeddings()
         self.stream = BlockStream(model, decoder_blocks(model)[1])
 
@@ -71,7 +71,7 @@ class Divergence:
         gradient_checkpointing: see `RecoverySettings`.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, student: Any, teacher: Any, gradient_checkpointing: bool = False) -> None:
         self.student, self.teacher = Speaker(student), Speaker(teacher)
         self.again = gradient_checkpointing
 
@@ -96,15 +96,15 @@ class Divergence:
                 "no gradient reaches the pruned layers through this model: a module after them cuts it off (some "
                 "quantized layers do); load the other weights in float32 or bfloat16"
             )
-        total, gradients = 0.0, []
+        total, gradients = 0.0, torch.zeros_like(states)
         for part in _parts(window):
             piece = states[:, part].detach().requires_grad_()
+            piece.grad = gradients[:, part]  # what follows is added in place
             with torch.autocast(self.student.model.device.type, torch.bfloat16):
                 divergence = self._part(window, part, piece, taught)
             divergence.backward()
             total += float(divergence.detach())
-            gradients.append(piece.grad)
-        states.backward(torch.cat(gradients, dim=1))
+        states.backward(gradients)
         return total
 
     def _part(self, window: Tensor, part: slice, states: Tensor, taught: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.stream import frozen
 
 
 class TrainedFactors:
@@ -84,20 +85,17 @@ def trained_factors(model: nn.Module, parts: Sequence[str]) -> Iterator[TrainedF
 
     However the context ends, the model has its own layers back, and runs them as it did before.
     """
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     ways = {module: module.execution for module in model.modules() if isinstance(module, FactorizedLinear)}
-    model.requires_grad_(False)
     for layer in ways:
         layer.use_(None)  # no second form of a weight that is going to change
-    factors = TrainedFactors(model, parts)
-    try:
-        yield factors
-    finally:
-        factors.finish_()
-        for layer, way in ways.items():
-            layer.use_(way)
-        for parameter, gradients in asked.items():
-            parameter.requires_grad_(gradients)
+    with frozen(model):
+        factors = TrainedFactors(model, parts)
+        try:
+            yield factors
+        finally:
+            factors.finish_()
+            for layer, way in ways.items():
+                layer.use_(way)
 
 
 def _master(layer: FactorizedLinear) -> FactorizedLinear:

@@ -79,7 +79,7 @@ def _check_windows(tokens: Tensor) -> None:
         raise ValueError("recovery needs two windows of text or more, one to train on and one to measure: got 1")
 
 
-def _check_models(model: nn.Module, teacher: nn.Module, settings: RecoverySettings) -> None:
+def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
     layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
     if not layers:
         raise ValueError("the model holds no pruned layer: prune it first, or load a folder that is pruned")

@@ -8,16 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from armorfact_hf.checkpoint.folder import describe, describe_folder, save_pruned
 from armorfact_hf.checkpoint.verify import check_headers, verify_folder
 from armorfact_hf.files import flush, room_for, workshop
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.pruning.journal import DifferentRun, Journal
 from armorfact_hf.report.record import Report
 
 
-def finish(model: nn.Module, tokenizer: Any, report: Report, out: Path, journal: Journal) -> None:
+def finish(model: CausalLM, tokenizer: Any, report: Report, out: Path, journal: Journal) -> None:
     """Write the pruned model, its tokenizer and its report to ``out``, and remove the journal.
 
     Raises:
@@ -36,7 +35,7 @@ def finish(model: nn.Module, tokenizer: Any, report: Report, out: Path, journal:
     journal.remove()
 
 
-def _check_written(draft: Path, model: nn.Module, out: Path) -> None:
+def _check_written(draft: Path, model: CausalLM, out: Path) -> None:
     """The digests in memory were taken from the model, those of the files are taken now."""
     try:
         description = describe_folder(draft)

@@ -126,15 +126,16 @@ def _model_facts(loaded: Loaded, job: Job) -> ModelFacts:
 
 
 def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneReport, plan: Plan) -> Report:
-    text, sha256 = calibration.text.removeprefix(DEMO), job.manifest["calibration"]
+    text, (count, length) = calibration.text.removeprefix(DEMO), job.tokens.shape
     return Report(
         armorfact_version=armorfact.__version__,
         model=facts,
-        calibration=CalibrationFacts(text, *job.tokens.shape, sha256),
+        calibration=CalibrationFacts(text, count, length, job.manifest["calibration"]),
         config=done.config,
         manifest=job.manifest,
         layers=done.layers,
         dense_layers=done.dense_layers,
+        blocks=done.blocks,
         totals=Totals(plan.dense_bytes, plan.bytes, plan.wrapper_overhead, done.seconds, peak_memory()),
     )
 

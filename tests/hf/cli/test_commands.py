@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from armorfact_hf.checkpoint.folder import stored_tensors
 from armorfact_hf.cli import commands as cli
+from armorfact_hf.cli import terminal
 from armorfact_hf.evaluation import measure
 from armorfact_hf.report.record import Report
 from tests.hf.models import random_text
@@ -28,7 +29,7 @@ def _own_cache_and_terminal(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("ARMORFACT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "console", Console(width=200))
+    monkeypatch.setattr(terminal, "console", Console(width=200))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from armorfact_hf.checkpoint.folder import load_pruned
-from armorfact_hf.cli import commands
+from armorfact_hf.cli import commands, terminal
 from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.report.record import Report
 from tests.hf.runs.folders import OURS, names, prune, saved
@@ -17,7 +17,7 @@ from tests.hf.runs.folders import OURS, names, prune, saved
 
 @pytest.fixture(autouse=True)
 def _own_cache_and_terminal(own_cache, monkeypatch):
-    monkeypatch.setattr(commands, "console", Console(width=200))
+    monkeypatch.setattr(terminal, "console", Console(width=200))
 
 
 @pytest.fixture
