@@ -5,13 +5,16 @@ import sys
 from armorfact_hf.cli.signals import ended_by_signals
 
 INTERRUPTED = "Interrupted."
-CONTINUES = "Interrupted; the same command continues from the last finished decoder block."
+CONTINUES = {
+    "prune": "Interrupted; the same command continues from the last finished decoder block.",
+    "recover": "Interrupted; the same command continues from the last step that was kept.",
+}
 
 
 def main() -> None:
     """Run the command line; without the packages or the memory that it needs, say so."""
-    continues = sys.argv[1:2] == ["prune"] and "--dry-run" not in sys.argv
-    with ended_by_signals(CONTINUES if continues else INTERRUPTED):
+    command = "" if "--dry-run" in sys.argv else "".join(sys.argv[1:2])
+    with ended_by_signals(CONTINUES.get(command, INTERRUPTED)):
         try:
             _run()
         except MemoryError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armorfact_hf.cli import tables
+from armorfact_hf.cli import recover, tables
 from armorfact_hf.cli.terminal import errors_as_sentences, say, show, show_plan, shown_progress
 from armorfact_hf.observer import Step
 from armorfact_hf.pruning import config as settings
@@ -213,6 +213,9 @@ def evaluate_command(
     show(tables.evaluations(found.evaluations))
     if found.tasks:
         show(tables.tasks(found.tasks))
+
+
+app.command()(recover.recover)
 
 
 @app.command()

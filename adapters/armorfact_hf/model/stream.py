@@ -30,7 +30,7 @@ class BlockStream:
     Args:
         model: a causal language model in evaluation mode.
         blocks: its decoder blocks in order.
-        extras: for blocks that return a tuple, how many values follow the hidden states; filled by `run`.
+        extras: for blocks that return a tuple, how many values follow the hidden states; filled by `run` and `noting`.
     """
 
     model: CausalLM
@@ -58,10 +58,16 @@ class BlockStream:
         """What the head is given when the last block returns ``hidden``; with None, when the model is just run."""
         if hidden is not None:
             return self._until(head, lambda x: x, tokens, len(self.blocks), hidden)
+        with self.noting():
+            return self._until(head, lambda x: x, tokens, 0, None)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Inside the context, a pass of the model notes in which form each block returns its states, for `logits`."""
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.callback(block.register_forward_hook(self._noting(index)).remove)
-            return self._until(head, lambda x: x, tokens, 0, None)
+            yield
 
     def logits(self, head: nn.Module, tokens: Tensor, given: Tensor) -> Tensor:
         """The logits, (1, length, vocabulary), for what the head is given, scaled or capped as the model does it.

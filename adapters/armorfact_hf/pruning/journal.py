@@ -36,7 +36,7 @@ from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.seal import BLANK, check_seal, seal
 
 MANIFEST = "manifest.json"
-BLOCK = re.compile(r"(head|[a-z]+-\d{4,})\.safetensors")  # names of files that hold finished work
+BLOCK = re.compile(r"(head|state|[a-z]+-\d{4,})\.safetensors")  # names of files that hold finished work
 DAMAGE = (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError)
 Pruned = list[tuple[FactorizedLinear, LayerReport]]
 

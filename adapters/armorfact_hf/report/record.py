@@ -18,6 +18,7 @@ from armorfact_hf.model.structure import DenseLayer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.matching import BlockReport
+from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.typed_json import from_json, to_json
 
 FORMAT_VERSION = 1
@@ -136,6 +137,7 @@ class Report:
         blocks: how every decoder block was tuned, where they were.
         totals: bytes, time and memory.
         evaluations, tasks: what was measured afterwards.
+        recovery: how the model was tuned as a whole afterwards; the losses of its layers are those before.
 
     Raises:
         ValueError: another version of the format.
@@ -153,6 +155,7 @@ class Report:
     evaluations: tuple[PerplexityRecord, ...] = ()
     tasks: tuple[TaskRecord, ...] = ()
     blocks: tuple[BlockReport, ...] = ()
+    recovery: Recovery | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Report:

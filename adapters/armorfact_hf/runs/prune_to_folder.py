@@ -31,11 +31,11 @@ class Calibration:
 
     Args:
         text: a file of plain text, or "demo:gensim-enwiki".
-        windows: how many, spread evenly over the text; length: tokens of each.
+        windows: how many, spread evenly over the text, or None for all of it; length: tokens of each.
     """
 
     text: str = "demo:gensim-enwiki"
-    windows: int = 16
+    windows: int | None = 16
     length: int = 2048
 
     def tokens(self, loaded: Loaded, log: Log) -> torch.Tensor:
