@@ -90,7 +90,7 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def more_than_linear(module: nn.Module) -> str:
+def more_than_linear(module: nn.Linear | Conv1D) -> str:
     """What a linear layer does beside x W' + b, which would be lost with it; nothing if that is all."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrized, and made anew in every pass"
@@ -103,7 +103,7 @@ def more_than_linear(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _computes_no_more(module: nn.Module) -> bool:
+def _computes_no_more(module: nn.Linear | Conv1D) -> bool:
     """Whether a module whose class has a forward of its own, as Falcon's do, still computes x W' + b: by trying it."""
     if set(module.state_dict()) - {"weight", "bias"}:
         return False

@@ -90,9 +90,10 @@ class PruneConfig:
         self._set("sweeps", _whole("sweeps must be a whole number", self.sweeps))
         self._set("rtol", _real("rtol", self.rtol))
         if self.block != "auto":
-            self._set("block", _whole("block must be a positive number of channels or 'auto'", self.block))
-            if self.block < 1:
+            size = _whole("block must be a positive number of channels or 'auto'", self.block)
+            if size < 1:
                 raise ValueError(f"block must be a positive number of channels or 'auto', got {self.block!r}")
+            self._set("block", size)
         if self.sweeps < 0 or not 0 <= self.rtol < 1:
             raise ValueError(f"expected sweeps >= 0 and 0 <= rtol < 1, got sweeps={self.sweeps}, rtol={self.rtol}")
         self._set("passes", _whole("passes must be a whole number", self.passes))
