@@ -8,16 +8,20 @@ from armorfact.packed import Core
 from armorfact.pattern import Pattern
 from armorfact.problem import Factors, Problem
 from armorfact.result import BlockDiagonal, Result
-from armorfact.solvers import Adam, Exact, Gradient, Solver, State
+from armorfact.sizes import auto_block
+from armorfact.solvers import Adam, Best, Exact, Gradient, Solver, State
 from armorfact.solvers.exact import Extrapolation
+from armorfact.status import Ending, Status
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adam",
+    "Best",
     "BlockDiagonal",
     "Core",
     "DampingWarning",
+    "Ending",
     "Exact",
     "Extrapolation",
     "Factors",
@@ -28,7 +32,9 @@ __all__ = [
     "Result",
     "Solver",
     "State",
+    "Status",
     "Sweep",
+    "auto_block",
     "factorize",
     "magnitude",
     "nowag",

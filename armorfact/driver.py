@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from armorfact.problem import Factors, Problem
-from armorfact.solvers.protocol import Solver
+from armorfact import arrays
+from armorfact.problem import MOST_GROWTH, Factors, Problem
+from armorfact.solvers.protocol import Best, Solver
+from armorfact.status import Ending, Status
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Budget:
     """When to stop; each field is checked after every sweep.
 
     Raises:
-        ValueError: a negative budget.
+        TypeError: ``max_sweeps`` is no integer.
+        ValueError: a negative budget, or one that is no number.
     """
 
     max_sweeps: int
@@ -50,7 +53,8 @@ class Budget:
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_sweeps < 0 or not self.rtol >= 0 or (self.time_limit is not None and self.time_limit < 0):
+        object.__setattr__(self, "max_sweeps", arrays.integer(self.max_sweeps, "max_sweeps"))
+        if self.max_sweeps < 0 or not self.rtol >= 0 or not (self.time_limit is None or self.time_limit >= 0):
             raise ValueError(
                 f"budgets must not be negative, got max_sweeps={self.max_sweeps}, "
                 f"rtol={self.rtol}, time_limit={self.time_limit}"
@@ -63,7 +67,7 @@ class Run:
 
     factors: Factors
     history: tuple[Sweep, ...]
-    status: str
+    status: Status
 
 
 def run(
@@ -73,34 +77,49 @@ def run(
     budget: Budget,
     seed: int,
     callback: Callable[[Progress], object] | None,
+    reported: Callable[[float], float] = float,
 ) -> Run:
-    """Step until a budget is spent; a sweep whose loss is above the best is not accepted."""
+    """Step until a budget is spent; a sweep whose loss is above the best is not accepted.
+
+    ``reported`` turns a loss of the problem into the one that history and callback are told.
+    """
     start = time.perf_counter()
     state = solver.init(problem, factors, seed)
-    best, best_loss = state.factors, state.loss
-    history = [Sweep(0, best_loss, time.perf_counter() - start)]
-    idle = 0
+    best = Best(state.factors, state.loss)
+    history = [Sweep(0, reported(best.loss), time.perf_counter() - start)]
+    idle = outsized = 0
+    status = Status(Ending.SWEEP_LIMIT, f"sweep limit of {budget.max_sweeps} reached")
     for number in range(1, budget.max_sweeps + 1):
-        state = solver.step(problem, state)
+        state = solver.step(problem, state, best)
         seconds = time.perf_counter() - start
-        progress = best_loss - state.loss > budget.rtol * best_loss
-        idle = 0 if progress else idle + 1
-        if state.loss < best_loss:
-            best, best_loss = state.factors, state.loss
-            history.append(Sweep(number, best_loss, seconds))
-        told = Progress(number, budget.max_sweeps, best_loss, best_loss / (problem.weight_energy or 1.0), seconds)
-        if callback is not None and callback(told):
-            return Run(best, tuple(history), f"stopped by the callback after {number} sweeps")
-        if best_loss == 0 or idle >= budget.patience:
-            return Run(best, tuple(history), _converged(best_loss, budget, number))
-        if budget.time_limit is not None and seconds >= budget.time_limit:
-            return Run(best, tuple(history), f"time limit of {budget.time_limit:g} s reached after {number} sweeps")
-    return Run(best, tuple(history), f"sweep limit of {budget.max_sweeps} reached")
+        lower = state.loss < best.loss
+        accepted = lower and state.factors.in_proportion(problem.largest)
+        outsized += lower and not accepted
+        idle = 0 if accepted and best.loss - state.loss > budget.rtol * best.loss else idle + 1
+        if accepted:
+            best = Best(state.factors, state.loss)
+            history.append(Sweep(number, reported(best.loss), seconds))
+        relative = best.loss / (problem.weight_energy or 1.0)
+        told = Progress(number, budget.max_sweeps, reported(best.loss), relative, seconds)
+        ended = _ended(budget, best.loss, number, idle, seconds, callback is not None and callback(told))
+        if ended:
+            status = ended
+            break
+    if outsized:
+        what = f"{outsized} sweeps ended with entries above {MOST_GROWTH:g} times those of W and were not accepted"
+        status = status.noting(what)
+    return Run(best.factors, tuple(history), status)
 
 
-def _converged(loss: float, budget: Budget, sweeps: int) -> str:
+def _ended(budget: Budget, loss: float, sweeps: int, idle: int, seconds: float, stopped: object) -> Status | None:
+    """Why the run ends after this sweep, if it does."""
+    if stopped:
+        return Status(Ending.CALLBACK, f"stopped by the callback after {sweeps} sweeps")
     if loss == 0:
-        return f"solved exactly after {sweeps} sweeps"
-    return (
-        f"converged after {sweeps} sweeps: the last {budget.patience} each gained less than {budget.rtol:g} of the loss"
-    )
+        return Status(Ending.SOLVED, f"solved exactly after {sweeps} sweeps")
+    if idle >= budget.patience:
+        gains = f"the last {budget.patience} each gained less than {budget.rtol:g} of the loss"
+        return Status(Ending.CONVERGED, f"converged after {sweeps} sweeps: {gains}")
+    if budget.time_limit is not None and seconds >= budget.time_limit:
+        return Status(Ending.TIME_LIMIT, f"time limit of {budget.time_limit:g} s reached after {sweeps} sweeps")
+    return None

@@ -31,9 +31,12 @@ class FullGram:
             loss += arrays.total((x @ columns) * x[:, lo:hi])
         return loss
 
-    def scaled(self, scale: Array) -> FullGram:
-        """diag(scale) H diag(scale)."""
-        return FullGram(scale[:, None] * self.matrix * scale[None, :])
+    def floored(self, floor: float) -> FullGram:
+        """H + floor diag(H)."""
+        xp = arrays.namespace(self.matrix)
+        flat = xp.reshape(xp.asarray(self.matrix, copy=True), (-1,))
+        flat[:: self.matrix.shape[0] + 1] *= 1 + floor
+        return FullGram(xp.reshape(flat, self.matrix.shape))
 
     @property
     def diagonal(self) -> Array:
@@ -60,10 +63,6 @@ class DiagonalGram:
         """``tr(x H x')``."""
         xp = arrays.namespace(x)
         return arrays.total(x * x * xp.astype(self.diagonal, x.dtype, copy=False))
-
-    def scaled(self, scale: Array) -> DiagonalGram:
-        """diag(scale) H diag(scale)."""
-        return DiagonalGram(self.diagonal * scale * scale)
 
     def diagonal_blocks(self, size: int) -> Array:
         """H_jj, (d_in / size, size, size)."""

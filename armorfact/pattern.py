@@ -25,6 +25,7 @@ class Pattern:
         group: M, the number of consecutive columns in a group.
 
     Raises:
+        TypeError: not integers.
         ValueError: unless ``1 <= keep < group`` and the group has at most 100 supports
             (the core step weighs every one of them).
     """
@@ -33,14 +34,17 @@ class Pattern:
     group: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", arrays.integer(self.keep, "N of a pattern"))
+        object.__setattr__(self, "group", arrays.integer(self.group, "M of a pattern"))
         if not 1 <= self.keep < self.group:
             raise ValueError(
                 f"an N:M pattern needs 1 <= N < M, got {self.keep}:{self.group}; hardware accelerates '2:4'"
             )
-        if math.comb(self.group, self.keep) > MAX_SUPPORTS:
+        # There are at least M supports, and counting those of a huge M would take minutes.
+        if self.group > MAX_SUPPORTS or math.comb(self.group, self.keep) > MAX_SUPPORTS:
             raise ValueError(
-                f"pattern {self.keep}:{self.group} has {math.comb(self.group, self.keep)} supports "
-                f"a group, more than the {MAX_SUPPORTS} the exact core step weighs; "
+                f"pattern {self.keep}:{self.group} has more than the {MAX_SUPPORTS} supports a group that "
+                f"the exact core step weighs; "
                 "choose one such as '2:4', '4:8' or '2:8'"
             )
 
@@ -56,7 +60,7 @@ class Pattern:
             return text
         if not isinstance(text, str):
             raise TypeError(f"pattern must be a string such as '2:4', got {type(text).__name__}")
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        match = re.fullmatch(r"\s*(\d{1,18})\s*:\s*(\d{1,18})\s*", text)
         if match is None:
             raise ValueError(f"pattern must look like '2:4' (N kept of M), got {text!r}")
         return cls(int(match[1]), int(match[2]))

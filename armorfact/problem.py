@@ -15,6 +15,9 @@ Array = Any
 
 # Rows whose residual stands in float64 at a time.
 PANEL_ROWS = 256
+# Entries of A C B above this multiple of the largest of W are never accepted: none of the loss that they
+# save in channels of hardly any energy is worth them.
+MOST_GROWTH = 1000.0
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,48 @@ class Factors:
 
     def astype(self, dtype: Any) -> Factors:
         """The same factors rounded to ``dtype``."""
+        return Factors(*(arrays.rounded(x, dtype) for x in (self.left, self.core, self.right)))
+
+    def finite(self) -> bool:
+        """Whether all entries are finite."""
+        return all(map(arrays.all_finite, (self.left, self.core, self.right)))
+
+    def in_proportion(self, largest: float) -> bool:
+        """Whether no entry of A C B is above `MOST_GROWTH` times ``largest``, that of W.
+
+        A C B is formed only where its bound, from the row sums of A and the column sums of B, is not enough.
+        """
         xp = arrays.namespace(self.core)
-        return Factors(*(xp.astype(x, dtype, copy=False) for x in (self.left, self.core, self.right)))
+        limit = MOST_GROWTH * largest
+        rows, columns = xp.sum(xp.abs(self.left), axis=-1), xp.sum(xp.abs(self.right), axis=-2)
+        if arrays.largest(rows) * arrays.largest(self.core) * arrays.largest(columns) <= limit:
+            return True
+        return arrays.largest(self.dense()) <= limit
 
     def replace(self, **changes: Array) -> Factors:
         """A copy with some of the factors exchanged."""
         return replace(self, **changes)
 
 
-def residual_panels(weight: Array, factors: Factors) -> Iterator[tuple[slice, Array]]:
-    """R = W - A C B in float64, a panel of whole blocks of A at a time: (rows, R[rows])."""
-    xp = arrays.namespace(weight)
-    count, size, _ = factors.left.shape
-    at_once = max(PANEL_ROWS // size, 1)
+def row_panels(weight: Array, block_out: int) -> Iterator[tuple[slice, slice]]:
+    """Whole blocks of A at a time: (their rows, the blocks themselves)."""
+    at_once = max(PANEL_ROWS // block_out, 1)
+    count = weight.shape[0] // block_out
     for lo in range(0, count, at_once):
         hi = min(lo + at_once, count)
-        rows = slice(lo * size, hi * size)
-        panel = Factors(factors.left[lo:hi, ...], factors.core[rows, :], factors.right).astype(xp.float64)
-        yield rows, arrays.float64(weight[rows, :]) - panel.dense()
+        yield slice(lo * block_out, hi * block_out), slice(lo, hi)
+
+
+def residual_panels(weight: Array, factors: Factors, exponent: int = 0) -> Iterator[tuple[slice, Array]]:
+    """R = W - A C B in float64, a panel of rows at a time: (rows, R[rows]).
+
+    W and C are multiplied by 2**exponent before anything is.
+    """
+    xp = arrays.namespace(weight)
+    for rows, blocks_of_a in row_panels(weight, factors.left.shape[-1]):
+        panel = Factors(factors.left[blocks_of_a, ...], factors.core[rows, :], factors.right).astype(xp.float64)
+        panel = panel.replace(core=arrays.times_two_to(panel.core, exponent))
+        yield rows, arrays.times_two_to(arrays.float64(weight[rows, :]), exponent) - panel.dense()
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,21 @@ class Problem:
     def weight_energy(self) -> float:
         """tr(W H W'), the loss of the zero matrix, which relative losses divide by."""
         return arrays.total(self.weight * self.weight_gram)
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest magnitude in W."""
+        return arrays.largest(self.weight)
+
+    def resolved(self, loss: float, factors: Factors) -> float:
+        """``loss``, or where it is too small for the arithmetic of the steps, L computed anew.
+
+        The steps know the loss to a few roundings of tr(W H W'); below that a difference of two
+        large numbers may say zero, or less.
+        """
+        if loss >= 8 * arrays.epsilon(self.weight) * self.weight_energy:
+            return loss
+        return max(self.loss(factors), 0.0)
 
     def residual_gram(self, factors: Factors) -> Array:
         """R H, (d_out, d_in): every gradient of L is a product of the factors with it."""

@@ -24,7 +24,7 @@ from typing import Any
 from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.evaluation.measure import Evaluation, perplexity_of
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.runs.compare import mean_loss
+from armorfact_hf.report.record import Report
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 
 TEXTS = [Evaluation("demo:gensim-enwiki"), Evaluation("demo:qasper")]
@@ -102,15 +102,15 @@ def measure(run: Run, model: str, out: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _figures(run: Run, loaded: Loaded, report: dict[str, Any]) -> dict[str, Any]:
-    totals = report["totals"]
+def _figures(run: Run, loaded: Loaded, report: Report) -> dict[str, Any]:
+    totals = report.totals
     return {
         "label": run.label,
-        "perplexity": [perplexity_of(loaded, text)["perplexity"] for text in TEXTS],
-        "loss": mean_loss(report),
-        "bytes": totals["bytes"] / totals["dense_bytes"],
-        "overhead": totals["wrapper_overhead"],
-        "seconds": totals["seconds"],
+        "perplexity": [perplexity_of(loaded, text).perplexity for text in TEXTS],
+        "loss": report.mean_loss(),
+        "bytes": totals.bytes / totals.dense_bytes,
+        "overhead": totals.wrapper_overhead,
+        "seconds": totals.seconds,
     }
 
 
@@ -119,7 +119,7 @@ def dense_figures(model: str, out: Path) -> list[float]:
     path = out / f"dense-{model.replace(':', '-')}.json"
     if not path.exists():
         loaded = load_model(model, "bfloat16")
-        path.write_text(json.dumps([perplexity_of(loaded, text)["perplexity"] for text in TEXTS]), encoding="utf-8")
+        path.write_text(json.dumps([perplexity_of(loaded, text).perplexity for text in TEXTS]), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -2,13 +2,24 @@
 
 import sys
 
+from armorfact_hf.cli.signals import ended_by_signals
+
+INTERRUPTED = "Interrupted."
+CONTINUES = {
+    "prune": "Interrupted; the same command continues from the last finished decoder block.",
+    "recover": "Interrupted; the same command continues from the last step that was kept.",
+}
+
 
 def main() -> None:
     """Run the command line; without the packages or the memory that it needs, say so."""
-    try:
-        _run()
-    except MemoryError as error:
-        sys.exit(f"Error: this takes more memory than there is ({str(error) or 'none is left'}): end other programs")
+    command = "" if "--dry-run" in sys.argv else "".join(sys.argv[1:2])
+    with ended_by_signals(CONTINUES.get(command, INTERRUPTED)):
+        try:
+            _run()
+        except MemoryError as error:
+            what = str(error) or "none is left"
+            sys.exit(f"Error: this takes more memory than there is ({what}): end other programs")
 
 
 def _run() -> None:

@@ -1,19 +1,30 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and disks that are full."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from safetensors import SafetensorError
+
+DRAFT = ".part"  # how names of unfinished files and folders end
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, 112}  # the last is what Windows says
+
+
+class DiskFull(OSError):
+    """A file could not be written for want of room; the message says which, and what it needs."""
+
 
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """A path beside ``target`` to write a file at; it takes the target's place if the block ends without error."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+    draft = target.with_name(f".{target.name}.{os.getpid()}{DRAFT}")
     try:
         yield draft
         with draft.open("rb+") as written:
@@ -24,6 +35,13 @@ def written_beside(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def workshop(folder: Path, name: str) -> Iterator[Path]:
+    """A path of that name in a scratch folder of its own inside of ``folder``, which is removed in the end."""
+    with TemporaryDirectory(prefix=f".{name}-", suffix=DRAFT, dir=folder) as scratch:
+        yield Path(scratch) / name
+
+
+@contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """A path beside ``target`` to build a file or folder at; renamed to it only if the block ends without error.
 
@@ -31,11 +49,57 @@ def written_whole(target: Path) -> Iterator[Path]:
     made ``target`` in the meantime, theirs is kept.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
-        draft = Path(workshop) / target.name
+    with workshop(target.parent, target.name) as draft:
         yield draft
         if not target.exists():
             draft.rename(target)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether `written_beside` or `workshop` began it, and a kill left it."""
+    return path.name.startswith(".") and path.name.endswith(DRAFT)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder that may be gone already."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(folder: Path) -> None:
+    """Wait until every file of a folder is on the disk, so that losing power no longer loses one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as written:
+                os.fsync(written.fileno())
+
+
+@contextmanager
+def room_for(target: Path, needed: int) -> Iterator[None]:
+    """Say what is missing where the block runs out of room while it writes ``needed`` bytes to ``target``.
+
+    Raises:
+        DiskFull: it did, by whichever of the errors that this can show itself.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
+        raise DiskFull(
+            f"{target} could not be written: it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free now; make "
+            "room, and the same call continues from what is finished"
+        ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):  # as safetensors writes it
+        number = int(found[1])
+    return number in FULL
 
 
 def check_room(folder: Path, needed: int) -> None:

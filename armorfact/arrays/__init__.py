@@ -7,6 +7,8 @@ both; other devices run the same mathematics as batched array operations.
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 import array_api_compat
@@ -18,6 +20,20 @@ Array = Any
 def is_array(value: Any) -> bool:
     """Whether ``value`` is an array of a library that array-api-compat knows."""
     return array_api_compat.is_array_api_obj(value)
+
+
+def integer(value: Any, name: str) -> int:
+    """``value`` as a Python integer; NumPy's integers count, truth values and whole floats do not.
+
+    Raises:
+        TypeError: not an integer.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def namespace(*values: Any) -> Any:
@@ -73,13 +89,62 @@ def total(array: Array) -> float:
     return float(xp.sum(array, dtype=xp.float64))
 
 
+def all_finite(array: Array) -> bool:
+    """Whether no entry is NaN or infinite."""
+    xp = namespace(array)
+    return bool(xp.all(xp.isfinite(array)))
+
+
+def largest(array: Array) -> float:
+    """The largest magnitude among the entries."""
+    xp = namespace(array)
+    return float(xp.max(xp.abs(array)))
+
+
+def exponent(array: Array) -> int:
+    """The e with ``2**(e - 1) <= largest(array) < 2**e``; 0 where all entries are zero."""
+    return math.frexp(largest(array))[1]
+
+
+def times_two_to(array: Array, exponent: int) -> Array:
+    """``array * 2**exponent``, exact as long as it stays in the range of the dtype; infinite beyond.
+
+    The factor is applied in two halves: 2**128 itself is no float32.
+    """
+    if exponent == 0:
+        return array
+    half = exponent // 2
+    with np.errstate(over="ignore"):
+        return array * 2.0**half * 2.0 ** (exponent - half)
+
+
+def rounded(array: Array, dtype: Any) -> Array:
+    """The array in ``dtype``, infinite where its range ends; not copied where nothing changes."""
+    with np.errstate(over="ignore"):
+        return namespace(array).astype(array, dtype, copy=False)
+
+
 def transpose(array: Array) -> Array:
     """The last two axes exchanged (a view where the library has views)."""
     return namespace(array).matrix_transpose(array)
 
 
-def solve_spd(matrix: Array, rhs: Array) -> Array:
-    """Solve ``matrix @ x = rhs`` in float64 for (batches of) positive definite matrices.
+def norms(array: Array, axis: int) -> Array:
+    """The 2-norms along an axis, as divisors: one where all entries are zero."""
+    xp = namespace(array)
+    found = xp.linalg.vector_norm(array, axis=axis)
+    return xp.where(found > 0, found, xp.ones_like(found))
+
+
+def nbytes(array: Array) -> int:
+    """Bytes of the entries."""
+    xp = namespace(array)
+    bits = 8 if array.dtype == xp.uint8 else xp.finfo(array.dtype).bits
+    return math.prod(array.shape) * bits // 8
+
+
+def solve(matrix: Array, rhs: Array) -> Array:
+    """Solve ``matrix @ x = rhs`` in float64 for (batches of) regular matrices.
 
     Returns ``x`` in the dtype of ``rhs``.
     """

@@ -147,7 +147,8 @@ def sweep_blocks(gradient, core, visit, left_gram, right_gram, inverses, support
 
 @functools.cache
 def _threads() -> int:
-    return numba.get_num_threads()
+    # Not numba.get_num_threads(): that starts numba's own pool, and its OpenMP ends a forked child.
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -155,5 +156,6 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=_threads(), thread_name_prefix="armorfact")
 
 
-# A forked child inherits the pool but not its threads.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+# A forked child inherits the pool but not its threads. Windows has no fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)

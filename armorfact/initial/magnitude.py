@@ -11,13 +11,14 @@ from armorfact.pattern import Pattern
 Array = Any
 
 
-def magnitude(weight: Array, *, pattern: str | Pattern = "2:4") -> Array:
+def magnitude(weight: Array, XXt: Array | None = None, *, pattern: str | Pattern = "2:4") -> Array:
     r"""Keep, in each group, the N weights with the largest :math:`|W_{ij}|`.
 
     It minimizes :math:`\|W - C\|_F^2` over all C of the pattern.
 
     Args:
         weight: W, (d_out, d_in), real floating point.
+        XXt: not used; all methods take the same arguments.
         pattern: "N:M".
 
     Returns:

@@ -20,6 +20,8 @@ import numpy as np
 
 from armorfact import arrays, blocks, validate
 from armorfact.gram import DiagonalGram, FullGram, Gram
+from armorfact.initial.masked import keep_largest
+from armorfact.initial.wanda import score
 from armorfact.pattern import Pattern
 
 Array = Any
@@ -51,17 +53,32 @@ def sparsegpt(
             which is reported as a `DampingWarning`.
 
     Returns:
-        The pruned weight; same shape, dtype and device.
+        The pruned weight; same shape, dtype and device. A row whose repaired weights would leave
+        the range of the dtype keeps the weights that Wanda keeps, as they are.
 
     Raises:
         TypeError, ValueError: as `armorfact.factorize`.
     """
     pattern = Pattern.parse(pattern)
     weight = validate.weight(weight, pattern)
-    gram = validate.gram(XXt, weight, definite=False)
+    gram, _ = validate.gram(XXt, weight)
+    scaled, exponent = validate.scaled(weight)
+    pruned, _ = within_range(prune(scaled, gram, pattern, damping), scaled, gram, pattern, (exponent, weight.dtype))
+    return arrays.rounded(arrays.times_two_to(pruned, exponent), weight.dtype)
+
+
+def within_range(
+    pruned: Array, weight: Array, gram: Gram, pattern: Pattern, home: tuple[int, Any]
+) -> tuple[Array, int]:
+    """``pruned`` with Wanda's choice in the rows that overflow in W's own units and dtype, and their number."""
     xp = arrays.namespace(weight)
-    pruned = prune(validate.working(weight), gram, pattern, damping)
-    return xp.astype(pruned, weight.dtype, copy=False)
+    exponent, dtype = home
+    beyond = xp.any(~xp.isfinite(arrays.rounded(arrays.times_two_to(pruned, exponent), dtype)), axis=1)
+    count = int(xp.count_nonzero(beyond))
+    if not count:
+        return pruned, 0
+    kept = keep_largest(weight, score(weight, gram), pattern)
+    return xp.where(beyond[:, None], kept, pruned), count
 
 
 def prune(weight: Array, gram: Gram, pattern: Pattern, damping: float = 0.01) -> Array:
@@ -70,8 +87,7 @@ def prune(weight: Array, gram: Gram, pattern: Pattern, damping: float = 0.01) ->
     added = damping * float(xp.mean(arrays.float64(gram.diagonal)))
     if isinstance(gram, DiagonalGram):
         # Columns do not couple: there is nothing to repair, only the saliency w^2 (h + damping).
-        score = weight**2 * (gram.diagonal + (added or 1.0))
-        return xp.where(pattern.top_mask(score), weight, xp.zeros_like(weight))
+        return keep_largest(weight, weight**2 * (gram.diagonal + (added or 1.0)), pattern)
     return _sweep(weight, damped_factor(gram, added), pattern)
 
 
@@ -89,14 +105,14 @@ def damped_factor(gram: FullGram, added: float) -> Array:
             if attempt:
                 warnings.warn(
                     f"the Gram matrix is not positive definite: SparseGPT's damping was doubled "
-                    f"{attempt} times, to {added:.3g} (mean diagonal {mean:.3g})",
+                    f"{attempt} times, to {added / (mean or 1.0):.3g} of the mean diagonal",
                     DampingWarning,
                     stacklevel=2,
                 )
             return xp.flip(factor)
         added *= 2
     raise np.linalg.LinAlgError(
-        f"the Gram matrix has no Cholesky factor even with {added:.3g} added to its diagonal; "
+        f"the Gram matrix has no Cholesky factor even with {added / (mean or 1.0):.3g} of its mean diagonal added; "
         "is it symmetric and positive semidefinite?"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from armorfact import validate
+from armorfact.gram import Gram
 from armorfact.initial.masked import keep_largest
 from armorfact.pattern import Pattern
 
@@ -29,5 +30,10 @@ def wanda(weight: Array, XXt: Array | None, *, pattern: str | Pattern = "2:4") -
     """
     pattern = Pattern.parse(pattern)
     weight = validate.weight(weight, pattern)
-    gram = validate.gram(XXt, weight, definite=False)
-    return keep_largest(weight, abs(validate.working(weight)) * gram.diagonal**0.5, pattern)
+    gram, _ = validate.gram(XXt, weight)
+    return keep_largest(weight, score(validate.scaled(weight)[0], gram), pattern)
+
+
+def score(weight: Array, gram: Gram) -> Array:
+    """|W_ij| ||X_j||, (d_out, d_in)."""
+    return abs(weight) * gram.diagonal**0.5

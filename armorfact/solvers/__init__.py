@@ -3,6 +3,6 @@
 from armorfact.solvers.adam import Adam
 from armorfact.solvers.exact import Exact
 from armorfact.solvers.gradient import Gradient
-from armorfact.solvers.protocol import Solver, State
+from armorfact.solvers.protocol import Best, Solver, State
 
-__all__ = ["Adam", "Exact", "Gradient", "Solver", "State"]
+__all__ = ["Adam", "Best", "Exact", "Gradient", "Solver", "State"]

@@ -13,6 +13,7 @@ import numpy as np
 from armorfact import arrays, blocks
 from armorfact.problem import Factors, Problem
 from armorfact.solvers.groups import one_group_step
+from armorfact.solvers.protocol import Best
 from armorfact.steps.core import core_gradient
 
 Array = Any
@@ -54,7 +55,7 @@ class Adam:
         zeros = tuple(xp.zeros_like(x) for x in parts)
         return AdamState(factors, problem.loss(factors), zeros, zeros, seed)
 
-    def step(self, problem: Problem, state: AdamState) -> AdamState:
+    def step(self, problem: Problem, state: AdamState, best: Best) -> AdamState:
         """One Adam step in all factors at once, then one group of every block."""
         steps = state.steps + 1
         factors = state.factors

@@ -7,6 +7,7 @@ from typing import Any
 
 from armorfact import arrays
 from armorfact.problem import Factors, Problem
+from armorfact.solvers.protocol import Best
 from armorfact.steps.core import core_step
 from armorfact.steps.left import left_step
 from armorfact.steps.right import right_step
@@ -41,7 +42,7 @@ class Extrapolation:
 
 @dataclass(frozen=True)
 class ExactState:
-    """The best iterate, the point the next sweep starts from, and the extrapolation factor."""
+    """The iterate, the point the next sweep starts from if it is accepted, and the extrapolation factor."""
 
     factors: Factors
     loss: float
@@ -70,14 +71,16 @@ class Exact:
         loss = problem.loss(factors)
         return ExactState(factors=factors, loss=loss, start=factors, beta=self.extrapolation.start)
 
-    def step(self, problem: Problem, state: ExactState) -> ExactState:
-        """One sweep from the extrapolated point; a rise in the loss falls back to the best iterate."""
-        factors, loss = sweep(problem, state.start)
-        if not loss <= state.loss:
-            beta = self.extrapolation.rejected(state.beta)
-            return ExactState(state.factors, state.loss, state.factors, beta)
-        start = extrapolate(state.factors, factors, state.beta) if state.beta else factors
-        return ExactState(factors, loss, start, self.extrapolation.accepted(state.beta))
+    def step(self, problem: Problem, state: ExactState, best: Best) -> ExactState:
+        """One sweep from the extrapolated point; after one that was not accepted, from the best iterate."""
+        start, beta = state.start, state.beta
+        if state.factors is not best.factors:
+            start, beta = best.factors, self.extrapolation.rejected(beta)
+        factors, loss = sweep(problem, start)
+        if not loss < best.loss:
+            return ExactState(best.factors, best.loss, best.factors, self.extrapolation.rejected(beta))
+        start = extrapolate(best.factors, factors, beta) if beta else factors
+        return ExactState(factors, loss, start, self.extrapolation.accepted(beta))
 
 
 def sweep(problem: Problem, factors: Factors) -> tuple[Factors, float]:
@@ -90,7 +93,7 @@ def sweep(problem: Problem, factors: Factors) -> tuple[Factors, float]:
     factors, residual_gram = right_step(problem, factors, residual_gram)
     loss = arrays.total((problem.weight - factors.dense()) * residual_gram)
     factors, fallen = core_step(problem, factors, residual_gram)
-    return factors, max(loss - fallen, 0.0)
+    return factors, problem.resolved(loss - fallen, factors)
 
 
 def extrapolate(old: Factors, new: Factors, beta: float) -> Factors:

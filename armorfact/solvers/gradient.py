@@ -13,6 +13,7 @@ import numpy as np
 from armorfact import arrays
 from armorfact.problem import Factors, Problem
 from armorfact.solvers.groups import one_group_step
+from armorfact.solvers.protocol import Best
 from armorfact.steps.core import core_gradient
 from armorfact.steps.left import LeftProducts
 from armorfact.steps.right import sweep_right
@@ -47,7 +48,7 @@ class Gradient:
         """The starting point."""
         return GradientState(factors, problem.loss(factors), seed)
 
-    def step(self, problem: Problem, state: GradientState) -> GradientState:
+    def step(self, problem: Problem, state: GradientState, best: Best) -> GradientState:
         """One round over A, B, C and a random group of every block."""
         rng = np.random.default_rng((state.seed, state.steps))
         factors, residual_gram = left_gradient_step(problem, state.factors)

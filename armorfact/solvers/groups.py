@@ -22,7 +22,7 @@ def one_group_step(problem: Problem, factors: Factors, rng: np.random.Generator)
     residual_gram = problem.gram.multiply(residual)
     loss = arrays.total(residual * residual_gram)
     factors, fallen = core_step(problem, factors, residual_gram, random_groups(problem, rng))
-    return factors, max(loss - fallen, 0.0)
+    return factors, problem.resolved(loss - fallen, factors)
 
 
 def random_groups(problem: Problem, rng: np.random.Generator) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from armorfact.problem import Factors, Problem
@@ -19,11 +20,21 @@ class State(Protocol):
         """The loss of ``factors``."""
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best factors so far and their loss; the driver alone decides what they are."""
+
+    factors: Factors
+    loss: float
+
+
 class Solver(Protocol):
     """A solver contributes ``init`` and ``step``.
 
     The driver calls ``init`` once and ``step`` until a budget is spent. It accepts a state only if
-    its loss is not above the best so far, so a step may overshoot without harm. A run ends when
+    its loss is below the best so far and the entries of A C B are in proportion to those of W, so a
+    step may overshoot without harm. A state was accepted if ``best.factors is state.factors`` when
+    the next step begins; a solver that wants to fall back goes on from ``best``. A run ends when
     ``patience`` steps in a row fail to lower the best loss by more than ``rtol`` times itself.
     """
 
@@ -42,5 +53,5 @@ class Solver(Protocol):
     def init(self, problem: Problem, factors: Factors, seed: int) -> Any:
         """The state that the first step starts from."""
 
-    def step(self, problem: Problem, state: Any) -> Any:
+    def step(self, problem: Problem, state: Any, best: Best) -> Any:
         """One sweep: a new state; the old one is not modified."""

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.runs.prune_to_folder import peak_memory, read_report
+from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.report.record import Report
+from armorfact_hf.runs.prune_to_folder import peak_memory
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def throughput(
 
 
 @torch.inference_mode()
-def _run(model: nn.Module, tokens: torch.Tensor, new: int) -> tuple[float, float]:
+def _run(model: CausalLM, tokens: torch.Tensor, new: int) -> tuple[float, float]:
     """Seconds to read the tokens, and median seconds of a written one."""
     start = time.perf_counter()
     output = model(tokens, use_cache=True, logits_to_keep=1)
@@ -85,10 +87,10 @@ def end_to_end(
     Raises:
         ValueError: the folder has no report that names its dense model, or a model cannot be loaded.
     """
-    facts = read_report(folder)["model"]
-    dtype = facts["dtype"] if dtype == "auto" else dtype
+    facts = Report.read(folder).model
+    dtype = facts.dtype if dtype == "auto" else dtype
     results = []
-    for name in (facts["name"], str(folder)):
+    for name in (facts.name, str(folder)):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
             results.append(own.submit(throughput, name, prompt, new, dtype, device).result())
     return results

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.causal_lm import CausalLM
 
 
-def to_dense_(model: nn.Module) -> nn.Module:
+def to_dense_(model: CausalLM) -> CausalLM:
     """Replace every pruned layer by an ordinary one with the weight A C B, in place; any tool can use the result."""
     pruned = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
     with torch.device("meta"):

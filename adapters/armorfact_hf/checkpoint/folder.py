@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from armorfact_hf.checkpoint.description import Description, NotPruned
 from armorfact_hf.checkpoint.verify import shards
+from armorfact_hf.model.causal_lm import CausalLM
 
 
 def describe(config: PretrainedConfig, where: Path | str) -> Description:
@@ -26,7 +27,7 @@ def describe(config: PretrainedConfig, where: Path | str) -> Description:
         NotPruned: there are none.
         ValueError: it was written by another version of the format, or is malformed.
     """
-    found = getattr(config, "quantization_config", None)
+    found: Any = getattr(config, "quantization_config", None)
     return Description.from_dict(found.to_dict() if hasattr(found, "to_dict") else found, str(where))
 
 
@@ -43,14 +44,14 @@ def describe_folder(folder: Path) -> Description:
     return describe(AutoConfig.from_pretrained(folder), folder)
 
 
-def save_pruned(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> None:
+def save_pruned(model: CausalLM, folder: Path | str, tokenizer: Any = None) -> None:
     """Write a pruned model, and its tokenizer if given, with transformers' own `save_pretrained`."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
+def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | None = None) -> CausalLM:
     """The model that a folder holds, in evaluation mode; its logits are those of the model that was saved.
 
     It is `AutoModelForCausalLM.from_pretrained`, which only warns of tensors that are missing, made strict.
@@ -67,11 +68,12 @@ def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | Non
     describe_folder(folder)
     shards(folder)  # names files that its index lists and that are not there
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot load {folder} ({error}): copy or download it again") from error
+    model, found = loaded
     wrong = {
         "lacks": found["missing_keys"],
         "holds what belongs to no module": found["unexpected_keys"],

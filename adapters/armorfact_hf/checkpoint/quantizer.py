@@ -21,6 +21,7 @@ from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.checkpoint.verify import verify
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import Layer, is_linear
 
 
@@ -36,7 +37,7 @@ class ArmorfactConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **found: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD  # transformers lists its own methods only
         self.description = Description.from_dict(found, "config.json")
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,6 +50,7 @@ class ArmorfactQuantizer(HfQuantizer):
     """Puts a `FactorizedLinear` in the place of every pruned layer, after the files were found whole."""
 
     requires_calibration = True
+    quantization_config: ArmorfactConfig
 
     def is_serializable(self) -> bool:
         """A pruned model is saved as it is loaded."""
@@ -65,7 +67,7 @@ class ArmorfactQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, dtype: Any = None, **_: Any
+        self, model: CausalLM, checkpoint_files: Sequence[str] | None = None, dtype: Any = None, **_: Any
     ) -> nn.Module:
         description = self.quantization_config.description
         if checkpoint_files:
@@ -75,12 +77,12 @@ class ArmorfactQuantizer(HfQuantizer):
             put_layer_(model, layer, dtype)
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: CausalLM, **_: Any) -> nn.Module:
         for name in self.quantization_config.description.modules:
             model.get_submodule(name).requires_grad_(False)  # transformers asks gradients of all that it loads
         return use_measured_(model, Path(model.name_or_path))
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: CausalLM) -> tuple[None, dict[str, str]]:
         """Nothing of its own: transformers writes its state dict, but first `config.json`, so put the digests there.
 
         Not into the metadata of the files: safetensors writes that in random order, and saving a model twice is to
@@ -123,7 +125,7 @@ def put_layer_(model: nn.Module, layer: LayerFormat, dtype: torch.dtype | None) 
     model.set_submodule(layer.name, empty)
 
 
-def attach_(model: nn.Module, description: Description) -> None:
+def attach_(model: CausalLM, description: Description) -> None:
     """Tell a model pruned in memory what it is, so that transformers saves it as one."""
     config = ArmorfactConfig(**description.to_dict())
     model.config.quantization_config = config

@@ -25,13 +25,15 @@ class _OnImport(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             import_module("armorfact_hf.checkpoint.quantizer")
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 

@@ -66,10 +66,16 @@ def verify_folder(folder: Path, description: Description) -> Verified:
         ValueError: a file that is missing or damaged, an index that is damaged, names a file outside of the folder or
             disagrees with the files; and whatever `verify` finds.
     """
-    tensors = _headers(shards(folder))
-    if (folder / INDEX).exists():
-        _check_index(folder / INDEX, tensors)
-    return _verify(tensors, description)
+    return _verify(_folder_headers(folder), description)
+
+
+def check_headers(folder: Path, description: Description) -> None:
+    """The part of `verify_folder` that reads no tensors, but only which there are and how large; in milliseconds.
+
+    Raises:
+        ValueError: see `verify_folder`.
+    """
+    _described(_folder_headers(folder), description)
 
 
 def verify(files: Sequence[Path], description: Description) -> Verified:
@@ -102,6 +108,14 @@ def shards(folder: Path) -> list[Path]:
     if not names:
         raise ValueError(f"{folder} holds no safetensors file: save the model there with `save_pretrained`")
     return [folder / name for name in names]
+
+
+def _folder_headers(folder: Path) -> dict[str, _Stored]:
+    """The tensors of a folder by name, as its index lists them if it has one."""
+    tensors = _headers(shards(folder))
+    if (folder / INDEX).exists():
+        _check_index(folder / INDEX, tensors)
+    return tensors
 
 
 def _headers(files: Sequence[Path]) -> dict[str, _Stored]:
@@ -151,9 +165,7 @@ def _check_index(index: Path, tensors: dict[str, _Stored]) -> None:
 
 
 def _verify(tensors: dict[str, _Stored], description: Description) -> Verified:
-    modules = _by_module(tensors, description.modules)
-    for name, held in modules.items():
-        _check_header(description.modules[name], held, description.sha256)
+    modules = _described(tensors, description)
     owners = {
         tensor.name: (part, description.modules[name])
         for name, held in modules.items()
@@ -169,6 +181,14 @@ def _verify(tensors: dict[str, _Stored], description: Description) -> Verified:
         {name: FLOATS[held["values"].dtype] for name, held in modules.items()},
         bool(description.sha256),
     )
+
+
+def _described(tensors: dict[str, _Stored], description: Description) -> dict[str, dict[str, _Stored]]:
+    """The tensors `_by_module`, once their headers are as described."""
+    modules = _by_module(tensors, description.modules)
+    for name, held in modules.items():
+        _check_header(description.modules[name], held, description.sha256)
+    return modules
 
 
 def _by_module(tensors: dict[str, _Stored], names: Collection[str]) -> dict[str, dict[str, _Stored]]:

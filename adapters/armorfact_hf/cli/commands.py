@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from armorfact_hf.cli import tables
+from armorfact_hf.cli import recover, tables
+from armorfact_hf.cli.terminal import errors_as_sentences, say, show, show_plan, shown_progress
+from armorfact_hf.observer import Step
 from armorfact_hf.pruning import config as settings
+
+if TYPE_CHECKING:
+    from armorfact_hf.evaluation.measure import Evaluation
+    from armorfact_hf.report.record import Report
+    from armorfact_hf.runs.prune_to_folder import Calibration
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,8 +25,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-console = Console(width=None if sys.stdout.isatty() else 140)  # tables are not broken in files
-errors = Console(stderr=True)
 
 MODEL_HELP = "A model folder, a name on the hub, or demo:smollm2, demo:gemma3-270m, demo:qwen2.5-coder-0.5b."
 TEXT_HELP = "A file of plain text, demo:gensim-enwiki or demo:qasper; may be given more than once."
@@ -38,7 +38,7 @@ Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 
 @app.command()
-def prune(
+def prune(  # typer reads options from the signature: it is as long as there are settings
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(settings.METHODS)}.")] = DEFAULTS.method,
@@ -57,6 +57,13 @@ def prune(
     init: Annotated[str, typer.Option(help="Where the factorization starts.")] = DEFAULTS.init,
     sweeps: Annotated[int, typer.Option(help="Sweeps of the solver over a layer, at most.")] = DEFAULTS.sweeps,
     rtol: Annotated[float, typer.Option(help="A layer ends when sweeps gain less than this share.")] = DEFAULTS.rtol,
+    refine: Annotated[
+        str, typer.Option(help="Tune each decoder block as a whole once it is factorized: block, or none.")
+    ] = str(DEFAULTS.refine),
+    passes: Annotated[
+        int, typer.Option(help="Passes over the calibration windows while a block is tuned.")
+    ] = DEFAULTS.passes,
+    rate: Annotated[float, typer.Option(help="Learning rate of that.")] = DEFAULTS.rate,
     include: Annotated[
         list[str], typer.Option(help="Layers to prune: last parts of their names, or re:EXPRESSION; repeatable.")
     ] = list(DEFAULTS.include),  # noqa: B006 (typer reads it, nothing changes it)
@@ -92,7 +99,7 @@ def prune(
 
     `armorfact prune demo:smollm2 --out pruned --compare wanda,sparsegpt`
     """
-    with _errors_as_sentences():
+    with errors_as_sentences():
         chosen = settings.PruneConfig(
             method=method,
             pattern=pattern,
@@ -104,6 +111,9 @@ def prune(
             init=init,
             sweeps=sweeps,
             rtol=rtol,
+            refine=None if refine == "none" else refine,
+            passes=passes,
+            rate=rate,
             include=tuple(include),
             ignore=tuple(ignore),
             head=head,
@@ -122,13 +132,13 @@ def prune(
         )
 
 
-def _calibration(text: str, samples: int, length: int) -> Any:
+def _calibration(text: str, samples: int, length: int) -> Calibration:
     from armorfact_hf.runs.prune_to_folder import Calibration
 
     return Calibration(text, samples, length)
 
 
-def _evaluations(texts: list[str], windows: int | None, length: int, stride: int | None = None) -> list[Any]:
+def _evaluations(texts: list[str], windows: int | None, length: int, stride: int | None = None) -> list[Evaluation]:
     from armorfact_hf.evaluation.measure import Evaluation
 
     return [Evaluation(text, windows, length, stride) for text in texts]
@@ -138,10 +148,10 @@ def _prune(
     model: str,
     out: Path,
     config: settings.PruneConfig,
-    calibration: Any,
+    calibration: Calibration,
     *,
     methods: list[str],
-    evaluations: list[Any],
+    evaluations: list[Evaluation],
     dtype: str,
     device: str | None,
     dry_run: bool,
@@ -153,41 +163,15 @@ def _prune(
     for method in methods:
         settings.PruneConfig(method=method)
     if dry_run:
-        loaded = load_model(model, dtype, device, _say)
-        _show_plan(plan.make_plan(loaded.model, calibration.tokens(loaded, _say), config))
+        loaded = load_model(model, dtype, device, say)
+        show_plan(plan.make_plan(loaded.model, calibration.tokens(loaded, say), config))
         return
-    with _bar() as told:
+    with shown_progress() as observer:
         rows = compare(
-            model,
-            out,
-            config,
-            methods,
-            calibration,
-            evaluations,
-            dtype=dtype,
-            device=device,
-            progress=lambda done, total: told("measuring perplexity", done, total),
-            observer=_observer(told),
+            model, out, config, methods, calibration, evaluations, dtype=dtype, device=device, observer=observer
         )
-    console.print(tables.compared(rows))
-    console.print(f"Report: {out / 'report.html'}")
-
-
-def _observer(told: Callable[[str, int, int], None]) -> Any:
-    """Shows sentences, plans and the bar."""
-    from armorfact_hf.observer import Observer, Step
-
-    class Shown(Observer):
-        def say(self, sentence: str) -> None:
-            _say(sentence)
-
-        def plan(self, plan: Any) -> None:
-            _show_plan(plan)
-
-        def step(self, step: Step) -> None:
-            told(step.doing, step.done, step.total)
-
-    return Shown()
+    show(tables.compared(rows))
+    say(f"Report: {out / 'report.html'}")
 
 
 @app.command(name="eval")
@@ -215,25 +199,23 @@ def evaluate_command(
     from armorfact_hf.data.load_model import load_model
     from armorfact_hf.runs import compare
 
-    with _errors_as_sentences(), _bar() as told:
+    with errors_as_sentences(), shown_progress() as observer:
         chosen = _evaluations(text, windows, length, stride)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-
-        def progress(done: int, total: int) -> None:
-            told("measuring perplexity", done, total)
-
+        found: Report | compare.Figures
         if (Path(model) / "report.json").exists():
             if dtype != "auto":
                 raise ValueError("a pruned folder is measured in the dtype it is stored in: leave out --dtype")
-            report = compare.evaluate_folder(
-                Path(model), chosen, names, limit, device=device, progress=progress, log=_say
-            )
+            found = compare.evaluate_folder(Path(model), chosen, names, limit, device=device, observer=observer)
         else:
-            loaded = load_model(model, dtype, device, _say)
-            report = compare.evaluate_dense(loaded, chosen, names, limit, progress=progress, log=_say)
-    console.print(tables.evaluations(report["evaluations"]))
-    if report["tasks"]:
-        console.print(tables.tasks(report["tasks"]))
+            loaded = load_model(model, dtype, device, observer.say)
+            found = compare.evaluate_dense(loaded, chosen, names, limit, observer=observer)
+    show(tables.evaluations(found.evaluations))
+    if found.tasks:
+        show(tables.tasks(found.tasks))
+
+
+app.command()(recover.recover)
 
 
 @app.command()
@@ -246,11 +228,11 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that `armorfac
     """
     from armorfact_hf.runs.inspect import inspect_folder
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         layers = inspect_folder(folder)
-        console.print(tables.held(layers))
+        show(tables.held(layers))
         for sentence in tables.held_sums(layers):
-            _say(sentence)
+            say(sentence)
 
 
 @app.command()
@@ -266,9 +248,9 @@ def export(
     """
     from armorfact_hf.runs.export import export_dense
 
-    with _errors_as_sentences():
-        export_dense(folder, out, _say)
-        console.print(f"Wrote {out}")
+    with errors_as_sentences():
+        export_dense(folder, out, say)
+        say(f"Wrote {out}")
 
 
 @app.command()
@@ -301,17 +283,23 @@ def bench(
     from armorfact_hf.bench import layers as benches
     from armorfact_hf.bench import models as throughput
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         counts = _counts(tokens)
-        with _bar() as told:
+        with shown_progress() as observer:
             timings = benches.bench_folder(
-                folder, counts, dtype=dtype, device=device, allow_dense=allow_dense, progress=told, log=_say
+                folder,
+                counts,
+                dtype=dtype,
+                device=device,
+                allow_dense=allow_dense,
+                progress=lambda doing, done, total: observer.step(Step(done, total, doing)),
+                log=observer.say,
             )
-        console.print(tables.timings(timings))
+        show(tables.timings(timings))
         for sentence in tables.crossovers(timings, benches.choose(timings, allow_dense)):
-            _say(sentence)
+            say(sentence)
         if end_to_end:
-            console.print(tables.throughputs(throughput.end_to_end(folder, prompt, new, dtype, device)))
+            show(tables.throughputs(throughput.end_to_end(folder, prompt, new, dtype, device)))
 
 
 def _counts(text: str) -> list[int]:
@@ -319,48 +307,3 @@ def _counts(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"--tokens expects numbers of at least 1 separated by commas, such as 1,16,512; got {text!r}")
     return [int(part) for part in parts]
-
-
-@contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """Failures that the user can mend end the command with their sentence, not with a traceback."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # there is one bar, and it is ours
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        errors.print(f"[bold red]Error:[/] {type(error).__name__}: ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        errors.print("Interrupted; the same command continues from the last finished decoder block.")
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar, or a line every tenth of the way into a file; the function given says how far it is."""
-    times = TimeElapsedColumn(), TimeRemainingColumn()
-    columns = BarColumn(), TaskProgressColumn(), *times, TextColumn("{task.description}")
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        tenths = {"said": -1}
-
-        def told(doing: str, done: int, total: int) -> None:
-            bar.update(task, description=doing, completed=done, total=total)
-            tenth = 10 * done // max(total, 1)
-            if bar.disable and tenth != tenths["said"]:
-                tenths["said"] = tenth
-                _say(f"{10 * tenth:3d}%  {doing}")
-
-        yield told
-
-
-def _say(sentence: str) -> None:
-    console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-
-
-def _show_plan(plan: Any) -> None:
-    for sentence in tables.plan_lines(plan):
-        _say(sentence)

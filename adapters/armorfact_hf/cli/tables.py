@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from armorfact_hf.report.record import PerplexityRecord, TaskRecord
 
 Rows = Sequence[Any]
 
@@ -57,29 +60,35 @@ def compared(rows: Rows) -> Table:
     return table
 
 
-def evaluations(entries: Sequence[dict[str, Any]]) -> Table:
+def evaluations(records: Sequence[PerplexityRecord]) -> Table:
     """Perplexity by text and method, with all that pins it."""
     table = Table(
         "text", "split", "window", "stride", "bos", "tokens", "dense", "method", "perplexity", "x dense", box=None
     )
-    for entry in entries:
-        pinned = [str(entry[key]) for key in ("text", "split", "window", "stride", "bos", "tokens")]
-        for row in entry["methods"] or [{"name": "", "perplexity": entry["dense"]}]:
-            found = row["perplexity"]
-            table.add_row(
-                *pinned, f"{entry['dense']:.3f}", row["name"], f"{found:.3f}", f"{found / entry['dense']:.3f}"
-            )
+    for record in records:
+        pinned = (record.text, record.split, record.window, record.stride, record.bos, record.tokens)
+        for name, found in [(x.name, x.perplexity) for x in record.methods] or [("", record.dense)]:
+            cells = f"{record.dense:.3f}", name, f"{found:.3f}", f"{found / record.dense:.3f}"
+            table.add_row(*map(str, pinned), *cells)
     return table
 
 
-def tasks(rows: Sequence[dict[str, Any]]) -> Table:
+def tasks(records: Sequence[TaskRecord]) -> Table:
     """Accuracy by task."""
     table = Table("task", "questions", "dense", "pruned", "standard error", box=None)
-    for row in rows:
-        pruned = "" if row["pruned"] is None else f"{row['pruned']:.3f}"
-        error = f"{row['standard_error']:.3f}"
-        table.add_row(row["task"], str(row["questions"]), f"{row['dense']:.3f}", pruned, error)
+    for record in records:
+        pruned = "" if record.pruned is None else f"{record.pruned:.3f}"
+        error = f"{record.standard_error:.3f}"
+        table.add_row(record.task, str(record.questions), f"{record.dense:.3f}", pruned, error)
     return table
+
+
+def recovered(done: Any) -> str:
+    """What a recovery gained."""
+    return (
+        f"{done.before:.4f} nats a token from dense before, {done.after:.4f} after {done.best_step} of {done.steps} "
+        f"steps, on {done.kept_aside} windows kept aside."
+    )
 
 
 def held(layers: Rows) -> Table:

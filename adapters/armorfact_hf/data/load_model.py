@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.folder import describe, load_pruned, stored_tensors
 from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.pruning.journal import model_fingerprint
 
 Log = Callable[[str], None]
@@ -27,7 +28,7 @@ class Loaded:
     """A model, its tokenizer, and the name under which it was asked for."""
 
     name: str
-    model: nn.Module
+    model: CausalLM
     tokenizer: Any
     _hashed: dict[tuple, str] = field(default_factory=dict, repr=False, compare=False)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 
-def tokenize(text: str, tokenizer) -> np.ndarray:
+def tokenize(text: str, tokenizer: Any) -> np.ndarray:
     """Token numbers of `text`, a 1-D int64 array, without the special tokens that a tokenizer adds around a text.
 
     Args:
@@ -43,7 +43,7 @@ def windows(tokens: np.ndarray, length: int, count: int | None = None, bos: int 
     return body if bos is None else np.insert(body, 0, bos, axis=1)
 
 
-def spread(items: Sequence[Any], count: int | None) -> list[Any]:
+def spread(items: Sequence[Any] | np.ndarray, count: int | None) -> list[Any]:
     """``count`` of the items at even distances, from the first on; all of them if there are no more, or with None."""
     if count is None or count >= len(items):
         return list(items)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
+import transformers
 
-from armorfact_hf.data.load_model import Loaded, Log
-from armorfact_hf.data.texts import evaluation_source, tokens_of
+import armorfact
+from armorfact_hf.data.load_model import Loaded
+from armorfact_hf.data.texts import Text, evaluation_source, tokens_of
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.evaluation.perplexity import evaluate_perplexity
 from armorfact_hf.files import written_beside
+from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning.journal import tokens_fingerprint
-
-Json = dict[str, Any]
-
-Progress = Callable[[int, int], object]
+from armorfact_hf.typed_json import from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,39 @@ class Evaluation:
     stride: int | None = None
 
 
-def perplexity_of(loaded: Loaded, evaluation: Evaluation, progress: Progress | None = None, log: Log = print) -> Json:
-    """The perplexity of a model on a text, with what it depends on; measured once, then read from the cache folder.
+@dataclass(frozen=True)
+class MeasuredPerplexity:
+    """A perplexity, and all that it depends on but the model.
 
-    Returns:
-        text, split, sha256 (of the tokens), window, stride, bos, windows, tokens (scored), perplexity.
+    Args:
+        text, split: name of the text, and which part of it. sha256: of its tokens.
+        window, stride, bos: see `armorfact_hf.Perplexity`.
+        windows: how many were asked for at most. chosen: how they lie in the text.
+        tokens: how many were scored.
     """
-    text = evaluation_source(evaluation.text, log)
+
+    text: str
+    split: str
+    sha256: str
+    window: int
+    stride: int
+    bos: int | None
+    windows: int | None
+    chosen: str
+    tokens: int
+    perplexity: float
+
+
+def perplexity_of(loaded: Loaded, evaluation: Evaluation, observer: Observer | None = None) -> MeasuredPerplexity:
+    """The perplexity of a model on a text; measured once, then read from the cache folder.
+
+    Raises:
+        ValueError: no such text, too little of it, or a damaged file in the cache.
+    """
+    observer = Observer() if observer is None else observer
+    text = evaluation_source(evaluation.text, observer.say)
     tokens = torch.from_numpy(tokens_of(text, loaded))
-    asked = {
+    key = {
         "text": text.name,
         "split": text.split,
         "sha256": tokens_fingerprint(tokens),
@@ -53,32 +78,61 @@ def perplexity_of(loaded: Loaded, evaluation: Evaluation, progress: Progress | N
         "stride": evaluation.stride,
         "bos": loaded.bos,
         "windows": evaluation.windows,
-        "chosen": "evenly over the text",
+        "model": loaded.fingerprint,
+        "versions": [armorfact.__version__, transformers.__version__, torch.__version__],
     }
-    key = {**asked, "model": loaded.fingerprint}
-    return _remembered(key, lambda: asked | _measured(loaded, tokens, asked, progress))
+    return _remembered(key, lambda: _measured(loaded, text, tokens, evaluation, observer))
 
 
-def _measured(loaded: Loaded, tokens: torch.Tensor, asked: Json, progress: Progress | None) -> Json:
+def _measured(
+    loaded: Loaded, text: Text, tokens: torch.Tensor, evaluation: Evaluation, observer: Observer
+) -> MeasuredPerplexity:
     found = evaluate_perplexity(
         loaded.model,
         tokens,
-        window=asked["window"],
-        stride=asked["stride"],
-        bos=asked["bos"],
-        max_windows=asked["windows"],
-        progress=progress,
+        window=loaded.window(evaluation.length),
+        stride=evaluation.stride,
+        bos=loaded.bos,
+        max_windows=evaluation.windows,
+        progress=lambda done, total: observer.step(Step(done, total, "measuring perplexity")),
     )
-    return {"stride": found.stride, "tokens": found.tokens, "perplexity": found.value}
+    return MeasuredPerplexity(
+        text=text.name,
+        split=text.split,
+        sha256=tokens_fingerprint(tokens),
+        window=found.window,
+        stride=found.stride,
+        bos=found.bos,
+        windows=evaluation.windows,
+        chosen="evenly over the text",
+        tokens=found.tokens,
+        perplexity=found.value,
+    )
 
 
-def _remembered(key: Json, measure: Callable[[], Json]) -> Json:
+def _remembered(key: Mapping[str, object], measure: Callable[[], MeasuredPerplexity]) -> MeasuredPerplexity:
     """``measure()``, kept in the cache folder under ``key``."""
-    name = tokens_fingerprint(torch.tensor(list(json.dumps(key, sort_keys=True).encode())))
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "perplexity" / f"{name[:32]}.json"
-    if not path.exists():
-        found = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(path) as draft:
-            draft.write_text(json.dumps({"key": key, "found": found}), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))["found"]
+    if path.exists():
+        return _read(path)
+    found = measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as draft:
+        draft.write_text(json.dumps({"key": key, "found": to_json(found)}), encoding="utf-8")
+    return found
+
+
+def _read(path: Path) -> MeasuredPerplexity:
+    try:
+        return from_json(_Kept, json.loads(path.read_text(encoding="utf-8"))).found
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A file of the cache."""
+
+    key: Mapping[str, object]
+    found: MeasuredPerplexity

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from armorfact_hf.data.tokens import spread
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.stream import BlockStream
 from armorfact_hf.model.structure import decoder_blocks
 
@@ -42,7 +43,7 @@ class Perplexity:
 
 
 def evaluate_perplexity(
-    model: nn.Module,
+    model: CausalLM,
     tokens: Any,
     window: int = 2048,
     stride: int | None = None,
@@ -105,7 +106,7 @@ def _exp(mean: float) -> float:
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, row: Tensor) -> Tensor:
+def token_losses(model: CausalLM, row: Tensor) -> Tensor:
     """The negative log-likelihood of each token of a window after its first, (length - 1,) float32.
 
     The logits come from the model's own head, which may scale or cap them, a few positions at a time.

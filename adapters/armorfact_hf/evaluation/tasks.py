@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from armorfact_hf.data.questions import TASKS, Question, fetch_questions
 from armorfact_hf.data.wheels import Log
+from armorfact_hf.model.causal_lm import CausalLM
 
 _log: Log = logging.getLogger(__name__).info
 
@@ -49,7 +51,7 @@ class TaskScore:
 
 
 def evaluate_tasks(
-    model, tokenizer, tasks: Sequence[str] = TASKS, limit: int | None = None, log: Log = _log
+    model: CausalLM, tokenizer: Any, tasks: Sequence[str] = TASKS, limit: int | None = None, log: Log = _log
 ) -> list[TaskScore]:
     """Zero-shot scores of a model in memory, one for each of `tasks`, in that order.
 
@@ -98,14 +100,14 @@ class _AsItIs:
     tied, that would overwrite a compressed head with the embedding.
     """
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self.model, self.config, self.device = model.eval(), model.config, model.device
 
-    def __call__(self, tokens):
+    def __call__(self, tokens: Any) -> Any:
         return self.model(tokens, use_cache=False)
 
 
-def _scorer(model, tokenizer):
+def _scorer(model: CausalLM, tokenizer: Any) -> Any:
     """The model as lm-eval wants it."""
     from lm_eval.models.huggingface import HFLM
 
@@ -117,7 +119,7 @@ def _scorer(model, tokenizer):
         )
 
 
-def _score(scorer, task: str, questions: list[Question]) -> TaskScore:
+def _score(scorer: Any, task: str, questions: list[Question]) -> TaskScore:
     """Let lm-eval ask `questions`."""
     # Not `simple_evaluate`: it looks the model up on the hub, reads thousands of task files and seeds every generator.
     from lm_eval import evaluate
@@ -133,7 +135,7 @@ def _score(scorer, task: str, questions: list[Question]) -> TaskScore:
     )
 
 
-def _harness_task(task: str, questions: list[Question]):
+def _harness_task(task: str, questions: list[Question]) -> Any:
     """A task of lm-eval with its questions in memory."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask

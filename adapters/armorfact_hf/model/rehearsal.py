@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.moments import ROUTED, Inputs, recorded_inputs
 from armorfact_hf.model.stream import evaluating
 from armorfact_hf.model.structure import Layer
@@ -45,7 +46,7 @@ def rehearse(model: nn.Module, blocks: Sequence[nn.Module], layers: Sequence[Lay
     return inputs
 
 
-def _run(model: nn.Module, tokens: Tensor) -> None:
+def _run(model: CausalLM, tokens: Tensor) -> None:
     try:
         model(input_ids=tokens.to(model.device), use_cache=False)
     except torch.OutOfMemoryError:

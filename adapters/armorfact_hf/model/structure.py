@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.causal_lm import CausalLM
 
 Select = Callable[[str, nn.Module], bool]
 
@@ -33,7 +35,7 @@ class Layer:
     """
 
     name: str
-    module: nn.Module
+    module: nn.Linear | Conv1D
     decoder_block: int | None
     block: tuple[int, int] | None = None
     unfit: str = ""
@@ -83,12 +85,12 @@ def _linear_weights(blocks: Iterable[nn.Module]) -> int:
     return dense + sum(x.out_features * x.in_features for x in modules if isinstance(x, FactorizedLinear))
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     """Whether a module computes x W' + b with a W of its own."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def more_than_linear(module: nn.Module) -> str:
+def more_than_linear(module: nn.Linear | Conv1D) -> str:
     """What a linear layer does beside x W' + b, which would be lost with it; nothing if that is all."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrized, and made anew in every pass"
@@ -101,7 +103,7 @@ def more_than_linear(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _computes_no_more(module: nn.Module) -> bool:
+def _computes_no_more(module: nn.Linear | Conv1D) -> bool:
     """Whether a module whose class has a forward of its own, as Falcon's do, still computes x W' + b: by trying it."""
     if set(module.state_dict()) - {"weight", "bias"}:
         return False
@@ -197,7 +199,7 @@ def _other_weights(prefix: str, blocks: Sequence[nn.Module]) -> list[DenseLayer]
     ]
 
 
-def _head(model: nn.Module) -> Layer:
+def _head(model: CausalLM) -> Layer:
     head = model.get_output_embeddings()
     if head is None or not is_linear(head):
         raise ValueError(f"head=True: {type(model).__name__} has no linear output head")

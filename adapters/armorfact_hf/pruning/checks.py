@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.causal_lm import CausalLM
 
 MATRIX = "calibration must be a (windows, length) matrix of token numbers"
 CUT = "armorfact_hf.windows cuts a text's tokens into one"
@@ -21,7 +22,7 @@ def refuse_pruned(model: nn.Module) -> None:
             raise ValueError(f"the model is pruned already ({name}); load the dense model again")
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: CausalLM) -> None:
     """Whether a model can be pruned at all, by what it is and by what its weights hold.
 
     Raises:
@@ -42,7 +43,7 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"{name} holds NaN or infinite values: copy or download the model again")
 
 
-def checked_tokens(model: nn.Module, calibration: Any) -> Tensor:
+def checked_tokens(model: CausalLM, calibration: Any) -> Tensor:
     """Calibration tokens as an int64 tensor (windows, length).
 
     Raises:

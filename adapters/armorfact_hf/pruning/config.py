@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from armorfact import Pattern
+from armorfact_hf.pruning.schedule import Matching
 
 METHODS = ("armorfact", "sparsegpt", "wanda", "nowag", "magnitude")
 BASELINES = ("sparsegpt", "wanda", "nowag", "magnitude", "paper")
@@ -37,6 +38,11 @@ class PruneConfig:
         init: where the factorization starts, a method of one shot.
         sweeps: most sweeps of the solver over a layer.
         rtol: a layer ends after three sweeps that each lower its loss by less than this share.
+        refine: "block" tunes the factors of a whole decoder block, once its layers are factorized, towards what the
+            dense model computes there (`armorfact_hf.pruning.matching`); None keeps them as factorized. It is for the
+            method "armorfact", and takes two windows of calibration or more: some are kept aside.
+        passes: over the calibration windows while a block is tuned.
+        rate: the learning rate of its kept values and wrappers.
         include: which linear layers of the decoder blocks: module names or their last parts ("q_proj",
             "mlp.down_proj"), or regular expressions after "re:" that match from the start of the name.
         ignore: layers to leave dense all the same, written like ``include``.
@@ -59,6 +65,9 @@ class PruneConfig:
     init: str = "sparsegpt"
     sweeps: int = 20
     rtol: float = 1e-3
+    refine: str | None = "block"
+    passes: int = 4
+    rate: float = 5e-4
     include: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] = ()
     head: bool = False
@@ -70,6 +79,7 @@ class PruneConfig:
         _one_of("propagate", self.propagate, ("pruned", "dense"))
         _one_of("target", self.target, ("weight", "output"))
         _one_of("init", self.init, METHODS[1:])
+        _one_of("refine", self.refine, ("block", None))
         Pattern.parse(self.pattern)
         self._check_numbers()
         self._check_combinations()
@@ -80,11 +90,19 @@ class PruneConfig:
         self._set("sweeps", _whole("sweeps must be a whole number", self.sweeps))
         self._set("rtol", _real("rtol", self.rtol))
         if self.block != "auto":
-            self._set("block", _whole("block must be a positive number of channels or 'auto'", self.block))
-            if self.block < 1:
+            size = _whole("block must be a positive number of channels or 'auto'", self.block)
+            if size < 1:
                 raise ValueError(f"block must be a positive number of channels or 'auto', got {self.block!r}")
+            self._set("block", size)
         if self.sweeps < 0 or not 0 <= self.rtol < 1:
             raise ValueError(f"expected sweeps >= 0 and 0 <= rtol < 1, got sweeps={self.sweeps}, rtol={self.rtol}")
+        self._set("passes", _whole("passes must be a whole number", self.passes))
+        self._set("rate", _real("rate", self.rate))
+        if self.passes < 1 or not 0 < self.rate < float("inf"):
+            raise ValueError(
+                f"expected passes >= 1 and a finite rate > 0, got passes={self.passes}, rate={self.rate}; "
+                "refine=None leaves blocks as factorized"
+            )
         if self.shrinkage is not None:
             self._set("shrinkage", _real("shrinkage", self.shrinkage))
             if not 0 <= self.shrinkage < float("inf"):
@@ -113,6 +131,12 @@ class PruneConfig:
         return DEFAULT_SHRINKAGE if self.shrinkage is None else self.shrinkage
 
     @property
+    def matching(self) -> Matching | None:
+        """How decoder blocks are tuned, or None where they are kept as factorized."""
+        wanted = self.method == "armorfact" and self.refine == "block"
+        return Matching(self.passes, self.rate) if wanted else None
+
+    @property
     def needs_correlations(self) -> bool:
         """Whether any method asked for looks at the whole Gram matrix, not only its diagonal."""
         ours = self.method == "armorfact" and (self.objective == "gram" or self.init == "sparsegpt")
@@ -132,12 +156,15 @@ class PruneConfig:
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}: written by another version of armorfact?")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**given)
 
 
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, known: tuple[str | None, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
 
 
 def _whole(expected: str, value: Any) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from armorfact import Pattern
 from armorfact_hf.checkpoint.description import DTYPES
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, chosen_layers
 from armorfact_hf.pruning.config import PruneConfig
 
@@ -81,7 +81,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def fitting_layers(
-    model: nn.Module, config: PruneConfig, select: Select | None = None
+    model: CausalLM, config: PruneConfig, select: Select | None = None
 ) -> tuple[list[Layer], list[DenseLayer]]:
     """The layers that will be pruned, with their blocks, and what stays dense with the reasons.
 

@@ -11,12 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 import armorfact
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_model, checked_tokens
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.journal import flat_manifest, model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.schedule import Matching
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class Job:
         dense_layers: what stays dense, and why.
     """
 
-    model: nn.Module
+    model: CausalLM
     tokens: Tensor
     config: PruneConfig
     prefix: str
@@ -48,7 +50,12 @@ class Job:
     @property
     def follows_dense(self) -> bool:
         """Whether states of the dense model do."""
-        return self.config.propagate == "dense" or self.config.target == "output"
+        return self.config.propagate == "dense" or self.config.target == "output" or self.matching is not None
+
+    @property
+    def matching(self) -> Matching | None:
+        """How decoder blocks are tuned; of a single window none can be kept aside, so that none is."""
+        return self.config.matching if len(self.tokens) > 1 else None
 
     @cached_property
     def last_block(self) -> int:

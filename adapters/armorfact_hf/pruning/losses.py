@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor
 
 import armorfact
@@ -10,7 +12,7 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 
-CONVERGED = {"max_sweeps": 300, "rtol": 1e-4}  # the budget of the baseline "paper"
+CONVERGED: dict[str, Any] = {"max_sweeps": 300, "rtol": 1e-4}  # the budget of the baseline "paper"
 
 
 def one_shot(method: str, weight: Tensor, gram: Tensor, pattern: str) -> Tensor:
@@ -54,7 +56,7 @@ def left_out(config: PruneConfig, layer: Layer) -> list[str]:
 def _exact_weight(pruned: FactorizedLinear) -> Tensor:
     """A C B in float64, so that nothing but the stored factors counts."""
     core = pruned.core.dense().double()
-    if pruned.block is None:
+    if pruned.left is None or pruned.right is None:
         return core
     return armorfact.Factors(pruned.left.double(), core, pruned.right.double()).dense()
 
@@ -62,10 +64,10 @@ def _exact_weight(pruned: FactorizedLinear) -> Tensor:
 def _baseline(method: str, weight: Tensor, gram: Tensor, config: PruneConfig, layer: Layer) -> Tensor:
     if method != "paper":
         return one_shot(method, weight, gram, config.pattern)
-    return paper(weight, gram, config.pattern, layer.block).dense()
+    return paper(weight, gram, config.pattern, cast(tuple[int, int], layer.block)).dense()
 
 
-def paper(weight: Tensor, gram: Tensor, pattern: str, block: tuple[int, int] | None) -> Result:
+def paper(weight: Tensor, gram: Tensor, pattern: str, block: tuple[int, int]) -> Result:
     """The ARMOR paper's objective solved to convergence: diag(H), NoWag-normalized W, from the NoWag-P mask."""
     diagonal = gram.diagonal() if gram.ndim == 2 else gram
     return factorize(

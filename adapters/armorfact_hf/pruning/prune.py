@@ -14,6 +14,7 @@ from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
 from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock
@@ -21,6 +22,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.notes import damping_noted
 
 
@@ -33,12 +35,14 @@ class PruneReport:
         layers: a report for each pruned layer, in the order of the model.
         dense_layers: what stayed dense, and why.
         seconds: wall time, that of the finished blocks which a resumed run found included.
+        blocks: how each decoder block was tuned, where they were.
     """
 
     config: PruneConfig
     layers: tuple[LayerReport, ...]
     dense_layers: tuple[DenseLayer, ...]
     seconds: float
+    blocks: tuple[BlockReport, ...] = ()
 
     def mean_loss(self, method: str | None = None) -> float:
         """The mean relative loss over the layers, of the method of this run or of a baseline in its report."""
@@ -72,27 +76,31 @@ def prune_(
     Raises:
         ValueError: tokens that are not a matrix of numbers in the vocabulary, a model without decoder blocks, settings
             that leave nothing to prune, a model that is pruned already.
-        DifferentRun: the journal belongs to other arguments.
+        DifferentRun: the journal belongs to other arguments. InUse: another process is writing it.
+        DiskFull: in mid-run; what is finished stays in the journal.
         NonFiniteActivations: a module computes NaN or infinite values; nothing is changed from its block on.
     """
-    job = make_job(model, calibration, config, select)
-    return prune_job_(job, None if journal is None else Path(journal), observer or Observer())
+    job, observer = make_job(model, calibration, config, select), observer or Observer()
+    if journal is None:
+        return prune_job_(job, None, observer)
+    with Journal.open(Path(journal), job.manifest, job.config.pattern) as stored:
+        return prune_job_(job, stored, observer)
 
 
-def prune_job_(job: Job, journal: Path | None, observer: Observer) -> PruneReport:
+def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneReport:
     """`prune_`, for arguments that were checked."""
-    stored = None if journal is None else Journal.open(journal, job.manifest, job.config.pattern)
     job.model.eval()
-    run = BlockByBlock.of(job, stored, observer)
+    run = BlockByBlock.of(job, journal, observer)
     with damping_noted():
         reports = tuple(run.reports())
     describe_(job.model, job.config, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
-    return PruneReport(job.config, reports, (*job.dense_layers, *missed), run.clock.seconds())
+    dense_layers = (*job.dense_layers, *missed)
+    return PruneReport(job.config, reports, dense_layers, run.clock.seconds(), tuple(run.blocks))
 
 
-def describe_(model: nn.Module, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
+def describe_(model: CausalLM, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
     """Write into the model's config what its pruned layers are, so that transformers saves and loads them."""
     pattern = Pattern.parse(config.pattern)
     layers = {report.name: LayerFormat(report.name, report.shape, pattern, report.block) for report in reports}

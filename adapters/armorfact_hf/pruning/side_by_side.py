@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -33,12 +34,14 @@ def prune_layers(
     if workers <= 1:
         return [_told(finished, layer, prune_layer(layer, moments, config)) for layer, moments in work]
     largest_first = sorted(range(len(work)), key=lambda k: -layer_flops(work[k][0]))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,))
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool:
-            futures = {pool.submit(prune_layer, *work[k], config): k for k in largest_first}
-            for future in as_completed(futures):
-                finished(work[futures[future]][0])
+        futures = {pool.submit(prune_layer, *work[k], config): k for k in largest_first}
+        for future in as_completed(futures):
+            finished(work[futures[future]][0])
     finally:
+        stopped = not isinstance(sys.exception(), Exception | None)  # whoever presses Ctrl-C waits for nobody
+        pool.shutdown(wait=not stopped, cancel_futures=True)
         torch.set_num_threads(cores)  # what the workers set counts for threads to come
     return [future.result() for future in sorted(futures, key=futures.__getitem__)]
 

@@ -1,12 +1,9 @@
-"""What one pruning run did and what it cost, as a page to read and as JSON to compute with.
-
-`report.html` is one file that loads nothing else, so it can be mailed, archived and opened offline; `report.json` holds
-the same numbers in full. Neither is ever seen half written.
-"""
+"""A report as a page to read: one file that loads nothing else."""
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,133 +11,152 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from armorfact_hf.files import written_beside
+from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.report.plots import Chart, Series, depth_chart, drawable, panel_charts, scatter_chart
-
-Json = dict[str, Any]
+from armorfact_hf.report.record import PerplexityRecord, Report
 
 MOST_PANELS = 12  # more kinds of layers than these are not drawn one by one: nobody would read that picture
 
 
-def write_report(folder: Path, report: Json) -> None:
-    """Write `report.json` and `report.html` into an existing folder, each beside its target and then renamed.
+@dataclass(frozen=True)
+class LossRow:
+    """One method's losses: on how many layers they were measured, their mean, and the worst with its layer."""
 
-    Args:
-        folder: where they go; files of the same names there are replaced.
-        report: of plain JSON types, with the keys format, armorfact_version, model, calibration, config, layers,
-            dense_layers, totals, evaluations and tasks; the last two may be empty lists.
-    """
-    page = render_html(report)
-    for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.html", page)):
-        with written_beside(folder / name) as draft:
-            draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may hold a lone surrogate
+    method: str
+    layers: int
+    mean: float
+    worst: float
+    worst_layer: str
 
 
-def render_html(report: Json) -> str:
+@dataclass(frozen=True)
+class Contest:
+    """On how many layers the stored method was compared with others, and on how many none of them has a lower loss."""
+
+    compared: int
+    won: int
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method in the table of a text."""
+
+    name: str
+    mean_loss: float
+    perplexity: float
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class EvaluationView:
+    """A text: its record, a row for each method, that of the stored one, the plot, and which methods it lacks."""
+
+    record: PerplexityRecord
+    rows: list[MethodRow]
+    stored: MethodRow | None
+    plot: Chart | None
+    undrawn: list[str]
+
+
+def render_html(report: Report) -> str:
     """The page for one run; whatever text the report holds is escaped."""
-    stored, methods = report["config"]["method"], method_names(report)
+    layers, stored, methods = report.layers, report.config.method, method_names(report)
     return _TEMPLATES.get_template("page.html.j2").render(
         report=report,
+        config=report.config.to_dict(),
         stored=stored,
         methods=methods,
         slots={method: index for index, method in enumerate(methods)},
-        wrapped=any(layer["block"] for layer in report["layers"]),
-        measured=[method for method in methods if any(method in layer["losses"] for layer in report["layers"])],
-        losses=loss_summary(report["layers"], methods),
-        contest=contest(report["layers"], stored),
-        outside=[layer["name"] for layer in report["layers"] if layer["decoder_block"] is None],
-        statuses=Counter(layer["status"] for layer in report["layers"]),
-        notes=layers_by_note(report["layers"]),
-        evaluations=[evaluation_view(evaluation, stored) for evaluation in report["evaluations"]],
-        depth=depth_plot(report["layers"], methods),
-        panels=panel_plots(report["layers"], methods),
+        wrapped=any(layer.block for layer in layers),
+        measured=[method for method in methods if any(method in layer.losses for layer in layers)],
+        losses=loss_summary(layers, methods),
+        contest=contest(layers, stored),
+        outside=[layer.name for layer in layers if layer.decoder_block is None],
+        statuses=Counter(layer.status for layer in layers),
+        notes=layers_by_note(layers),
+        evaluations=[evaluation_view(record, stored) for record in report.evaluations],
+        depth=depth_plot(layers, methods),
+        panels=panel_plots(layers, methods),
     )
 
 
-def method_names(report: Json) -> list[str]:
+def method_names(report: Report) -> list[str]:
     """Every method that the report names, the stored one first; the place of a method gives its colour."""
-    measured = [method for layer in report["layers"] for method in layer["losses"]]
-    evaluated = [outcome["name"] for evaluation in report["evaluations"] for outcome in evaluation["methods"]]
-    return list(dict.fromkeys([report["config"]["method"], *measured, *evaluated]))
+    measured = [method for layer in report.layers for method in layer.losses]
+    evaluated = [method.name for record in report.evaluations for method in record.methods]
+    return list(dict.fromkeys([report.config.method, *measured, *evaluated]))
 
 
-def loss_summary(layers: list[Json], methods: list[str]) -> list[Json]:
-    """Per method with a loss for some layer: on how many layers it was measured, the mean, and the worst layer."""
+def loss_summary(layers: Sequence[LayerReport], methods: Iterable[str]) -> list[LossRow]:
+    """A row for each method with a finite loss for some layer."""
     rows = []
     for method in methods:
-        losses = {layer["name"]: layer["losses"][method] for layer in layers if drawable(layer["losses"].get(method))}
+        losses = {layer.name: layer.losses[method] for layer in layers if drawable(layer.losses.get(method))}
         if losses:
             worst = max(losses, key=losses.__getitem__)
-            rows.append(
-                {
-                    "method": method,
-                    "layers": len(losses),
-                    "mean": fmean(losses.values()),
-                    "worst": losses[worst],
-                    "worst_layer": worst,
-                }
-            )
+            rows.append(LossRow(method, len(losses), fmean(losses.values()), losses[worst], worst))
     return rows
 
 
-def lowest(losses: dict[str, float | None]) -> float | None:
+def lowest(losses: Mapping[str, float]) -> float | None:
     """The lowest finite loss, or None."""
     return min(filter(drawable, losses.values()), default=None)
 
 
-def contest(layers: list[Json], stored: str) -> Json:
-    """On how many layers the stored method was compared with others, and on how many none of them has a lower loss."""
-    compared = [layer["losses"] for layer in layers if stored in layer["losses"] and len(layer["losses"]) > 1]
-    return {"compared": len(compared), "won": sum(losses[stored] == lowest(losses) for losses in compared)}
+def contest(layers: Iterable[LayerReport], stored: str) -> Contest:
+    """How the stored method did against the others, layer by layer."""
+    compared = [layer.losses for layer in layers if stored in layer.losses and len(layer.losses) > 1]
+    return Contest(len(compared), sum(losses[stored] == lowest(losses) for losses in compared))
 
 
-def layers_by_note(layers: list[Json]) -> dict[str, list[str]]:
+def layers_by_note(layers: Iterable[LayerReport]) -> dict[str, list[str]]:
     """The layers that carry each note, so that what happened to all of them is told once."""
     found = defaultdict(list)
     for layer in layers:
-        for note in layer["notes"]:
-            found[note].append(layer["name"])
+        for note in layer.notes:
+            found[note].append(layer.name)
     return dict(found)
 
 
-def evaluation_view(evaluation: Json, stored: str) -> Json:
-    """An evaluation with the ratios to the dense model, what the stored method reached, and its plot."""
-    rows = [outcome | {"ratio": ratio(outcome["perplexity"], evaluation["dense"])} for outcome in evaluation["methods"]]
+def evaluation_view(record: PerplexityRecord, stored: str) -> EvaluationView:
+    """A text with the ratios to the dense model, what the stored method reached, and its plot."""
+    rows = [MethodRow(x.name, x.mean_loss, x.perplexity, ratio(x.perplexity, record.dense)) for x in record.methods]
     outcomes = {
-        row["name"]: (row["mean_loss"], row["ratio"])
+        row.name: (row.mean_loss, row.ratio)
         for row in rows
-        if drawable(row["mean_loss"]) and drawable(row["ratio"])
+        if drawable(row.mean_loss) and row.ratio is not None and drawable(row.ratio)
     }
-    return evaluation | {
-        "rows": rows,
-        "stored": next((row for row in rows if row["name"] == stored), None),
-        "plot": scatter_chart(outcomes) if outcomes else None,
-        "undrawn": [row["name"] for row in rows if row["name"] not in outcomes],
-    }
+    return EvaluationView(
+        record=record,
+        rows=rows,
+        stored=next((row for row in rows if row.name == stored), None),
+        plot=scatter_chart(outcomes) if outcomes else None,
+        undrawn=[row.name for row in rows if row.name not in outcomes],
+    )
 
 
-def depth_plot(layers: list[Json], methods: list[str]) -> Chart | None:
+def depth_plot(layers: Iterable[LayerReport], methods: Iterable[str]) -> Chart | None:
     """Loss over depth, the mean of each decoder block; None if no layer lies in a decoder block."""
     series = mean_losses(layers, methods)
     return depth_chart(series) if series else None
 
 
-def panel_plots(layers: list[Json], methods: list[str]) -> dict[str, Chart]:
+def panel_plots(layers: Iterable[LayerReport], methods: Iterable[str]) -> dict[str, Chart]:
     """Loss over depth for each kind of layer, at most `MOST_PANELS` of them; none if there is only one kind."""
     kinds = defaultdict(list)
     for layer in layers:
-        kinds[layer["name"].rpartition(".")[2]].append(layer)
+        kinds[layer.name.rpartition(".")[2]].append(layer)
     drawn = {kind: series for kind, members in kinds.items() if (series := mean_losses(members, methods))}
     return panel_charts(drawn) if 1 < len(drawn) <= MOST_PANELS else {}
 
 
-def mean_losses(layers: Iterable[Json], methods: list[str]) -> Series:
+def mean_losses(layers: Iterable[LayerReport], methods: Iterable[str]) -> Series:
     """method -> decoder block -> the mean over its layers that have a finite loss; what has none is left out."""
-    found = {method: defaultdict(list) for method in methods}
+    found: dict[str, dict[int, list[float]]] = {method: defaultdict(list) for method in methods}
     for layer in layers:
-        for method, loss in layer["losses"].items():
-            if drawable(loss) and layer["decoder_block"] is not None:
-                found[method][layer["decoder_block"]].append(loss)
+        for method, loss in layer.losses.items():
+            if drawable(loss) and layer.decoder_block is not None:
+                found[method][layer.decoder_block].append(loss)
     return {
         method: {block: fmean(losses) for block, losses in blocks.items()} for method, blocks in found.items() if blocks
     }

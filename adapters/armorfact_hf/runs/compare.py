@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from armorfact_hf.checkpoint.folder import stored_tensors
 from armorfact_hf.data.load_model import Loaded, Log, load_model
 from armorfact_hf.data.texts import evaluation_source
-from armorfact_hf.evaluation.measure import Evaluation, Progress, perplexity_of
-from armorfact_hf.evaluation.tasks import evaluate_tasks
+from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, perplexity_of
+from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.report.page import write_report
-from armorfact_hf.runs.prune_to_folder import Calibration, Json, prune_to_folder, read_report
+from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
+from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 
 
-def dense_model(report: Json, device: str | None = None, log: Log = print) -> Loaded:
+@dataclass(frozen=True)
+class Figures:
+    """What was measured: perplexities by text, and accuracies by task."""
+
+    evaluations: tuple[PerplexityRecord, ...]
+    tasks: tuple[TaskRecord, ...]
+
+
+def dense_model(report: Report, device: str | None = None, log: Log = print) -> Loaded:
     """The dense model that a report's folder was pruned from.
 
     Raises:
         ValueError: it cannot be loaded, or is another one by now.
     """
-    facts = report["model"]
-    loaded = load_model(facts["name"], dtype=facts["dtype"], device=device, log=log)
-    if loaded.fingerprint != facts["fingerprint"]:
-        raise ValueError(f"{facts['name']} is not the model that was pruned: its weights have changed since")
+    facts = report.model
+    loaded = load_model(facts.name, dtype=facts.dtype, device=device, log=log)
+    if loaded.fingerprint != facts.fingerprint:
+        raise ValueError(f"{facts.name} is not the model that was pruned: its weights have changed since")
     return loaded
 
 
@@ -39,50 +47,73 @@ def evaluate_folder(
     *,
     device: str | None = None,
     beside: Sequence[Path] = (),
-    progress: Progress | None = None,
-    log: Log = print,
-) -> Json:
+    observer: Observer | None = None,
+) -> Report:
     """Measure a finished folder beside its dense model, and write the figures into its report.
+
+    Figures of other methods on the same texts stay there. One model is in memory at a time.
 
     Args:
         folder: what `prune_to_folder` wrote.
         evaluations: texts for perplexity. tasks, limit: see `evaluate_tasks`.
         device: see `load_model`.
         beside: folders of the same model, whose figures are put into the report as well.
-
-    Returns:
-        The report.
+        observer: is told how it goes; prints sentences by default.
     """
-    report = read_report(folder)
+    observer = Observer() if observer is None else observer
+    report = Report.read(folder)
     _check_beside(report, beside)
-    reference = evaluate_dense(dense_model(report, device, log), evaluations, tasks, limit, progress=progress, log=log)
-    entries = reference["evaluations"]
-    for path in (*beside, folder):
-        loaded = load_model(str(path), device=device, log=log)
-        other = read_report(path)
-        facts = {"name": other["config"]["method"], "mean_loss": mean_loss(other)}
-        for entry, evaluation in zip(entries, evaluations, strict=True):
-            found = perplexity_of(loaded, evaluation, progress, log)
-            entry["methods"].append(facts | {"perplexity": found["perplexity"]})
-    if tasks:
-        after = evaluate_tasks(loaded.model, loaded.tokenizer, tasks, limit, log=log)
-        for row, score in zip(reference["tasks"], after, strict=True):
-            row |= {"pruned": score.accuracy, "standard_error": score.standard_error}
-    report["evaluations"] = _merged(report["evaluations"], entries, ("text", "sha256", "window", "stride", "windows"))
-    report["tasks"] = _merged(report["tasks"], reference["tasks"], ("task", "questions"))
-    write_report(folder, report)
+    dense = evaluate_dense(dense_model(report, device, observer.say), evaluations, tasks, limit, observer=observer)
+    others = [_measured(path, evaluations, (), None, device, observer).perplexities for path in beside]
+    own = _measured(folder, evaluations, tasks, limit, device, observer)
+    report = report.merged(
+        [
+            replace(record, methods=tuple(methods))
+            for record, *methods in zip(dense.evaluations, *others, own.perplexities, strict=True)
+        ],
+        [
+            replace(record, pruned=score.accuracy, standard_error=score.standard_error)
+            for record, score in zip(dense.tasks, own.scores, strict=True)
+        ],
+    )
+    report.write(folder)
     return report
 
 
-def _check_beside(report: Json, beside: Sequence[Path]) -> None:
-    methods = [report["config"]["method"]]
+def _check_beside(report: Report, beside: Sequence[Path]) -> None:
+    methods = [report.config.method]
     for path in beside:
-        other = read_report(path)
-        if other["model"]["fingerprint"] != report["model"]["fingerprint"]:
-            raise ValueError(f"{path} was pruned from another model ({other['model']['name']}): leave it out")
-        methods.append(other["config"]["method"])
+        other = Report.read(path)
+        if other.model.fingerprint != report.model.fingerprint:
+            raise ValueError(f"{path} was pruned from another model ({other.model.name}): leave it out")
+        methods.append(other.config.method)
     if len(set(methods)) < len(methods):
         raise ValueError(f"expected folders by different methods side by side, got {', '.join(methods)}")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    perplexities: list[MethodPerplexity]
+    scores: list[TaskScore]
+
+
+def _measured(
+    folder: Path,
+    evaluations: Sequence[Evaluation],
+    tasks: Sequence[str],
+    limit: int | None,
+    device: str | None,
+    observer: Observer,
+) -> _Measured:
+    """The figures of one folder, whose model is gone from memory afterwards."""
+    report, loaded = Report.read(folder), load_model(str(folder), device=device, log=observer.say)
+    name, loss = report.config.method, report.mean_loss()
+    found = [MethodPerplexity(name, loss, perplexity_of(loaded, text, observer).perplexity) for text in evaluations]
+    return _Measured(found, _scores(loaded, tasks, limit, observer))
+
+
+def _scores(loaded: Loaded, tasks: Sequence[str], limit: int | None, observer: Observer) -> list[TaskScore]:
+    return evaluate_tasks(loaded.model, loaded.tokenizer, tasks, limit, log=observer.say) if tasks else []
 
 
 def evaluate_dense(
@@ -91,43 +122,28 @@ def evaluate_dense(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     *,
-    progress: Progress | None = None,
-    log: Log = print,
-) -> Json:
-    """Measure a dense model by itself; "evaluations" and "tasks" as in a report, without any pruned method.
+    observer: Observer | None = None,
+) -> Figures:
+    """Measure a dense model by itself: as for a report, without any pruned method.
 
     Raises:
         ValueError: the model is pruned; `evaluate_folder` compares it with its dense one.
     """
     if any(isinstance(module, FactorizedLinear) for module in loaded.model.modules()):
         raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
-    found = [perplexity_of(loaded, evaluation, progress, log) for evaluation in evaluations]
-    scores = evaluate_tasks(loaded.model, loaded.tokenizer, tasks, limit, log=log) if tasks else []
-    return {
-        "evaluations": [{"dense": entry.pop("perplexity"), **entry, "methods": []} for entry in found],
-        "tasks": [
-            {
-                "task": score.task,
-                "questions": score.questions,
-                "dense": score.accuracy,
-                "pruned": None,
-                "standard_error": score.standard_error,
-            }
-            for score in scores
-        ],
-    }
+    observer = Observer() if observer is None else observer
+    return Figures(
+        tuple(_as_dense(perplexity_of(loaded, text, observer)) for text in evaluations),
+        tuple(
+            TaskRecord(score.task, score.questions, score.accuracy, None, score.standard_error)
+            for score in _scores(loaded, tasks, limit, observer)
+        ),
+    )
 
 
-def _merged(old: list[Json], new: list[Json], keys: tuple[str, ...]) -> list[Json]:
-    """The old entries that no new one replaces, then the new ones."""
-    replaced = {tuple(entry[key] for key in keys) for entry in new}
-    return [entry for entry in old if tuple(entry.get(key) for key in keys) not in replaced] + new
-
-
-def mean_loss(report: Json) -> float:
-    """The mean over a report's layers of the relative loss of the method that was stored."""
-    method = report["config"]["method"]
-    return sum(layer["losses"][method] for layer in report["layers"]) / len(report["layers"])
+def _as_dense(found: MeasuredPerplexity) -> PerplexityRecord:
+    pinned = asdict(found)
+    return PerplexityRecord(dense=pinned.pop("perplexity"), **pinned)
 
 
 @dataclass(frozen=True)
@@ -151,30 +167,33 @@ class Row:
 
 def rows(folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
     """The table of an evaluated folder: its dense model, the folders ``beside``, then the folder itself."""
-    names = {read_report(path)["config"]["method"] for path in (*beside, folder)}
-    evaluations = [
-        entry for entry in read_report(folder)["evaluations"] if names <= {row["name"] for row in entry["methods"]}
-    ]
-    # Texts of the same name are told apart by what is in them.
-    texts = [name for name, _ in {(entry["text"], entry["sha256"]) for entry in evaluations}]
-    for entry in evaluations:
-        if texts.count(entry["text"]) > 1:
-            entry["text"] += f" {entry['sha256'][:6]}"
-    dense = {entry["text"]: entry["dense"] for entry in evaluations}
-    pruned = [_row(path, evaluations, dense) for path in (*beside, folder)]
-    size = read_report(folder)["model"]["bytes"]
-    return [Row("dense", dense, dict.fromkeys(dense, 1.0), 0.0, size, 0.0), *pruned]
+    reports = {path: Report.read(path) for path in (*beside, folder)}
+    methods = {report.config.method for report in reports.values()}
+    own = reports[folder]
+    records = _labelled([x for x in own.evaluations if methods <= {method.name for method in x.methods}])
+    dense = {label: record.dense for label, record in records.items()}
+    pruned = [_row(path, report, records) for path, report in reports.items()]
+    return [Row("dense", dense, dict.fromkeys(dense, 1.0), 0.0, own.model.bytes, 0.0), *pruned]
 
 
-def _row(folder: Path, evaluations: Sequence[Json], dense: dict[str, float]) -> Row:
-    report = read_report(folder)
-    method = report["config"]["method"]
-    perplexity = {
-        entry["text"]: row["perplexity"] for entry in evaluations for row in entry["methods"] if row["name"] == method
+def _labelled(records: Sequence[PerplexityRecord]) -> dict[str, PerplexityRecord]:
+    """The records by the names of their texts; those of the same name are told apart by what is in them."""
+    texts = [name for name, _ in {(record.text, record.sha256) for record in records}]
+    return {
+        record.text if texts.count(record.text) == 1 else f"{record.text} {record.sha256[:6]}": record
+        for record in records
     }
-    ratio = {text: value / dense[text] for text, value in perplexity.items()}
+
+
+def _row(folder: Path, report: Report, records: dict[str, PerplexityRecord]) -> Row:
+    name = report.config.method
+    found = {
+        label: next(method.perplexity for method in record.methods if method.name == name)
+        for label, record in records.items()
+    }
+    ratio = {label: value / records[label].dense for label, value in found.items()}
     size = sum(tensor.nbytes for _, tensor in stored_tensors(folder))
-    return Row(method, perplexity, ratio, mean_loss(report), size, report["totals"]["seconds"])
+    return Row(name, found, ratio, report.mean_loss(), size, report.totals.seconds)
 
 
 def compare(
@@ -187,7 +206,6 @@ def compare(
     *,
     dtype: str = "auto",
     device: str | None = None,
-    progress: Progress | None = None,
     observer: Observer | None = None,
 ) -> list[Row]:
     """Prune a model by ``config`` into ``out`` and by other methods into folders beside it, and measure all alike.
@@ -197,19 +215,17 @@ def compare(
     Args:
         model, dtype, device: see `load_model`.
         methods: of one shot; each goes to the folder ``<out>-<method>``.
-        progress: called during evaluations. observer: is told of all else.
+        observer: is told how it goes; prints sentences by default.
     """
-    observer = observer or Observer()
-    log = observer.say
+    observer = Observer() if observer is None else observer
     for evaluation in evaluations:
-        evaluation_source(evaluation.text, log)  # raises before the work if there is none
+        evaluation_source(evaluation.text, observer.say)  # raises before the work if there is none
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
     for method, folder in {**beside, config.method: out}.items():
-        log(f"Pruning {model} by {method}, into {folder}.")
-        loaded = load_model(model, dtype, device, log)
-        chosen = replace(config, method=method)
-        prune_to_folder(loaded, folder, chosen, calibration, observer=observer)
+        observer.say(f"Pruning {model} by {method}, into {folder}.")
+        loaded = load_model(model, dtype, device, observer.say)
+        prune_to_folder(loaded, folder, replace(config, method=method), calibration, observer=observer)
         del loaded
     if evaluations:
-        evaluate_folder(out, evaluations, device=device, beside=list(beside.values()), progress=progress, log=log)
+        evaluate_folder(out, evaluations, device=device, beside=list(beside.values()), observer=observer)
     return rows(out, list(beside.values()))

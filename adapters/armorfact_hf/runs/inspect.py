@@ -8,7 +8,7 @@ from pathlib import Path
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.checkpoint.verify import verify_folder
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.runs.prune_to_folder import read_report
+from armorfact_hf.report.record import FILE, Report
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _theory(layer: LayerFormat, itemsize: int) -> tuple[float, float]:
 
 
 def _losses(folder: Path, method: str | None) -> dict[str, tuple[float | None, float | None]]:
-    if not (folder / "report.json").exists():
+    if not (folder / FILE).exists():
         return {}
-    layers = read_report(folder)["layers"]
-    return {layer["name"]: (layer["losses"].get(method), layer["losses"].get("sparsegpt")) for layer in layers}
+    losses = {layer.name: layer.losses for layer in Report.read(folder).layers}
+    return {name: (found.get(method or ""), found.get("sparsegpt")) for name, found in losses.items()}

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 import armorfact
-from armorfact_hf.checkpoint.folder import save_pruned
 from armorfact_hf.data.load_model import DEMO, Loaded, Log, load_model
 from armorfact_hf.data.texts import calibration_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
@@ -22,12 +18,11 @@ from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.journal import DifferentRun, check_same
+from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
 from armorfact_hf.pruning.plan import Plan, plan_job
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
-from armorfact_hf.report.page import write_report
-
-Json = dict[str, Any]
+from armorfact_hf.report.record import FILE, CalibrationFacts, ModelFacts, Report, Totals
+from armorfact_hf.runs.finish import check_whole, finish
 
 
 @dataclass(frozen=True)
@@ -36,11 +31,11 @@ class Calibration:
 
     Args:
         text: a file of plain text, or "demo:gensim-enwiki".
-        windows: how many, spread evenly over the text; length: tokens of each.
+        windows: how many, spread evenly over the text, or None for all of it; length: tokens of each.
     """
 
     text: str = "demo:gensim-enwiki"
-    windows: int = 16
+    windows: int | None = 16
     length: int = 2048
 
     def tokens(self, loaded: Loaded, log: Log) -> torch.Tensor:
@@ -64,7 +59,7 @@ def prune_to_folder(
     *,
     observer: Observer | None = None,
     select: Select | None = None,
-) -> Json:
+) -> Report:
     """Prune a model and write the finished folder: checkpoint, tokenizer, `report.json`, `report.html`.
 
     Finished blocks stand in the folder ``<out>.journal`` until ``out`` is whole, so the same call continues a run that
@@ -78,75 +73,71 @@ def prune_to_folder(
         select: see `prune_`.
 
     Returns:
-        The report, as `report.json` holds it.
+        The report, which is in the folder too.
 
     Raises:
         ValueError, OSError: bad arguments, too little room on disk, an ``out`` that holds something else; all found
-            before the work starts.
+            before the work starts. InUse: another process writes the same folder. DiskFull: in mid-run; what is
+            finished is kept.
     """
     observer, calibration = observer or Observer(), calibration or Calibration()
-    if out.exists() and not (out / "report.json").exists():
+    if out.exists() and not (out / FILE).exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
     loaded = load_model(model, log=observer.say) if isinstance(model, str) else model
     job = make_job(loaded.model, calibration.tokens(loaded, observer.say), config, select)
-    journal = out.with_name(f"{out.name}.journal")
     if out.exists():
-        return _found_finished(out, job, journal, observer)
+        return _found_finished(out, loaded, job, observer)
     plan = plan_job(job, measure=observer.wants_plan)
     observer.plan(plan)
     check_room(out, 2 * plan.bytes + plan.model_bytes - plan.dense_bytes)
     facts = _model_facts(loaded, job)
-    report = _report(facts, calibration, job, prune_job_(job, journal, observer), plan)
-    draft = journal / "whole"  # in the journal, so that whatever a kill leaves behind is removed with it
-    shutil.rmtree(draft, ignore_errors=True)
-    save_pruned(loaded.model, draft, loaded.tokenizer)
-    write_report(draft, report)
-    draft.rename(out)
-    shutil.rmtree(journal)
+    with Journal.open(_journal(out), job.manifest, job.config.pattern) as journal:
+        if out.exists():  # by another process that was at it a moment ago
+            return _found_finished(out, loaded, job, observer)
+        report = _report(facts, calibration, job, prune_job_(job, journal, observer), plan)
+        finish(loaded.model, loaded.tokenizer, report, out, journal)
     return report
 
 
-def _found_finished(out: Path, job: Job, journal: Path, observer: Observer) -> Json:
-    """The report of a finished folder, which has to be this job's."""
-    report = read_report(out)
-    check_same(report["manifest"], job.manifest, out)
-    if (journal / "manifest.json").exists():
-        shutil.rmtree(journal)
+def _journal(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
+
+
+def _found_finished(out: Path, loaded: Loaded, job: Job, observer: Observer) -> Report:
+    """The report of a finished folder, which has to be this job's, and whole."""
+    report = Report.read(out)
+    check_same(report.manifest, job.manifest, out)
+    check_whole(out, loaded.tokenizer)
+    remove_leftover(_journal(out))
     observer.say(f"{out} is finished already.")
     return report
 
 
-def _model_facts(loaded: Loaded, job: Job) -> Json:
-    return {
-        "name": loaded.name,
-        "class": type(loaded.model).__name__,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
-        "bytes": sum(parameter.nbytes for parameter in loaded.model.parameters()),
-        "fingerprint": job.fingerprint,
-    }
+def _model_facts(loaded: Loaded, job: Job) -> ModelFacts:
+    parameters = list(loaded.model.parameters())
+    return ModelFacts(
+        name=loaded.name,
+        architecture=type(loaded.model).__name__,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        bytes=sum(parameter.nbytes for parameter in parameters),
+        fingerprint=job.fingerprint,
+    )
 
 
-def _report(facts: Json, calibration: Calibration, job: Job, done: PruneReport, plan: Plan) -> Json:
-    text = calibration.text.removeprefix(DEMO)
-    return {
-        "format": 1,
-        "armorfact_version": armorfact.__version__,
-        "model": facts,
-        "calibration": {
-            "text": text,
-            "windows": job.tokens.shape[0],
-            "length": job.tokens.shape[1],
-            "sha256": job.manifest["calibration"],
-        },
-        "config": done.config.to_dict(),
-        "manifest": job.manifest,
-        "layers": [layer.to_dict() for layer in done.layers],
-        "dense_layers": [{"name": layer.name, "reason": layer.reason} for layer in done.dense_layers],
-        "totals": {**plan.to_dict(), "seconds": done.seconds, "peak_memory_bytes": peak_memory()},
-        "evaluations": [],
-        "tasks": [],
-    }
+def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneReport, plan: Plan) -> Report:
+    text, (count, length) = calibration.text.removeprefix(DEMO), job.tokens.shape
+    return Report(
+        armorfact_version=armorfact.__version__,
+        model=facts,
+        calibration=CalibrationFacts(text, count, length, job.manifest["calibration"]),
+        config=done.config,
+        manifest=job.manifest,
+        layers=done.layers,
+        dense_layers=done.dense_layers,
+        blocks=done.blocks,
+        totals=Totals(plan.dense_bytes, plan.bytes, plan.wrapper_overhead, done.seconds, peak_memory()),
+    )
 
 
 def peak_memory() -> int:
@@ -159,15 +150,3 @@ def peak_memory() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def read_report(folder: Path) -> Json:
-    """`report.json` of a finished folder.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    try:
-        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} holds no report of armorfact: {error}") from error

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from armorfact_hf.checkpoint.folder import stored_tensors
 from armorfact_hf.cli import commands as cli
+from armorfact_hf.cli import terminal
 from armorfact_hf.evaluation import measure
-from armorfact_hf.runs import prune_to_folder as workflow
+from armorfact_hf.report.record import Report
 from tests.hf.models import random_text
 
-PATHS = [str(Path(__file__).parents[2] / name) for name in ("", "adapters")]
+PATHS = [str(Path(__file__).parents[3] / name) for name in ("", "adapters")]
 SHORT = ["--length", "24"]
 COMMANDS = ("prune", "eval", "inspect", "export")
 
@@ -28,7 +29,7 @@ def _own_cache_and_terminal(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("ARMORFACT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "console", Console(width=200))
+    monkeypatch.setattr(terminal, "console", Console(width=200))
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_every_option_reaches_the_settings(model_folder, text_file, out):
         "--baseline": "magnitude",
     }
     armorfact(*pruning(model_folder, out, text_file, "--no-eval", "--head", *sum(options.items(), ())))
-    config = workflow.read_report(out)["config"]
+    config = Report.read(out).config.to_dict()
     shown = {f"--{key}".removesuffix("s") if key == "baselines" else f"--{key}": config[key] for key in config}
     expected = options | {"--block": 8, "--shrinkage": 0.5, "--sweeps": 0, "--rtol": 0.25, "--head": True}
     expected |= {key: [options[key]] for key in ("--include", "--ignore", "--baseline")}
@@ -135,8 +136,8 @@ def test_without_evaluation_there_is_no_perplexity(model_folder, text_file, out,
 def test_eval_shows_dense_pruned_and_ratio(model_folder, text_file, out):
     armorfact(*pruning(model_folder, out, text_file, "--no-eval"))
     output = armorfact("eval", out, "--text", text_file, "--windows", 3, *SHORT)
-    [entry] = workflow.read_report(out)["evaluations"]
-    dense, pruned = entry["dense"], entry["methods"][0]["perplexity"]
+    [entry] = Report.read(out).evaluations
+    dense, pruned = entry.dense, entry.methods[0].perplexity
     cells = row(output, text_file.name)
     assert cells[-4:] == [f"{dense:.3f}", "wanda", f"{pruned:.3f}", f"{pruned / dense:.3f}"]
     assert {"dense", "perplexity", "tokens"} <= set(row(output, "text"))
@@ -216,19 +217,6 @@ def test_a_folder_that_does_not_exist_is_named(command, name, tmp_path, monkeypa
 def test_a_pruned_folder_is_not_pruned_again(model_folder, text_file, out, tmp_path):
     armorfact(*pruning(model_folder, out, text_file, "--no-eval"))
     assert "is pruned already" in armorfact(*pruning(out, tmp_path / "again", text_file, "--no-eval"), code=1)
-
-
-def test_an_interrupted_run_goes_on_when_the_command_is_given_again(model_folder, text_file, out, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    command = pruning(model_folder, out, text_file, "--no-eval")
-    with monkeypatch.context() as patch:
-        patch.setattr(workflow, "write_report", interrupted)
-        assert "the same command continues from the last finished decoder block" in armorfact(*command, code=130)
-    assert not out.exists()
-    armorfact(*command)
-    assert len(workflow.read_report(out)["layers"]) == 21
 
 
 @pytest.mark.parametrize("command", COMMANDS)

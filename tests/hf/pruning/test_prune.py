@@ -34,7 +34,9 @@ def test_pruned_saved_and_loaded_gives_the_same_logits(family, dtype, tmp_path):
     assert len(report.layers) == sum(isinstance(m, FactorizedLinear) for m in model.modules()) > 0
     assert not any(isinstance(m, nn.Linear) for name, m in model.named_modules() if "head" not in name)
     for layer in report.layers:
-        assert layer.losses["armorfact"] <= layer.losses["sparsegpt"] * (1 if dtype == torch.float32 else 1.02)
+        stored = layer.losses["armorfact"]  # of a layer that was tuned with its block, this may be more
+        factorized = stored if layer.factorized_loss is None else layer.factorized_loss
+        assert factorized <= layer.losses["sparsegpt"] * (1 if dtype == torch.float32 else 1.02)
     after = logits(model)
     assert not torch.equal(before, after)
     save_pruned(model, tmp_path)
@@ -71,7 +73,7 @@ def test_a_pruned_head_is_untied_from_the_embedding(tmp_path):
     assert torch.equal(dense.model.embed_tokens.weight, embedding)
 
 
-def grams_seen(monkeypatch, model, config):
+def grams_seen(monkeypatch, model, config, windows=4):
     """The moments that every layer was pruned with."""
     seen = {}
     finish = BlockByBlock._finish
@@ -81,7 +83,7 @@ def grams_seen(monkeypatch, model, config):
         return finish(self, layers, statistics)
 
     monkeypatch.setattr(BlockByBlock, "_finish", spy)
-    prune_(model, random_tokens(), config)
+    prune_(model, random_tokens(windows), config)
     return seen
 
 

@@ -1,17 +1,19 @@
 """The page loads nothing, escapes everything, and shows the numbers of the report whatever is missing from it."""
 
-import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
-from armorfact_hf.report.page import duration, render_html, size, write_report
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.report.page import duration, render_html, size
 from armorfact_hf.report.plots import FRAME, log_axis, shortened, spread
+from armorfact_hf.report.record import Report
+from armorfact_hf.typed_json import from_json, to_json
+from tests.hf.report.records import HOSTILE, evaluation, layer, record
 
-HOSTILE = "<script>alert('x')</script> & \"q\" {{ 7 * 7 }} \ud800 \u202e"
 VOID_TAGS = {"meta", "wbr"}
 
 
@@ -59,62 +61,9 @@ class Page(HTMLParser):
         return [row for row in self.rows if row[0] == first][-1]
 
 
-def layer(block, kind, scale=1.0):
-    loss = scale * 0.01 * (1 + block) / 3
-    return {
-        "name": f"model.layers.{block}.{kind}",
-        "decoder_block": block,
-        "shape": [192, 576],
-        "block": [32, 64],
-        "losses": {"armorfact": loss, "wanda": 5.0123 * loss},
-        "objective_loss": loss,
-        "objective_initial_loss": 2 * loss,
-        "sweeps": 7,
-        "seconds": 1.25,
-        "dense_bytes": 442368,
-        "bytes": 300000,
-        "tokens": 32768,
-        "status": "sweep limit of 7 reached",
-        "notes": [],
-    }
-
-
-def evaluation(**perplexities):
-    return {
-        "text": "gensim-enwiki",
-        "split": "every fifth article (held out)",
-        "window": 2048,
-        "stride": 1024,
-        "bos": None,
-        "tokens": 12282,
-        "dense": 20.0,
-        "methods": [
-            {"name": name, "mean_loss": 0.02 * value / 40, "perplexity": value} for name, value in perplexities.items()
-        ],
-    }
-
-
 @pytest.fixture
 def report():
-    layers = [layer(block, f"mlp.{kind}", 1 + len(kind)) for block in range(4) for kind in ("up_proj", "down_proj")]
-    return {
-        "format": 1,
-        "armorfact_version": "0.1.0",
-        "model": {"name": "demo:tiny", "class": "LlamaForCausalLM", "parameters": 134515008, "fingerprint": "fe" * 32},
-        "calibration": {"text": "gensim-enwiki", "windows": 16, "length": 2048, "sha256": "ca" * 32},
-        "config": {"method": "armorfact", "pattern": "2:4", "rtol": 0.001, "include": ["re:.*"], "head": False},
-        "layers": layers,
-        "dense_layers": [{"name": "lm_head", "reason": "the head was not asked for"}],
-        "totals": {
-            "dense_bytes": 3538944,
-            "bytes": 2400000,
-            "wrapper_overhead": 0.11,
-            "seconds": 310.0,
-            "peak_memory_bytes": 2345678901,
-        },
-        "evaluations": [evaluation(armorfact=40.0, wanda=160.5)],
-        "tasks": [{"task": "piqa", "questions": 100, "dense": 0.67, "pruned": 0.6, "standard_error": 0.048}],
-    }
+    return record()
 
 
 def test_page_loads_nothing(report):
@@ -129,10 +78,10 @@ def test_page_loads_nothing(report):
 
 def test_numbers_shown_are_those_of_the_report(report):
     page = Page(render_html(report))
-    for given in report["layers"]:
-        losses = [f"{loss:#.4g}" for loss in given["losses"].values()]
-        assert page.row(given["name"]) == [
-            *(given["name"], "192 × 576", "32 × 64"),
+    for given in report.layers:
+        losses = [f"{loss:#.4g}" for loss in given.losses.values()]
+        assert page.row(given.name) == [
+            *(given.name, "192 × 576", "32 × 64"),
             *losses,
             *("7", "1.2", "300,000", "0.678", "sweep limit of 7 reached"),
         ]
@@ -150,7 +99,7 @@ def test_numbers_shown_are_those_of_the_report(report):
 
 
 def test_summary_of_losses(report):
-    losses = [given["losses"]["wanda"] for given in report["layers"]]
+    losses = [given.losses["wanda"] for given in report.layers]
     row = next(row for row in Page(render_html(report)).rows if row[0] == "wanda" and row[1] == "8")
     assert row == ["wanda", "8", f"{sum(losses) / 8:#.4g}", f"{max(losses):#.4g}", "model.layers.3.mlp.down_proj"]
 
@@ -163,9 +112,16 @@ def test_whatever_text_is_escaped(report):
             return [spoil(item) for item in value]
         return value + HOSTILE if isinstance(value, str) else value
 
-    report["layers"][0]["notes"] = ["damped"]
-    report["layers"][0]["losses"][HOSTILE] = 0.5
-    spoiled = spoil(report) | {"config": {"method": HOSTILE, "pattern": HOSTILE, HOSTILE: [HOSTILE]}}
+    first, *rest = report.layers
+    noted = replace(first, notes=("damped",), losses={**first.losses, HOSTILE: 0.5})
+    report = replace(report, layers=(noted, *rest))
+    config = replace(report.config, include=(HOSTILE,))
+    object.__setattr__(config, "method", HOSTILE)  # no config lets these through
+    object.__setattr__(config, "pattern", HOSTILE)
+    spoiled = from_json(
+        Report, spoil(to_json(replace(report, config=PruneConfig()))) | {"config": to_json(PruneConfig())}
+    )
+    spoiled = replace(spoiled, config=config)
     page, plain = Page(render_html(spoiled)), Page(render_html(report))
     assert page.count("script") == 0 and "<script>alert" in page.text and "{{ 7 * 7 }}" in page.text
     assert {tag for tag, _ in page.tags} <= {tag for tag, _ in plain.tags}
@@ -174,58 +130,38 @@ def test_whatever_text_is_escaped(report):
     }
 
 
-def test_both_files_are_written_whole(report, tmp_path):
-    report["layers"][0]["name"] = HOSTILE
-    (tmp_path / "report.json").write_text("of an earlier run")
-    write_report(tmp_path, report)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
-    assert "demo:tiny" in (tmp_path / "report.html").read_text(encoding="utf-8")
-
-
-def test_a_failed_write_leaves_the_old_files(report, tmp_path, monkeypatch):
-    def refuse(source, target):
-        raise OSError("disk full")
-
-    (tmp_path / "report.json").write_text("of an earlier run")
-    monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        write_report(tmp_path, report)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-    assert (tmp_path / "report.json").read_text() == "of an earlier run"
-
-
 def test_without_evaluations_and_tasks(report):
-    page = Page(render_html(report | {"evaluations": [], "tasks": []}))
+    page = Page(render_html(replace(report, evaluations=(), tasks=())))
     assert "Perplexity was not measured" in page.text and "Tasks" not in page.text
     assert page.count("svg") == 3  # over depth, and a panel for each of two kinds
 
 
 def test_evaluation_without_the_stored_method(report):
-    page = Page(render_html(report | {"evaluations": [evaluation(wanda=160.5)]}))
+    page = Page(render_html(replace(report, evaluations=(evaluation(wanda=160.5),))))
     assert "20.00 →" not in page.text and ["wanda", "160.50", "8.025", "0.08025"] in page.rows
 
 
 def test_perplexity_that_overflowed_is_shown_but_not_drawn(report):
-    page = Page(render_html(report | {"evaluations": [evaluation(armorfact=40.0, wanda=math.inf)]}))
+    page = Page(render_html(replace(report, evaluations=(evaluation(armorfact=40.0, wanda=math.inf),))))
     assert "is missing or not finite: wanda." in page.text
     assert ["wanda", "inf", "inf", "inf"] in page.rows
 
 
 def test_notes_stand_above_the_table_and_under_their_layer(report):
-    report["layers"][1]["notes"] = ["damping was doubled 3 times"]
-    report["layers"][2]["notes"] = ["damping was doubled 3 times", "dead inputs"]
-    page = Page(render_html(report))
+    layers = list(report.layers)
+    layers[1] = replace(layers[1], notes=("damping was doubled 3 times",))
+    layers[2] = replace(layers[2], notes=("damping was doubled 3 times", "dead inputs"))
+    page = Page(render_html(replace(report, layers=tuple(layers))))
     assert "damping was doubled 3 times (2 layers)" in page.text and "dead inputs (1 layer)" in page.text
-    below = page.rows.index(page.row(report["layers"][2]["name"])) + 1
+    below = page.rows.index(page.row(layers[2].name)) + 1
     assert page.rows[below] == ["damping was doubled 3 times; dead inputs"]
 
 
 def test_layers_without_some_methods_blocks_or_depth(report):
-    del report["layers"][2]["losses"]["wanda"], report["layers"][3]["losses"]["wanda"]
-    report["layers"].append(layer(0, "x") | {"name": "lm_head", "decoder_block": None, "block": None})
-    page = Page(render_html(report))
-    assert page.row(report["layers"][2]["name"])[4] == "–"
+    layers = [*report.layers, replace(layer(0, "x"), name="lm_head", decoder_block=None, block=None)]
+    del layers[2].losses["wanda"], layers[3].losses["wanda"]
+    page = Page(render_html(replace(report, layers=tuple(layers))))
+    assert page.row(layers[2].name)[4] == "–"
     assert page.rows[[row[0] for row in page.rows].index("lm_head")][2] == "–"
     assert "outside the decoder blocks: lm_head." in page.text
     wanda = next(attributes["d"] for tag, attributes in page.tags if tag == "path")
@@ -233,29 +169,29 @@ def test_layers_without_some_methods_blocks_or_depth(report):
 
 
 def test_method_without_wrappers(report):
-    layers = [given | {"block": None, "sweeps": None} for given in report["layers"]]
-    page = Page(render_html(report | {"config": {"method": "wanda", "pattern": "2:4"}, "layers": layers}))
+    layers = tuple(replace(given, block=None, sweeps=0) for given in report.layers)
+    page = Page(render_html(replace(report, config=PruneConfig(method="wanda"), layers=layers)))
     assert "wanda pruned 8 linear layers of a LlamaForCausalLM" in page.text
     assert "to 2:4 sparsity" in page.text and "sparse core" not in page.text
 
 
 @pytest.mark.parametrize("loss", [0.0, 1e-9, 0.033, math.nan])
 def test_one_layer(report, loss):
-    only = layer(5, "q_proj") | {"losses": {"armorfact": loss}}
-    page = Page(render_html(report | {"layers": [only], "dense_layers": []}))
+    only = replace(layer(5, "q_proj"), losses={"armorfact": loss})
+    page = Page(render_html(replace(report, layers=(only,), dense_layers=())))
     shown = "0" if loss == 0 else f"{loss:#.4g}"
-    assert page.row(only["name"])[3] == shown
+    assert page.row(only.name)[3] == shown
     assert "every linear layer was pruned" in page.text and "compared with" not in page.text
 
 
 def test_no_layers(report):
-    assert "pruned 0 linear layers" in Page(render_html(report | {"layers": []})).text
+    assert "pruned 0 linear layers" in Page(render_html(replace(report, layers=()))).text
 
 
 def test_hundreds_of_layers_and_many_kinds(report):
-    layers = [layer(block, f"experts.w{kind}") for block in range(30) for kind in range(14)]
-    page = Page(render_html(report | {"layers": layers}))
-    assert {given["name"] for given in layers} <= {row[0] for row in page.rows}
+    layers = tuple(layer(block, f"experts.w{kind}") for block in range(30) for kind in range(14))
+    page = Page(render_html(replace(report, layers=layers)))
+    assert {given.name for given in layers} <= {row[0] for row in page.rows}
     assert page.count("svg") == 2  # 14 panels would be too many to read
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,28 +15,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer
 
-from armorfact import Pattern
 from armorfact_hf import files
-from armorfact_hf.checkpoint.description import NotPruned
-from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
+from armorfact_hf.checkpoint.folder import load_pruned
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.evaluation import measure
-from armorfact_hf.evaluation.measure import Evaluation
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.journal import DifferentRun, Journal
+from armorfact_hf.report.record import Report
 from armorfact_hf.runs import prune_to_folder as workflow
-from armorfact_hf.runs.compare import compare, evaluate_folder
-from armorfact_hf.runs.export import export_dense
 from armorfact_hf.runs.inspect import inspect_folder
-from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder, read_report
-from tests.hf.models import BLOCKS, random_text, random_tokens, tiny_model, word_tokenizer
+from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from tests.hf.models import BLOCKS, random_text, random_tokens
 from tests.hf.observers import Silent, Stepping
+from tests.hf.processes import begin, exit_code
+from tests.hf.runs.folders import OURS, QUICK, names, nbytes, prune, saved
 
-OURS = PruneConfig(sweeps=1)
-QUICK = PruneConfig(method="wanda", baselines=())
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 RESUMED = {
     "pruned": OURS,
     "dense": replace(OURS, propagate="dense"),
@@ -56,42 +49,6 @@ FINISHED = {
 }
 
 
-def silent(sentence: str) -> None:
-    """Where progress and sentences go."""
-
-
-def prune(model: Path | str, out: Path, text: Path | str, config: PruneConfig = QUICK, **more):
-    return prune_to_folder(str(model), out, config, Calibration(str(text), 4, 24), **{"observer": Silent()} | more)
-
-
-def saved(family: str, folder: Path, **changes) -> Path:
-    """A folder with a tiny model and its tokenizer."""
-    shard_size = changes.pop("max_shard_size", "1GB")
-    tiny_model(family, **changes).save_pretrained(folder, max_shard_size=shard_size)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def nbytes(folder: Path) -> int:
-    return sum(tensor.nbytes for _, tensor in stored_tensors(folder))
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ARMORFACT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    transformers_logging.disable_progress_bar()
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "pruned"
-
-
 # A finished folder
 
 
@@ -99,7 +56,7 @@ def test_a_finished_folder_is_whole_and_alone(model_folder, text_file, out):
     report = prune(model_folder, out, text_file, OURS)
     assert names(out) == FINISHED
     assert names(out.parent) == {"model", "text.txt", "pruned"}
-    assert read_report(out)["layers"] and len(report["layers"]) == 7 * BLOCKS
+    assert Report.read(out).layers and len(report.layers) == 7 * BLOCKS
     assert AutoTokenizer.from_pretrained(out)("w5 w3")["input_ids"] == [5, 3]
     assert torch.isfinite(load_pruned(out)(random_tokens()).logits).all()
 
@@ -107,7 +64,7 @@ def test_a_finished_folder_is_whole_and_alone(model_folder, text_file, out):
 def test_the_same_call_again_returns_the_report_without_pruning(model_folder, text_file, out, monkeypatch):
     first = prune(model_folder, out, text_file)
     monkeypatch.setattr(workflow, "prune_job_", None)
-    assert prune(model_folder, out, text_file) == first == json.loads((out / "report.json").read_text())
+    assert prune(model_folder, out, text_file) == first == Report.read(out)
 
 
 def test_a_loaded_model_is_pruned_in_place_into_the_same_files(model_folder, text_file, out, tmp_path):
@@ -121,9 +78,9 @@ def test_a_loaded_model_is_pruned_in_place_into_the_same_files(model_folder, tex
 
 @pytest.mark.parametrize("config", RESUMED.values(), ids=RESUMED)
 def test_no_layer_ends_above_the_start_of_its_objective(config, model_folder, text_file, out):
-    layers = prune(model_folder, out, text_file, config)["layers"]
-    assert all(0 < layer["objective_loss"] <= layer["objective_initial_loss"] for layer in layers)
-    assert any(layer["objective_loss"] < 0.9 * layer["objective_initial_loss"] for layer in layers)
+    layers = prune(model_folder, out, text_file, config).layers
+    assert all(0 < layer.objective_loss <= layer.objective_initial_loss for layer in layers)
+    assert any(layer.objective_loss < 0.9 * layer.objective_initial_loss for layer in layers)
 
 
 # Folders of other runs
@@ -209,43 +166,21 @@ class Killer:
 
 def run_until(place: str, at: int | None, model: Path, out: Path, text: Path, config: PruneConfig) -> None:
     """Run in a process of its own, killed at a step, before a file of the journal is named, or before the report."""
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
     killer = Killer(at)
     if place == "file":
         files.os.fsync = killer
     elif place == "report":
-        workflow.write_report = killer
+        Report.write = killer
     prune(model, out, text, config, observer=Stepping(killer) if place == "step" else Silent())
 
 
-@pytest.fixture(scope="module")
-def start():
-    """Starts `run_until` in a fresh process, forked from one that has imported everything and computed nothing."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", __name__])
-    began = []
-
-    def start(*arguments):
-        began.append(processes.Process(target=run_until, args=arguments))
-        began[-1].start()
-        return began[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        yield start
-    for process in began:
-        process.kill()
-        process.join()
-
-
-def exit_code(process) -> int:
-    process.join(60)
-    return process.exitcode
+def start(*arguments):
+    """`run_until` in a fresh process."""
+    return begin(run_until, *arguments)
 
 
 @pytest.fixture
-def ends_alike(start, model_folder, text_file, tmp_path, out):
+def ends_alike(model_folder, text_file, tmp_path, out):
     """Asserts that a run that was killed goes on to the end of one that was not."""
 
     def check(config: PruneConfig) -> None:
@@ -259,7 +194,7 @@ def ends_alike(start, model_folder, text_file, tmp_path, out):
 
 
 @pytest.mark.parametrize("setting", RESUMED)
-def test_a_run_killed_anywhere_ends_with_the_same_bits(setting, start, ends_alike, model_folder, text_file, out):
+def test_a_run_killed_anywhere_ends_with_the_same_bits(setting, ends_alike, model_folder, text_file, out):
     source = random.Random(setting)
     places = [("step", source.randint(1, 30)) for _ in range(2)] + [("file", source.randint(1, 2)), ("report", 1)]
     for place, at in places:
@@ -267,7 +202,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(setting, start, ends_alik
     ends_alike(RESUMED[setting])
 
 
-def test_a_run_killed_at_any_time_ends_with_the_same_bits(start, ends_alike, model_folder, text_file, out):
+def test_a_run_killed_at_any_time_ends_with_the_same_bits(ends_alike, model_folder, text_file, out):
     delays = random.Random(0)
     for _ in range(3):
         process = start("step", None, model_folder, out, text_file, OURS)
@@ -276,7 +211,7 @@ def test_a_run_killed_at_any_time_ends_with_the_same_bits(start, ends_alike, mod
     ends_alike(OURS)
 
 
-def test_a_run_killed_while_it_writes_leaves_nothing_behind(start, model_folder, text_file, out):
+def test_a_run_killed_while_it_writes_leaves_nothing_behind(model_folder, text_file, out):
     assert exit_code(start("report", 1, model_folder, out, text_file, QUICK)) == -signal.SIGKILL
     prune(model_folder, out, text_file)
     assert names(out.parent) == {"model", "text.txt", "pruned"}
@@ -285,13 +220,8 @@ def test_a_run_killed_while_it_writes_leaves_nothing_behind(start, model_folder,
 def test_a_run_stopped_before_its_journal_is_removed_removes_it_when_called_again(
     model_folder, text_file, out, monkeypatch
 ):
-    def rmtree(path: Path, **more) -> None:
-        if path.name == "pruned.journal":
-            raise Interrupted
-        shutil.rmtree(path, **more)
-
     with monkeypatch.context() as patch:
-        patch.setattr(workflow, "shutil", SimpleNamespace(rmtree=rmtree))
+        patch.setattr(Journal, "remove", raising(Interrupted()))
         with pytest.raises(Interrupted):
             prune(model_folder, out, text_file)
     assert (out / "report.json").exists() and out.with_name("pruned.journal").exists()
@@ -340,7 +270,8 @@ def test_a_damaged_manifest_of_the_journal_is_named(content, model_folder, text_
 
 def test_a_bit_that_flips_in_a_header_is_told_or_harmless(model_folder, text_file, out):
     path = interrupt(model_folder, out, text_file, OURS) / "block-0001.safetensors"
-    whole, stored = path.read_bytes(), Journal(path.parent, Pattern.parse("2:4"))
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    whole, stored = path.read_bytes(), Journal.open(path.parent, manifest, "2:4")
 
     def read() -> str | list[dict]:
         try:
@@ -470,177 +401,6 @@ def test_a_text_that_will_not_do_is_told(content, message, refused, text_file, t
     if content is not None:
         text_file.write_bytes(content)
     refused(message, text=text_file if content is not None else tmp_path / "no-such.txt")
-
-
-# Figures beside the dense model
-
-
-@pytest.fixture
-def other_text(tmp_path) -> Path:
-    path = tmp_path / "other.txt"
-    path.write_text(random_text(300, seed=1))
-    return path
-
-
-def test_an_evaluation_stands_in_the_report_beside_its_dense_model(model_folder, text_file, other_text, out):
-    prune(model_folder, out, text_file, OURS)
-    report = evaluate_folder(out, [Evaluation(str(other_text), 5, 24)], log=silent)
-    assert json.loads((out / "report.json").read_text()) == report
-    [entry] = report["evaluations"]
-    pinned = {"text": "other.txt", "split": "whole file", "window": 24, "stride": 24, "bos": None, "windows": 5}
-    assert pinned.items() <= entry.items() and entry["tokens"] == 5 * 23
-    assert set(entry) == {*pinned, "sha256", "chosen", "tokens", "dense", "methods"}
-    [method] = entry["methods"]
-    assert method["name"] == "armorfact" and method["perplexity"] != entry["dense"]
-    assert method["mean_loss"] == pytest.approx(
-        sum(layer["losses"]["armorfact"] for layer in report["layers"]) / len(report["layers"])
-    )
-    shown = (out / "report.html").read_text()
-    assert f"{entry['dense']:.2f}" in shown and f"{method['perplexity']:.2f}" in shown
-
-
-def test_perplexity_is_measured_once_for_a_model_and_a_text(model_folder, text_file, other_text, out, monkeypatch):
-    prune(model_folder, out, text_file)
-    measured, original = [], measure.evaluate_perplexity
-    monkeypatch.setattr(
-        measure, "evaluate_perplexity", lambda *given, **more: measured.append(more) or original(*given, **more)
-    )
-    ways = [Evaluation(str(other_text), 5, 24), Evaluation(str(other_text), 5, 16), Evaluation(str(text_file), 5, 24)]
-    for number, way in enumerate(ways, 1):
-        first = evaluate_folder(out, [way], log=silent)
-        assert evaluate_folder(out, [way], log=silent) == first
-        assert len(measured) == 2 * number and len(first["evaluations"]) == number
-
-
-def test_a_dense_model_that_has_changed_is_not_compared_with(model_folder, text_file, out):
-    prune(model_folder, out, text_file)
-    saved("llama", model_folder, seed=1)
-    with pytest.raises(ValueError, match="model is not the model that was pruned: its weights have changed since"):
-        evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], log=silent)
-
-
-def compared(model: Path, out: Path, text: Path, *texts: Path, config=OURS, methods=("wanda",)):
-    return compare(
-        str(model), out, config, methods, Calibration(str(text), 4, 24), [Evaluation(str(t), 2, 24) for t in texts],
-        observer=Silent(),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("head", [False, True], ids=["blocks", "blocks and tied head"])
-def test_a_comparison_has_a_row_for_each_method_with_its_bytes_on_disk(head, model_folder, text_file, out):
-    rows = compared(model_folder, out, text_file, text_file, config=replace(OURS, head=head))
-    assert [row.name for row in rows] == ["dense", "wanda", "armorfact"]
-    dense, wanda, ours = rows
-    folders = [model_folder, out.with_name("pruned-wanda"), out]
-    assert [row.bytes for row in rows] == [nbytes(folder) for folder in folders]
-    assert wanda.bytes < ours.bytes < dense.bytes
-    assert 0 == dense.mean_loss < ours.mean_loss < wanda.mean_loss
-    for row in rows:
-        assert row.ratio["text.txt"] == row.perplexity["text.txt"] / dense.perplexity["text.txt"]
-
-
-def test_a_comparison_reuses_what_is_finished(model_folder, text_file, out, monkeypatch):
-    rows = compared(model_folder, out, text_file, text_file)
-    monkeypatch.setattr(workflow, "prune_job_", None)
-    monkeypatch.setattr(measure, "evaluate_perplexity", None)
-    assert compared(model_folder, out, text_file, text_file) == rows
-
-
-def test_every_row_of_a_comparison_has_the_same_texts(model_folder, text_file, other_text, out):
-    compared(model_folder, out, text_file, other_text, methods=())
-    rows = compared(model_folder, out, text_file, text_file)
-    assert rows[0].perplexity.keys() == rows[1].perplexity.keys() == rows[2].perplexity.keys() >= {"text.txt"}
-
-
-def test_texts_of_the_same_file_name_are_told_apart(model_folder, text_file, other_text, out, tmp_path):
-    same_name = tmp_path / "elsewhere" / text_file.name
-    same_name.parent.mkdir()
-    same_name.write_text(other_text.read_text())
-    [dense, _] = compared(model_folder, out, text_file, text_file, same_name, methods=())
-    assert len(set(dense.perplexity.values())) == 2
-
-
-# Looking inside, and out again
-
-
-def test_every_layer_is_listed_with_its_bytes_on_disk(tmp_path, text_file, out):
-    model = saved("gpt2", tmp_path / "gpt2")
-    report = prune(model, out, text_file, OURS)
-    held = {layer.name: layer for layer in inspect_folder(out)}
-    assert set(held) == {layer["name"] for layer in report["layers"]}
-    stored, dense = dict(stored_tensors(out)), dict(stored_tensors(model))
-    for layer in report["layers"]:
-        name, found = layer["name"], held[layer["name"]]
-        parts = [f"{name}.{part}" for part in ("values", "positions", "left", "right")]
-        assert found.bytes == layer["bytes"] == sum(stored[part].nbytes for part in parts)
-        assert found.dense_bytes == layer["dense_bytes"] == dense[f"{name}.weight"].nbytes
-        assert found.shape == tuple(dense[f"{name}.weight"].T.shape) == tuple(layer["shape"])
-        assert (found.loss, found.sparsegpt_loss) == (layer["losses"]["armorfact"], layer["losses"]["sparsegpt"])
-        assert found.block == tuple(layer["block"]) == (stored[parts[2]].shape[-1], stored[parts[3]].shape[-1])
-
-
-def test_layers_are_listed_in_the_order_of_the_model(model_folder, text_file, out):
-    report = prune(model_folder, out, text_file)
-    assert [layer.name for layer in inspect_folder(out)] == [layer["name"] for layer in report["layers"]]
-
-
-def test_a_folder_without_report_is_listed_without_losses(model_folder, text_file, out):
-    prune(model_folder, out, text_file)
-    (out / "report.json").unlink()
-    assert {(layer.loss, layer.sparsegpt_loss) for layer in inspect_folder(out)} == {(None, None)}
-
-
-@pytest.mark.parametrize("head", [False, True], ids=["blocks", "and head"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_an_exported_folder_is_an_ordinary_model_of_the_same_logits(family, head, text_file, out, tmp_path, caplog):
-    model = saved(family, tmp_path / family)
-    prune(model, out, text_file, replace(OURS, head=head))
-    dense = tmp_path / "dense"
-    export_dense(out, dense, silent)
-    assert names(dense) == names(model)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    loaded, info = AutoModelForCausalLM.from_pretrained(dense, output_loading_info=True)
-    logger.removeHandler(caplog.handler)
-    assert not caplog.records and not any(info.values())
-    assert [type(module) for module in loaded.modules()] == [type(module) for module in tiny_model(family).modules()]
-    if not head:
-        assert nbytes(dense) == nbytes(model)
-        assert config_of(dense) == config_of(model)
-    tokens = random_tokens()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, load_pruned(out)(tokens).logits, rtol=1e-5, atol=1e-5)
-    assert AutoTokenizer.from_pretrained(dense)("w5 w3")["input_ids"] == [5, 3]
-
-
-def config_of(folder: Path) -> dict:
-    return {key: value for key, value in AutoConfig.from_pretrained(folder).to_dict().items() if key != "_name_or_path"}
-
-
-def test_an_export_takes_the_place_of_nothing(model_folder, text_file, out, tmp_path):
-    prune(model_folder, out, text_file)
-    before = (model_folder / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="model exists already: name a new folder"):
-        export_dense(out, model_folder, silent)
-    assert (model_folder / "model.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize("look", [inspect_folder, lambda folder: export_dense(folder, folder / "dense", silent)])
-def test_folders_that_hold_no_pruned_model_are_told_so(look, model_folder, tmp_path):
-    with pytest.raises(NotPruned, match="model holds no model pruned by armorfact; `armorfact prune` makes one"):
-        look(model_folder)
-    for folder in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(NotPruned, match=re.escape(str(folder))):
-            look(folder)
-
-
-def test_a_pruned_folder_that_lacks_a_layer_is_told(model_folder, text_file, out):
-    prune(model_folder, out, text_file)
-    config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["modules"].append({"name": "model.layers.9.x", "shape": [4, 4], "block": None})
-    (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"lack model\.layers\.9\.x\.values"):
-        inspect_folder(out)
 
 
 def test_it_imports_where_there_is_no_resource_module():

@@ -1,0 +1,68 @@
+"""The end of a run: its folder is written, verified against what is in memory, and only then the journal goes.
+
+A folder that is there is whole: it is made under another name, inside of the journal, and renamed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from armorfact_hf.checkpoint.folder import describe, describe_folder, save_pruned
+from armorfact_hf.checkpoint.verify import check_headers, verify_folder
+from armorfact_hf.files import flush, room_for, workshop
+from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.pruning.journal import DifferentRun, Journal
+from armorfact_hf.report.record import Report
+
+
+def finish(model: CausalLM, tokenizer: Any, report: Report, out: Path, journal: Journal) -> None:
+    """Write the pruned model, its tokenizer and its report to ``out``, and remove the journal.
+
+    Raises:
+        DiskFull: there is no room. OSError: what was written is not what is in memory. DifferentRun: somebody else made
+            ``out`` meanwhile. The journal is kept then.
+    """
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with room_for(out, needed), workshop(journal.folder, out.name) as draft:
+        save_pruned(model, draft, tokenizer)
+        report.write(draft)
+        flush(draft)
+        _check_written(draft, model, out)
+        if out.exists():
+            raise DifferentRun(f"{out} was made by somebody else meanwhile: remove it, and the same call writes it")
+        draft.rename(out)
+    journal.remove()
+
+
+def _check_written(draft: Path, model: CausalLM, out: Path) -> None:
+    """The digests in memory were taken from the model, those of the files are taken now."""
+    try:
+        description = describe_folder(draft)
+        if description != describe(model.config, "the model"):
+            raise ValueError("config.json describes another model")
+        verify_folder(draft, description)
+    except ValueError as error:
+        raise OSError(
+            f"{out} was not written as it is in memory ({_finding(error)}): check the disk; what is finished is kept, "
+            "and the same call writes it again"
+        ) from error
+
+
+def check_whole(out: Path, tokenizer: Any) -> None:
+    """Check that a finished folder holds all its files, by their names and headers; loading reads the rest.
+
+    Raises:
+        ValueError: says what is missing.
+    """
+    try:
+        check_headers(out, describe_folder(out))
+        if tokenizer is not None and not (out / "tokenizer_config.json").is_file():
+            raise ValueError("it lacks tokenizer_config.json")
+    except ValueError as error:
+        raise ValueError(f"{out} is not whole ({_finding(error)}): remove it, and the same call makes it") from error
+
+
+def _finding(error: Exception) -> str:
+    """What is wrong, without the way out, which is another one here."""
+    return str(error).partition(": copy or download")[0]

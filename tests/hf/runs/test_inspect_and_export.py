@@ -1,0 +1,102 @@
+"""Looking inside of a finished folder, and out of it again to an ordinary model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from armorfact_hf.checkpoint.description import NotPruned
+from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
+from armorfact_hf.runs.export import export_dense
+from armorfact_hf.runs.inspect import inspect_folder
+from tests.hf.models import random_tokens, tiny_model
+from tests.hf.runs.folders import OURS, names, nbytes, prune, saved, silent
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_every_layer_is_listed_with_its_bytes_on_disk(tmp_path, text_file, out):
+    model = saved("gpt2", tmp_path / "gpt2")
+    report = prune(model, out, text_file, OURS)
+    held = {layer.name: layer for layer in inspect_folder(out)}
+    assert set(held) == {layer.name for layer in report.layers}
+    stored, dense = dict(stored_tensors(out)), dict(stored_tensors(model))
+    for layer in report.layers:
+        name, found = layer.name, held[layer.name]
+        parts = [f"{name}.{part}" for part in ("values", "positions", "left", "right")]
+        assert found.bytes == layer.bytes == sum(stored[part].nbytes for part in parts)
+        assert found.dense_bytes == layer.dense_bytes == dense[f"{name}.weight"].nbytes
+        assert found.shape == tuple(dense[f"{name}.weight"].T.shape) == tuple(layer.shape)
+        assert (found.loss, found.sparsegpt_loss) == (layer.losses["armorfact"], layer.losses["sparsegpt"])
+        assert found.block == tuple(layer.block) == (stored[parts[2]].shape[-1], stored[parts[3]].shape[-1])
+
+
+def test_layers_are_listed_in_the_order_of_the_model(model_folder, text_file, out):
+    report = prune(model_folder, out, text_file)
+    assert [layer.name for layer in inspect_folder(out)] == [layer.name for layer in report.layers]
+
+
+def test_a_folder_without_report_is_listed_without_losses(model_folder, text_file, out):
+    prune(model_folder, out, text_file)
+    (out / "report.json").unlink()
+    assert {(layer.loss, layer.sparsegpt_loss) for layer in inspect_folder(out)} == {(None, None)}
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["blocks", "and head"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_an_exported_folder_is_an_ordinary_model_of_the_same_logits(family, head, text_file, out, tmp_path, caplog):
+    model = saved(family, tmp_path / family)
+    prune(model, out, text_file, replace(OURS, head=head))
+    dense = tmp_path / "dense"
+    export_dense(out, dense, silent)
+    assert names(dense) == names(model)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    loaded, info = AutoModelForCausalLM.from_pretrained(dense, output_loading_info=True)
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records and not any(info.values())
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in tiny_model(family).modules()]
+    if not head:
+        assert nbytes(dense) == nbytes(model)
+        assert config_of(dense) == config_of(model)
+    tokens = random_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, load_pruned(out)(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(dense)("w5 w3")["input_ids"] == [5, 3]
+
+
+def config_of(folder: Path) -> dict:
+    return {key: value for key, value in AutoConfig.from_pretrained(folder).to_dict().items() if key != "_name_or_path"}
+
+
+def test_an_export_takes_the_place_of_nothing(model_folder, text_file, out, tmp_path):
+    prune(model_folder, out, text_file)
+    before = (model_folder / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="model exists already: name a new folder"):
+        export_dense(out, model_folder, silent)
+    assert (model_folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("look", [inspect_folder, lambda folder: export_dense(folder, folder / "dense", silent)])
+def test_folders_that_hold_no_pruned_model_are_told_so(look, model_folder, tmp_path):
+    with pytest.raises(NotPruned, match="model holds no model pruned by armorfact; `armorfact prune` makes one"):
+        look(model_folder)
+    for folder in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(NotPruned, match=re.escape(str(folder))):
+            look(folder)
+
+
+def test_a_pruned_folder_that_lacks_a_layer_is_told(model_folder, text_file, out):
+    prune(model_folder, out, text_file)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["modules"].append({"name": "model.layers.9.x", "shape": [4, 4], "block": None})
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lack model\.layers\.9\.x\.values"):
+        inspect_folder(out)
