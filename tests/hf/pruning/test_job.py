@@ -122,6 +122,8 @@ def test_a_baseline_that_does_not_fit_a_layer_is_left_out_with_a_note():
         fits = "mlp" not in layer.name
         assert set(layer.losses) == {"wanda", "nowag"} | ({"paper"} if fits else set())
         assert any("'paper' is left out: no block" in note for note in layer.notes) != fits
+    with pytest.raises(ValueError, match=r"'paper' was not measured on model\.layers\.0\.mlp\.gate_proj, "):
+        report.mean_loss("paper")
 
 
 def test_a_plan_leaves_the_model_in_its_mode():
