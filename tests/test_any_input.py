@@ -178,6 +178,7 @@ def test_float16_at_its_limit_stays_finite_and_says_so():
     assert all(np.isfinite(x).all() for x in (result.left.blocks, result.core.values, result.right.blocks))
     assert "start from Wanda's" in result.status and "stays in range" in result.status
     assert result.loss <= result.initial_loss
+    assert result.weight_loss == pytest.approx(true_loss(weight, 0, gram), rel=1e-9)
     pruned = sparsegpt(weight, gram)
     assert np.isfinite(pruned).all() and Pattern(2, 4).most_kept(pruned) <= 2
     half = factorize(weight / 64, gram, block=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -83,20 +84,32 @@ class PruneConfig:
         self._check_numbers()
         self._check_combinations()
         for name, known in (("include", None), ("ignore", None), ("baselines", BASELINES)):
-            object.__setattr__(self, name, _names(name, getattr(self, name), known))
+            self._set(name, _names(name, getattr(self, name), known))
 
     def _check_numbers(self) -> None:
-        if self.block != "auto" and (not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1):
-            raise ValueError(f"block must be a positive number of channels or 'auto', got {self.block!r}")
+        self._set("sweeps", _whole("sweeps must be a whole number", self.sweeps))
+        self._set("rtol", _real("rtol", self.rtol))
+        if self.block != "auto":
+            size = _whole("block must be a positive number of channels or 'auto'", self.block)
+            if size < 1:
+                raise ValueError(f"block must be a positive number of channels or 'auto', got {self.block!r}")
+            self._set("block", size)
         if self.sweeps < 0 or not 0 <= self.rtol < 1:
             raise ValueError(f"expected sweeps >= 0 and 0 <= rtol < 1, got sweeps={self.sweeps}, rtol={self.rtol}")
-        if type(self.passes) is not int or self.passes < 1 or not 0 < self.rate < float("inf"):
+        self._set("passes", _whole("passes must be a whole number", self.passes))
+        self._set("rate", _real("rate", self.rate))
+        if self.passes < 1 or not 0 < self.rate < float("inf"):
             raise ValueError(
-                f"expected passes >= 1 and a finite rate > 0, got passes={self.passes!r}, rate={self.rate!r}; "
+                f"expected passes >= 1 and a finite rate > 0, got passes={self.passes}, rate={self.rate}; "
                 "refine=None leaves blocks as factorized"
             )
-        if self.shrinkage is not None and not 0 <= self.shrinkage < float("inf"):
-            raise ValueError(f"shrinkage must be a finite number >= 0, got {self.shrinkage}")
+        if self.shrinkage is not None:
+            self._set("shrinkage", _real("shrinkage", self.shrinkage))
+            if not 0 <= self.shrinkage < float("inf"):
+                raise ValueError(f"shrinkage must be a finite number >= 0, got {self.shrinkage}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_combinations(self) -> None:
         if self.objective != "gram" and self.shrinkage is not None:
@@ -152,6 +165,23 @@ class PruneConfig:
 def _one_of(name: str, value: Any, known: tuple[str | None, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+
+
+def _whole(expected: str, value: Any) -> int:
+    """A whole number of any library, as Python's."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{expected}, got {value!r}")
+
+
+def _real(name: str, value: Any) -> float:
+    """A number of any library, as Python's."""
+    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 def _names(name: str, value: Iterable[str], known: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
+import torch
 
 from armorfact import Pattern
+from armorfact_hf.checkpoint.description import DTYPES
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, chosen_layers
 from armorfact_hf.pruning.config import PruneConfig
 
 LARGEST_BLOCK = 128
 MOST_OVERHEAD = 1 / 8  # what "auto" lets the wrappers add to a layer
+DTYPES_HELP = ", ".join(DTYPES)
 
 
 def auto_block(shape: tuple[int, int], pattern: Pattern, most_overhead: float) -> int | None:
@@ -59,13 +62,26 @@ def fitted(layer: Layer, config: PruneConfig) -> Layer:
     return replace(layer, block=block, unfit=reason)
 
 
-def reason_to_stay_dense(layer: Layer, config: PruneConfig) -> str:
-    """Why a fitted layer cannot be pruned: one without wrappers needs a width that the pattern divides, no more."""
-    return layer.unfit if config.method == "armorfact" else _odd_width(layer.shape[1], Pattern.parse(config.pattern))
+def reason_to_stay_dense(layer: Layer, config: PruneConfig, dtype: torch.dtype) -> str:
+    """Why a fitted layer cannot be pruned, or nothing.
+
+    Args:
+        dtype: of the model. A checkpoint has one, so a layer in another would be loaded with other numbers.
+    """
+    found = layer.weight.dtype
+    if found != dtype or found not in DTYPES.values():
+        return f"its weight is in {_name(found)}, the model in {_name(dtype)}; pruned layers share one of {DTYPES_HELP}"
+    if config.method == "armorfact":
+        return layer.unfit
+    return _odd_width(layer.shape[1], Pattern.parse(config.pattern))  # without wrappers, nothing else has to fit
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def fitting_layers(
-    model: nn.Module, config: PruneConfig, select: Select | None = None
+    model: CausalLM, config: PruneConfig, select: Select | None = None
 ) -> tuple[list[Layer], list[DenseLayer]]:
     """The layers that will be pruned, with their blocks, and what stays dense with the reasons.
 
@@ -75,7 +91,7 @@ def fitting_layers(
     chosen, dense = chosen_layers(model, config.include, config.ignore, config.head, select)
     layers = []
     for layer in (fitted(layer, config) for layer in chosen):
-        if reason := reason_to_stay_dense(layer, config):
+        if reason := reason_to_stay_dense(layer, config, model.dtype):
             dense.append(DenseLayer(layer.name, reason))
         else:
             layers.append(layer)

@@ -19,7 +19,7 @@ from armorfact_hf.evaluation import measure
 from armorfact_hf.report.record import Report
 from tests.hf.models import random_text
 
-PATHS = [str(Path(__file__).parents[2] / name) for name in ("", "adapters")]
+PATHS = [str(Path(__file__).parents[3] / name) for name in ("", "adapters")]
 SHORT = ["--length", "24"]
 COMMANDS = ("prune", "eval", "inspect", "export")
 
@@ -217,19 +217,6 @@ def test_a_folder_that_does_not_exist_is_named(command, name, tmp_path, monkeypa
 def test_a_pruned_folder_is_not_pruned_again(model_folder, text_file, out, tmp_path):
     armorfact(*pruning(model_folder, out, text_file, "--no-eval"))
     assert "is pruned already" in armorfact(*pruning(out, tmp_path / "again", text_file, "--no-eval"), code=1)
-
-
-def test_an_interrupted_run_goes_on_when_the_command_is_given_again(model_folder, text_file, out, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    command = pruning(model_folder, out, text_file, "--no-eval")
-    with monkeypatch.context() as patch:
-        patch.setattr(Report, "write", interrupted)
-        assert "the same command continues from the last finished decoder block" in armorfact(*command, code=130)
-    assert not out.exists()
-    armorfact(*command)
-    assert len(Report.read(out).layers) == 21
 
 
 @pytest.mark.parametrize("command", COMMANDS)

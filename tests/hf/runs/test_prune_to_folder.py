@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from armorfact_hf import files
 from armorfact_hf.checkpoint.folder import load_pruned
@@ -30,6 +28,7 @@ from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import BLOCKS, random_text, random_tokens
 from tests.hf.observers import Silent, Stepping
+from tests.hf.processes import begin, exit_code
 from tests.hf.runs.folders import OURS, QUICK, names, nbytes, prune, saved
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -167,8 +166,6 @@ class Killer:
 
 def run_until(place: str, at: int | None, model: Path, out: Path, text: Path, config: PruneConfig) -> None:
     """Run in a process of its own, killed at a step, before a file of the journal is named, or before the report."""
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
     killer = Killer(at)
     if place == "file":
         files.os.fsync = killer
@@ -177,33 +174,13 @@ def run_until(place: str, at: int | None, model: Path, out: Path, text: Path, co
     prune(model, out, text, config, observer=Stepping(killer) if place == "step" else Silent())
 
 
-@pytest.fixture(scope="module")
-def start():
-    """Starts `run_until` in a fresh process, forked from one that has imported everything and computed nothing."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", __name__])
-    began = []
-
-    def start(*arguments):
-        began.append(processes.Process(target=run_until, args=arguments))
-        began[-1].start()
-        return began[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        yield start
-    for process in began:
-        process.kill()
-        process.join()
-
-
-def exit_code(process) -> int:
-    process.join(60)
-    return process.exitcode
+def start(*arguments):
+    """`run_until` in a fresh process."""
+    return begin(run_until, *arguments)
 
 
 @pytest.fixture
-def ends_alike(start, model_folder, text_file, tmp_path, out):
+def ends_alike(model_folder, text_file, tmp_path, out):
     """Asserts that a run that was killed goes on to the end of one that was not."""
 
     def check(config: PruneConfig) -> None:
@@ -217,7 +194,7 @@ def ends_alike(start, model_folder, text_file, tmp_path, out):
 
 
 @pytest.mark.parametrize("setting", RESUMED)
-def test_a_run_killed_anywhere_ends_with_the_same_bits(setting, start, ends_alike, model_folder, text_file, out):
+def test_a_run_killed_anywhere_ends_with_the_same_bits(setting, ends_alike, model_folder, text_file, out):
     source = random.Random(setting)
     places = [("step", source.randint(1, 30)) for _ in range(2)] + [("file", source.randint(1, 2)), ("report", 1)]
     for place, at in places:
@@ -225,7 +202,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(setting, start, ends_alik
     ends_alike(RESUMED[setting])
 
 
-def test_a_run_killed_at_any_time_ends_with_the_same_bits(start, ends_alike, model_folder, text_file, out):
+def test_a_run_killed_at_any_time_ends_with_the_same_bits(ends_alike, model_folder, text_file, out):
     delays = random.Random(0)
     for _ in range(3):
         process = start("step", None, model_folder, out, text_file, OURS)
@@ -234,7 +211,7 @@ def test_a_run_killed_at_any_time_ends_with_the_same_bits(start, ends_alike, mod
     ends_alike(OURS)
 
 
-def test_a_run_killed_while_it_writes_leaves_nothing_behind(start, model_folder, text_file, out):
+def test_a_run_killed_while_it_writes_leaves_nothing_behind(model_folder, text_file, out):
     assert exit_code(start("report", 1, model_folder, out, text_file, QUICK)) == -signal.SIGKILL
     prune(model_folder, out, text_file)
     assert names(out.parent) == {"model", "text.txt", "pruned"}
@@ -243,13 +220,8 @@ def test_a_run_killed_while_it_writes_leaves_nothing_behind(start, model_folder,
 def test_a_run_stopped_before_its_journal_is_removed_removes_it_when_called_again(
     model_folder, text_file, out, monkeypatch
 ):
-    def rmtree(path: Path, **more) -> None:
-        if path.name == "pruned.journal":
-            raise Interrupted
-        shutil.rmtree(path, **more)
-
     with monkeypatch.context() as patch:
-        patch.setattr(workflow, "shutil", SimpleNamespace(rmtree=rmtree))
+        patch.setattr(Journal, "remove", raising(Interrupted()))
         with pytest.raises(Interrupted):
             prune(model_folder, out, text_file)
     assert (out / "report.json").exists() and out.with_name("pruned.journal").exists()
@@ -429,3 +401,10 @@ def test_a_text_that_will_not_do_is_told(content, message, refused, text_file, t
     if content is not None:
         text_file.write_bytes(content)
     refused(message, text=text_file if content is not None else tmp_path / "no-such.txt")
+
+
+def test_it_imports_where_there_is_no_resource_module():
+    code = "import sys; sys.modules['resource'] = None; import armorfact_hf.runs.prune_to_folder"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
