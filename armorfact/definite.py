@@ -41,21 +41,24 @@ def definite(gram: Gram, given: Array | None) -> Gram:
         return gram
     xp = arrays.namespace(gram.matrix)
     tolerance = rounding_of(given, gram.matrix)
-    scaled, alive = unit_diagonal(gram.matrix)
-    eye = xp.eye(scaled.shape[0], dtype=scaled.dtype, device=arrays.device(scaled))
-    scaled += xp.where(alive, 0 * xp.ones_like(gram.diagonal), xp.ones_like(gram.diagonal)) * eye
-    margin = 4 * arrays.epsilon(scaled) * scaled.shape[0] ** 0.5
+    size = gram.matrix.shape[0]
+    flat = xp.reshape(unit_diagonal(gram.matrix)[0], (-1,))
+    margin = 4 * arrays.epsilon(flat) * size**0.5
     floor = 0.0
-    while arrays.cholesky(scaled + (floor - margin) * eye) is None:
+    while True:
+        flat[:: size + 1] = 1 + floor - margin  # a channel without energy counts as definite
+        if arrays.cholesky(xp.reshape(flat, (size, size))) is not None:
+            return gram.floored(floor) if floor else gram
         if floor > tolerance:
-            _refuse_indefinite(scaled, tolerance)
-            break
-        floor = 2 * floor or 2 * margin
-    return gram.floored(floor) if floor else gram
+            flat[:: size + 1] = 1.0
+            _refuse_indefinite(xp.reshape(flat, (size, size)), tolerance)
+            return gram.floored(floor)
+        floor = 2 * (floor or margin)
 
 
 def _refuse_indefinite(scaled: Array, tolerance: float) -> None:
-    smallest = float(arrays.namespace(scaled).min(arrays.namespace(scaled).linalg.eigvalsh(arrays.float64(scaled))))
+    xp = arrays.namespace(scaled)
+    smallest = float(xp.min(xp.linalg.eigvalsh(arrays.float64(scaled))))
     if smallest < -tolerance:
         raise ValueError(
             f"XXt is not positive semidefinite: scaled to unit diagonal, its smallest eigenvalue "

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from armorfact import arrays, driver, sizes, validate
 from armorfact.definite import definite
 from armorfact.driver import Budget, Progress
@@ -107,9 +109,11 @@ def factorize(
     units = Units(weight_unit, gram_unit, output_unit, normalize is not None)
     objective = Objective(weight, validate.as_given(XXt, gram), scaling, units)
     problem = Problem(scaling.scaled(scaled), definite(gram, XXt), pattern, block_out, block_in)
-    start, notes = _start(init, scaled, gram, problem, objective)
-    run = driver.run(algorithm, problem, scaling.into(start), budget, seed, callback, units.loss)
-    return _measured(objective, problem, start, run, notes)
+    # What overflows is not finite, and what is not finite is never accepted.
+    with np.errstate(over="ignore", invalid="ignore"):
+        start, notes = _start(init, scaled, gram, problem, objective)
+        run = driver.run(algorithm, problem, scaling.into(start), budget, seed, callback, units.loss)
+        return _measured(objective, problem, start, run, notes)
 
 
 def _budget(solver: Solver, max_sweeps: int | None, rtol: float | None, time_limit: float | None) -> Budget:

@@ -171,6 +171,12 @@ def test_row_weights_of_any_scale():
     assert scaled.loss == base.loss * 2.0**-200
 
 
+def test_row_weights_forty_orders_of_magnitude_apart():
+    gram = gram_matrix(np.random.default_rng(1), 64, "plain")
+    result = factorize(WEIGHT, gram, block=16, max_sweeps=4, row_weight=np.logspace(-20, 20, 64))
+    assert result.factors.finite() and result.loss <= result.initial_loss
+
+
 def test_float16_at_its_limit_stays_finite_and_says_so():
     gram = gram_matrix(np.random.default_rng(1), 64, "plain").astype(np.float32)
     weight = (np.sign(WEIGHT) * 65504).astype(np.float16)

@@ -12,8 +12,8 @@ from armorfact_hf.data.load_model import load_model
 from armorfact_hf.data.questions import TASKS, Question, fetch_questions
 from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
 from armorfact_hf.files import written_beside
+from armorfact_hf.report.record import Report
 from armorfact_hf.runs.compare import dense_model
-from armorfact_hf.runs.prune_to_folder import read_report
 from benchmarks.evidence.tables import table
 
 CHOICE_TASKS = tuple(task for task in TASKS if task != "lambada")  # lambada has no choices to guess from
@@ -50,11 +50,11 @@ def task_table(folders: Sequence[Path], limit: int, kept: Path) -> str:
     Raises:
         ValueError: no folders, or folders of different models.
     """
-    reports = [read_report(folder) for folder in folders]
-    if len({report["model"]["fingerprint"] for report in reports}) != 1:
+    reports = [Report.read(folder) for folder in folders]
+    if len({report.model.fingerprint for report in reports}) != 1:
         raise ValueError("expected one or more folders that `armorfact prune` wrote, all of one model")
-    model = reports[0]["model"]
-    scores = {"dense": _kept(kept, f"{model['fingerprint']} {limit}", lambda: dense_model(reports[0]), limit)}
+    model = reports[0].model
+    scores = {"dense": _kept(kept, f"{model.fingerprint} {limit}", lambda: dense_model(reports[0]), limit)}
     for folder in folders:
         key = f"{folder.resolve()} {limit}"
         scores[folder.name] = _kept(kept, key, lambda folder=folder: load_model(str(folder)), limit)
