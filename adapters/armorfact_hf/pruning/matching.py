@@ -149,12 +149,13 @@ def _train(
     parameters = [parameter for master in masters.values() for parameter in master.parameters()]
     order = _order(len(targets), matching.passes, seed)
     undo = _Undo(parameters)
+    half = _runs_in_half(run, order[0], targets[0].device.type)
     notes: list[str] = []
     optimizer = torch.optim.AdamW(parameters, lr=matching.rate, betas=BETAS, weight_decay=0.0)
     for step, window in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = matching.rate_at(step, len(order)) / 2 ** len(notes)
-        if _backward(run, window, targets[window], parameters):
+        if _backward(run, window, targets[window], parameters, half):
             undo.remember()
             optimizer.step()
         else:
@@ -173,10 +174,25 @@ def _order(windows: int, passes: int, seed: int) -> list[int]:
     return [training[k] for _ in range(passes) for k in torch.randperm(len(training), generator=generator).tolist()]
 
 
+@torch.no_grad()
+def _runs_in_half(run: Callable[[int], Tensor], window: int, device: str) -> bool:
+    """Whether a block can be run in mixed precision: one that puts tensors together by hand may fail, as experts do."""
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            run(window)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
+
+
 @torch.enable_grad()
-def _backward(run: Callable[[int], Tensor], window: int, target: Tensor, parameters: list[nn.Parameter]) -> bool:
-    """Gradients of the error on one window; whether all of them are finite."""
-    with torch.autocast(target.device.type, torch.bfloat16):
+def _backward(
+    run: Callable[[int], Tensor], window: int, target: Tensor, parameters: list[nn.Parameter], half: bool
+) -> bool:
+    """Gradients of the error on one window, in mixed precision if ``half``; whether all of them are finite."""
+    with torch.autocast(target.device.type, torch.bfloat16, enabled=half):
         output = run(window)
     if not output.requires_grad:
         raise ValueError(
