@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.checkpoint.measured import shape_key, write_measured
-from armorfact_hf.layers.execution import PAIR, Execution, packs
+from armorfact_hf.layers.execution import Execution, runnable
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.semi_structured import refusal
 
 DENSE_BYTES = 1 << 30  # of dense weights that are made to compare with; layers beyond are not timed
 SECONDS = 0.4  # spent on each figure, about
@@ -90,7 +89,7 @@ def _time_group(shape: str, layers: list[FactorizedLinear], tokens: int) -> Timi
     layers = layers[: max(1, DENSE_BYTES // size)]
     x = torch.randn(tokens, first.in_features, device=first.values.device).to(first.values.dtype)
     forms = {"dense": [_dense(layer) for layer in layers]}
-    for strategy in runnable(first):
+    for strategy in (name for name in runnable(first.kind) if name != "dense"):
         forms[strategy] = [_sharing(layer).use_(Execution.always(strategy)) for layer in layers]
     seconds = time_side_by_side(forms, x)
     sparse = min((name for name in seconds if name != "dense"), key=seconds.__getitem__)
@@ -98,17 +97,6 @@ def _time_group(shape: str, layers: list[FactorizedLinear], tokens: int) -> Timi
     alone = time_side_by_side({"whole": forms[sparse], "bare": bare}, x)
     wrappers = 0.0 if first.block is None else max(0.0, 1 - alone["bare"] / alone["whole"])
     return Timing(shape, tokens, len(layers), seconds["dense"], seconds, wrappers)
-
-
-def runnable(layer: FactorizedLinear) -> list[str]:
-    """The strategies that can run this layer where it is, apart from the dense one."""
-    device, dtype = layer.values.device, layer.values.dtype
-    found = ["unpacked"]
-    if packs(device.type, dtype, layer.pattern):
-        found.insert(0, "packed")
-    if layer.pattern == PAIR and refusal(layer.out_features, layer.in_features, dtype, device) is None:
-        found.append("semi_structured")
-    return found
 
 
 def _dense(layer: FactorizedLinear) -> nn.Linear:
