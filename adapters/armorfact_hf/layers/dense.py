@@ -20,4 +20,4 @@ def prepare(operands: Operands) -> dict[str, Tensor]:
 
 def product(x: Tensor, operands: Operands) -> Tensor:
     """y = (A C B) x."""
-    return functional.linear(x, operands.merged)
+    return functional.linear(x, operands.kept("merged"))

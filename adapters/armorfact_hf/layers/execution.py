@@ -41,8 +41,8 @@ class Execution:
 
     def __post_init__(self) -> None:
         limits = [limit for limit, _ in self.choices]
-        numbers = limits[:-1]
-        growing = all(isinstance(n, int) and n > 0 for n in numbers) and numbers == sorted(set(numbers))
+        numbers = [limit for limit in limits[:-1] if isinstance(limit, int) and limit > 0]
+        growing = len(numbers) == len(limits) - 1 and numbers == sorted(set(numbers))
         if not limits or limits[-1] is not None or not growing:
             raise ValueError(
                 f"expected (most tokens, strategy) pairs with growing numbers and None as the last, got {self.choices}"
@@ -74,7 +74,7 @@ class Execution:
     def at(self, tokens: int) -> str:
         """The strategy for so many tokens."""
         for limit, strategy in self.choices[:-1]:
-            if tokens <= limit:
+            if limit is not None and tokens <= limit:
                 return strategy
         return self.choices[-1][1]
 

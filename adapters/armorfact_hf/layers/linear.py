@@ -34,6 +34,8 @@ class FactorizedLinear(nn.Module):
         ValueError: sizes that the pattern or the blocks do not divide; see `LayerFormat`.
     """
 
+    positions: Tensor
+
     def __init__(
         self,
         d_out: int,
@@ -77,12 +79,11 @@ class FactorizedLinear(nn.Module):
         Args:
             core: C. left, right: A and B, both or neither. bias: (d_out,) or None.
         """
-        block = None if left is None or right is None else (left.blocks.shape[-1], right.blocks.shape[-1])
+        wrappers = {} if left is None or right is None else {"left": left.blocks, "right": right.blocks}
+        block = (wrappers["left"].shape[-1], wrappers["right"].shape[-1]) if wrappers else None
         values = core.values
         layer = cls(*core.shape, core.pattern, block, bias is not None, values.dtype, values.device)
-        given = {"values": values, "positions": core.packed, "bias": bias}
-        if block is not None:
-            given |= {"left": left.blocks, "right": right.blocks}
+        given = {"values": values, "positions": core.packed, "bias": bias, **wrappers}
         with torch.no_grad():
             for name, tensor in given.items():
                 if tensor is not None:

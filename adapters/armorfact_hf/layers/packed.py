@@ -39,8 +39,9 @@ def _cpu_has_half() -> bool:
     """Whether the processor that numba compiles for converts float16: x86 since 2012, and all others."""
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
         return True
-    if numba.config.CPU_FEATURES is not None:
-        return "+f16c" in numba.config.CPU_FEATURES
+    features: str | None = vars(numba.config)["CPU_FEATURES"]
+    if features is not None:
+        return "+f16c" in features
     return bool(binding.get_host_cpu_features().get("f16c"))
 
 

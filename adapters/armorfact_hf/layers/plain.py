@@ -1,4 +1,4 @@
-"""PyTorch's own operators on the unpacked core, which know gradients and autocast; right, and slower.
+"""PyTorch's own operators on the weight A C B, formed anew: they know gradients and autocast; right, and slower.
 
 Nobody chooses it: it runs where a gradient is asked for or dtypes differ, whatever was chosen, and the number of tokens
 plays no part, so that a graph that is traced with gradients holds for any number.
@@ -24,8 +24,22 @@ def prepare(operands: Operands) -> dict[str, Tensor]:
 
 
 def product(x: Tensor, operands: Operands) -> Tensor:
-    """y = A (C (B x)); x may be of another dtype under autocast."""
-    return operands.between_wrappers(x, lambda inputs: functional.linear(inputs, _dense_core(operands)))
+    """y = (A C B) x; x may be of another dtype under autocast.
+
+    The weight is formed and multiplied with once: whoever asks for gradients has many tokens, and the way back through
+    three products would keep two more activations.
+    """
+    return functional.linear(x, _weight(operands))
+
+
+def _weight(operands: Operands) -> Tensor:
+    """A C B, (d_out, d_in)."""
+    core, left, right = _dense_core(operands), operands.left, operands.right
+    if left is None or right is None:
+        return core
+    d_out, d_in = core.shape
+    right_done = torch.einsum("rjk,jkc->rjc", core.view(d_out, *right.shape[:2]), right)
+    return torch.bmm(left, right_done.reshape(*left.shape[:2], d_in)).view(d_out, d_in)
 
 
 def _dense_core(operands: Operands) -> Tensor:

@@ -55,10 +55,21 @@ class Operands(NamedTuple):
         """C."""
         return Core(self.values, self.positions, self.pattern, self.columns)
 
+    def kept(self, name: str) -> Tensor:
+        """What `Strategy.prepare` made beside the factors.
+
+        Raises:
+            ValueError: it did not.
+        """
+        found: Tensor | None = getattr(self, name)
+        if found is None:
+            raise ValueError(f"the layer keeps no {name} weight: choose the strategy by `use_`, which prepares it")
+        return found
+
     def dense(self) -> Tensor:
         """A C B, (d_out, d_in)."""
         core = self.core.dense()
-        return core if self.left is None else Factors(self.left, core, self.right).dense()
+        return core if self.left is None or self.right is None else Factors(self.left, core, self.right).dense()
 
     def between_wrappers(self, x: Tensor, core_product: Callable[[Tensor], Tensor]) -> Tensor:
         """A core_product(B x), for the rows of x."""
