@@ -8,8 +8,10 @@ from armorfact.packed import Core
 from armorfact.pattern import Pattern
 from armorfact.problem import Factors, Problem
 from armorfact.result import BlockDiagonal, Result
+from armorfact.sizes import auto_block
 from armorfact.solvers import Adam, Best, Exact, Gradient, Solver, State
 from armorfact.solvers.exact import Extrapolation
+from armorfact.status import Ending, Status
 
 __version__ = "0.1.0"
 
@@ -19,6 +21,7 @@ __all__ = [
     "BlockDiagonal",
     "Core",
     "DampingWarning",
+    "Ending",
     "Exact",
     "Extrapolation",
     "Factors",
@@ -29,7 +32,9 @@ __all__ = [
     "Result",
     "Solver",
     "State",
+    "Status",
     "Sweep",
+    "auto_block",
     "factorize",
     "magnitude",
     "nowag",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from armorfact import arrays
 from armorfact.problem import MOST_GROWTH, Factors, Problem
 from armorfact.solvers.protocol import Best, Solver
+from armorfact.status import Ending, Status
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Run:
 
     factors: Factors
     history: tuple[Sweep, ...]
-    status: str
+    status: Status
 
 
 def run(
@@ -87,7 +88,7 @@ def run(
     best = Best(state.factors, state.loss)
     history = [Sweep(0, reported(best.loss), time.perf_counter() - start)]
     idle = outsized = 0
-    status = f"sweep limit of {budget.max_sweeps} reached"
+    status = Status(Ending.SWEEP_LIMIT, f"sweep limit of {budget.max_sweeps} reached")
     for number in range(1, budget.max_sweeps + 1):
         state = solver.step(problem, state, best)
         seconds = time.perf_counter() - start
@@ -105,21 +106,20 @@ def run(
             status = ended
             break
     if outsized:
-        status += f"; {outsized} sweeps ended with entries above {MOST_GROWTH:g} times those of W and were not accepted"
+        what = f"{outsized} sweeps ended with entries above {MOST_GROWTH:g} times those of W and were not accepted"
+        status = status.noting(what)
     return Run(best.factors, tuple(history), status)
 
 
-def _ended(budget: Budget, loss: float, sweeps: int, idle: int, seconds: float, stopped: object) -> str | None:
+def _ended(budget: Budget, loss: float, sweeps: int, idle: int, seconds: float, stopped: object) -> Status | None:
     """Why the run ends after this sweep, if it does."""
     if stopped:
-        return f"stopped by the callback after {sweeps} sweeps"
+        return Status(Ending.CALLBACK, f"stopped by the callback after {sweeps} sweeps")
     if loss == 0:
-        return f"solved exactly after {sweeps} sweeps"
+        return Status(Ending.SOLVED, f"solved exactly after {sweeps} sweeps")
     if idle >= budget.patience:
-        return (
-            f"converged after {sweeps} sweeps: the last {budget.patience} each gained less than "
-            f"{budget.rtol:g} of the loss"
-        )
+        gains = f"the last {budget.patience} each gained less than {budget.rtol:g} of the loss"
+        return Status(Ending.CONVERGED, f"converged after {sweeps} sweeps: {gains}")
     if budget.time_limit is not None and seconds >= budget.time_limit:
-        return f"time limit of {budget.time_limit:g} s reached after {sweeps} sweeps"
+        return Status(Ending.TIME_LIMIT, f"time limit of {budget.time_limit:g} s reached after {sweeps} sweeps")
     return None

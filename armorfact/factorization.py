@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from armorfact import arrays, driver, validate
+import numpy as np
+
+from armorfact import arrays, driver, sizes, validate
+from armorfact.definite import definite
 from armorfact.driver import Budget, Progress
 from armorfact.gauge import canonical
 from armorfact.gram import FullGram, Gram
 from armorfact.initial import METHODS
 from armorfact.initial.sparsegpt import prune, within_range
 from armorfact.objective import Objective, Units
-from armorfact.packed import Core, array_bytes
+from armorfact.packed import Core
 from armorfact.pattern import Pattern
 from armorfact.problem import Factors, Problem
 from armorfact.result import BlockDiagonal, Result
@@ -21,9 +24,9 @@ from armorfact.scaling import Scaling
 from armorfact.solvers import Adam, Exact, Gradient, Solver
 
 Array = Any
+Notes = tuple[str, ...]
 
-SOLVERS = {"exact": Exact, "gradient": Gradient, "adam": Adam}
-INITIALIZATIONS = tuple(METHODS)
+SOLVERS: dict[str, type[Exact | Gradient | Adam]] = {"exact": Exact, "gradient": Gradient, "adam": Adam}
 
 
 def factorize(
@@ -36,6 +39,7 @@ def factorize(
     solver: str | Solver = "exact",
     normalize: str | None = None,
     row_weight: Array | None = None,
+    output_gram: Array | None = None,
     max_sweeps: int | None = None,
     rtol: float | None = None,
     time_limit: float | None = None,
@@ -59,6 +63,9 @@ def factorize(
         normalize: "nowag" measures the residual on W with unit-norm columns and then rows, the
             paper's objective (together with a diagonal XXt); None measures it on W itself.
         row_weight: (d_out,) positive importance of each output row, a factor of its squared error.
+        output_gram: G, the importance of the outputs, for the objective tr(G (W - ACB) H (W - ACB)'):
+            (d_out / block_out, block_out, block_out), a positive definite matrix for each block of
+            A, or its diagonal (d_out,), which is ``row_weight``.
         max_sweeps, rtol: the solver's own defaults if None.
         time_limit: seconds after which no further sweep starts.
         callback: called with a `Progress` after every sweep; a true return value stops the run.
@@ -70,45 +77,43 @@ def factorize(
     Raises:
         TypeError: arguments of the wrong type, integer or complex dtypes, two array libraries.
         ValueError: wrong shapes, sizes that blocks or groups do not divide, NaN or infinite
-            entries, an XXt that is not symmetric positive semidefinite, negative budgets, unknown names.
+            entries, an XXt that is not symmetric positive semidefinite, an output_gram that is not
+            positive definite, another device than that of W, negative budgets, unknown names.
+
+    Examples:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> weight, inputs = rng.standard_normal((8, 16)), rng.standard_normal((16, 100))
+        >>> result = factorize(weight, inputs @ inputs.T, block=(4, 8), max_sweeps=10)
+        >>> result.left.blocks.shape, result.core.values.shape, result.right.blocks.shape
+        ((2, 4, 4), (8, 8), (2, 8, 8))
+        >>> result.loss < result.initial_loss < result.weight_loss
+        True
+        >>> print(result.status)
+        sweep limit of 10 reached
     """
     pattern = Pattern.parse(pattern)
     weight = validate.weight(W, pattern)
-    block_out, block_in = validate.blocks(block, weight.shape, pattern)
-    algorithm = _solver(solver)
+    block_out, block_in = sizes.blocks(block, weight.shape, pattern)
+    validate.solver(solver, tuple(SOLVERS))
+    algorithm = SOLVERS[solver]() if isinstance(solver, str) else solver
     budget = _budget(algorithm, max_sweeps, rtol, time_limit)
     seed = validate.seed(seed)
-    _check_init(init, weight, pattern, (block_out, block_in))
-    _check_name("normalize", normalize, (None, "nowag"))
+    validate.init(init, weight, pattern, (block_out, block_in), tuple(METHODS))
+    validate.one_of("normalize", normalize, (None, "nowag"))
     scaled, weight_unit = validate.scaled(weight)
     gram, gram_unit = validate.gram(XXt, weight)
-    row_weight, row_unit = validate.row_weights(row_weight, weight)
+    outputs, output_unit = validate.output_gram(output_gram, row_weight, weight, block_out)
 
-    scaling = Scaling.of(scaled, normalize, row_weight)
-    units = Units(weight_unit, gram_unit, row_unit, normalize is not None)
+    scaling = Scaling.of(scaled, normalize, outputs)
+    units = Units(weight_unit, gram_unit, output_unit, normalize is not None)
     objective = Objective(weight, validate.as_given(XXt, gram), scaling, units)
-    problem = Problem(scaling.scaled(scaled), validate.definite(gram, XXt), pattern, block_out, block_in)
-    start, notes = _start(init, scaled, gram, problem, objective)
-    run = driver.run(algorithm, problem, scaling.into(start), budget, seed, callback, units.loss)
-    return _measured(objective, problem, start, run, notes)
-
-
-def _check_name(argument: str, value: Any, known: tuple[Any, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument} must be one of {known}, got {value!r}")
-
-
-def _solver(solver: str | Solver) -> Solver:
-    if isinstance(solver, str):
-        _check_name("solver", solver, tuple(SOLVERS))
-        return SOLVERS[solver]()
-    missing = [name for name in ("init", "step", "max_sweeps", "rtol", "patience") if not hasattr(solver, name)]
-    if missing or isinstance(solver, type):
-        raise TypeError(
-            f"solver must be one of {tuple(SOLVERS)} or an object of the solver protocol; "
-            f"{solver!r} lacks {missing or 'an instance: call the class'}"
-        )
-    return solver
+    problem = Problem(scaling.scaled(scaled), definite(gram, XXt), pattern, block_out, block_in)
+    # What overflows is not finite, and what is not finite is never accepted.
+    with np.errstate(over="ignore", invalid="ignore"):
+        start, notes = _start(init, scaled, gram, problem, objective)
+        run = driver.run(algorithm, problem, scaling.into(start), budget, seed, callback, units.loss)
+        return _measured(objective, problem, start, run, notes)
 
 
 def _budget(solver: Solver, max_sweeps: int | None, rtol: float | None, time_limit: float | None) -> Budget:
@@ -120,61 +125,23 @@ def _budget(solver: Solver, max_sweeps: int | None, rtol: float | None, time_lim
     )
 
 
-def _check_init(init: Any, weight: Array, pattern: Pattern, block: tuple[int, int]) -> None:
-    if isinstance(init, str):
-        _check_name("init", init, INITIALIZATIONS)
-        return
-    if isinstance(init, Result):
-        found = (init.core.shape, init.core.pattern, init.left.blocks.shape[-1], init.right.blocks.shape[-1])
-        if found != (tuple(weight.shape), pattern, *block):
-            raise ValueError(
-                f"a warm start needs the same shape, pattern and blocks: expected "
-                f"{tuple(weight.shape)}, {pattern}, {block}, got {found[0]}, {found[1]}, {found[2:]}"
-            )
-        _same_library(init.core.values, weight, "the warm start")
-        return
-    if not arrays.is_array(init):
-        raise TypeError(f"init must be one of {INITIALIZATIONS}, a boolean mask or a Result, got {type(init).__name__}")
-    _check_mask(init, weight, pattern)
-
-
-def _check_mask(mask: Array, weight: Array, pattern: Pattern) -> None:
-    _same_library(mask, weight, "the mask")
-    if mask.dtype != arrays.namespace(mask).bool:
-        raise TypeError(f"a mask must be boolean, got dtype {mask.dtype}; compare with `!= 0`")
-    if tuple(mask.shape) != tuple(weight.shape):
-        raise ValueError(f"the mask must have the shape of W, {tuple(weight.shape)}, got {tuple(mask.shape)}")
-    if pattern.most_kept(mask) > pattern.keep:
-        raise ValueError(
-            f"the mask keeps {pattern.most_kept(mask)} of a group of {pattern.group}; "
-            f"pattern {pattern} allows {pattern.keep}"
-        )
-
-
-def _same_library(array: Array, weight: Array, name: str) -> None:
-    if arrays.library(array) != arrays.library(weight):
-        raise TypeError(
-            f"W is a {arrays.library(weight)} array and {name} a {arrays.library(array)} one; convert one of them"
-        )
-
-
-def _start(init: Any, weight: Array, gram: Gram, problem: Problem, objective: Objective) -> tuple[Factors, str]:
+def _start(init: Any, weight: Array, gram: Gram, problem: Problem, objective: Objective) -> tuple[Factors, Notes]:
     """The starting factors of the scaled W, and what the status has to say about them."""
     if isinstance(init, Result):
-        return objective.units.into(init.factors.astype(weight.dtype)), ""
+        return objective.units.into(init.factors.astype(weight.dtype)), ()
     if not isinstance(init, str):
         xp = arrays.namespace(weight)
-        return problem.identity_wrapped(xp.where(init, weight, xp.zeros_like(weight))), ""
+        return problem.identity_wrapped(xp.where(init, weight, xp.zeros_like(weight))), ()
     if init != "sparsegpt":
         array = gram.matrix if isinstance(gram, FullGram) else gram.diagonal
-        return problem.identity_wrapped(METHODS[init](weight, array, pattern=problem.pattern)), ""
+        return problem.identity_wrapped(METHODS[init](weight, array, pattern=problem.pattern)), ()
     home = objective.units.weight, objective.weight.dtype
     core, rows = within_range(prune(weight, gram, problem.pattern), weight, gram, problem.pattern, home)
-    note = f"; {rows} rows that SparseGPT takes out of the range of {home[1]} start from Wanda's choice"
-    return problem.identity_wrapped(core), note if rows else ""
+    note = f"{rows} rows that SparseGPT takes out of the range of {home[1]} start from Wanda's choice"
+    return problem.identity_wrapped(core), (note,) if rows else ()
 
 
-def _measured(objective: Objective, problem: Problem, start: Factors, run: driver.Run, notes: str) -> Result:
+def _measured(objective: Objective, problem: Problem, start: Factors, run: driver.Run, notes: Notes) -> Result:
     """Round to the dtype of W, measure what is returned, and keep the start if rounding made it best."""
     weight, units = objective.weight, objective.units
     initial = units.out_of(start).astype(weight.dtype)
@@ -185,7 +152,7 @@ def _measured(objective: Objective, problem: Problem, start: Factors, run: drive
     if not loss <= initial_loss:
         why = "has the smaller loss" if usable else "alone stays in range"
         found, loss = initial, initial_loss
-        notes += f"; in {weight.dtype} the initialization {why} and is returned"
+        notes += (f"in {weight.dtype} the initialization {why} and is returned",)
     return Result(
         left=BlockDiagonal(found.left),
         core=Core.from_dense(found.core, problem.pattern),
@@ -194,6 +161,6 @@ def _measured(objective: Objective, problem: Problem, start: Factors, run: drive
         initial_loss=units.loss(max(initial_loss, 0.0)),
         weight_loss=units.loss(max(objective.weight_loss(problem.block_out), 0.0)),
         history=run.history,
-        status=run.status + notes,
-        original_nbytes=array_bytes(weight),
+        status=run.status.noting(*notes),
+        original_nbytes=arrays.nbytes(weight),
     )

@@ -17,16 +17,10 @@ Array = Any
 def canonical(factors: Factors) -> Factors:
     """The same product A C B with unit-norm columns of A and rows of B (zero ones stay zero)."""
     xp = arrays.namespace(factors.core)
-    columns = _norms(factors.left, -2)
-    rows = _norms(factors.right, -1)
+    columns = arrays.norms(factors.left, -2)
+    rows = arrays.norms(factors.right, -1)
     return Factors(
         left=factors.left / columns[:, None, :],
         core=xp.reshape(columns, (-1, 1)) * factors.core * xp.reshape(rows, (1, -1)),
         right=factors.right / rows[:, :, None],
     )
-
-
-def _norms(stack: Array, axis: int) -> Array:
-    xp = arrays.namespace(stack)
-    norms = xp.linalg.vector_norm(stack, axis=axis)
-    return xp.where(norms > 0, norms, xp.ones_like(norms))

@@ -47,6 +47,14 @@ class Core:
             ``pattern.index_bits`` bits each (2 for 2:4), the first in the low bits of its byte.
         pattern: N:M.
         columns: d_in.
+
+    Examples:
+        >>> import numpy as np
+        >>> core = Core.from_dense(np.array([[0.0, 3.0, 0.0, 4.0, 5.0, 0.0, 0.0, 0.0]]), Pattern(2, 4))
+        >>> core.values.tolist(), core.positions.tolist(), core.packed.shape
+        ([[3.0, 4.0, 5.0, 0.0]], [[1, 3, 0, 1]], (1, 1))
+        >>> core.dense().tolist()
+        [[0.0, 3.0, 0.0, 4.0, 5.0, 0.0, 0.0, 0.0]]
     """
 
     values: Array
@@ -120,13 +128,4 @@ class Core:
     @property
     def nbytes(self) -> int:
         """Bytes of values and packed positions."""
-        return array_bytes(self.values) + array_bytes(self.packed)
-
-
-def array_bytes(array: Array) -> int:
-    xp = arrays.namespace(array)
-    bits = 8 if array.dtype == xp.uint8 else xp.finfo(array.dtype).bits
-    size = 1
-    for length in array.shape:
-        size *= length
-    return size * bits // 8
+        return arrays.nbytes(self.values) + arrays.nbytes(self.packed)

@@ -7,8 +7,9 @@ from typing import Any
 
 from armorfact import arrays, blocks
 from armorfact.driver import Sweep
-from armorfact.packed import Core, array_bytes
+from armorfact.packed import Core
 from armorfact.problem import Factors
+from armorfact.status import Status
 
 Array = Any
 
@@ -43,23 +44,25 @@ class BlockDiagonal:
     @property
     def nbytes(self) -> int:
         """Bytes of the blocks."""
-        return array_bytes(self.blocks)
+        return arrays.nbytes(self.blocks)
 
 
 @dataclass(frozen=True, repr=False)
 class Result:
     """A factorization W ~ A C B and how it came about.
 
-    The losses are those of the factors held here, in the dtype held here, evaluated in float64:
-    tr((W - A C B) H (W - A C B)'), with the normalization and row weights that were asked for.
+    ``loss``, ``initial_loss`` and ``weight_loss`` are evaluated in float64 with W and H as given and
+    the factors in the dtype they are held in: tr((W - A C B) H (W - A C B)'), with the normalization
+    and output weights that were asked for; 0 where rounding has made H's own value negative.
 
     Args:
         left: A. core: C. right: B.
         loss: of this factorization.
         initial_loss: of the initialization, rounded to the same dtype.
         weight_loss: of the zero matrix, tr(W H W').
-        history: the accepted sweeps, sweep 0 being the start; their losses never rise.
-        status: why the run ended, in a sentence.
+        history: the accepted sweeps, sweep 0 being the start; their losses, the solver's own before
+            its factors are rounded to the dtype of W, never rise.
+        status: why the run ended: a sentence, and as ``status.ending`` an `Ending`.
         original_nbytes: bytes of W.
     """
 
@@ -70,7 +73,7 @@ class Result:
     initial_loss: float
     weight_loss: float
     history: tuple[Sweep, ...]
-    status: str
+    status: Status
     original_nbytes: int
 
     @property

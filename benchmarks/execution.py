@@ -16,8 +16,9 @@ from torch import nn
 
 from armorfact import BlockDiagonal, Core
 from armorfact_hf.bench.layers import time_side_by_side
-from armorfact_hf.layers.execution import PAIR, Execution
+from armorfact_hf.layers.execution import Execution
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.strategy import PAIR
 
 SHAPES = ["4096x4096", "11008x4096", "2048x640", "1536x576"]
 COPIES_BYTES = 1 << 30

@@ -171,6 +171,12 @@ def test_row_weights_of_any_scale():
     assert scaled.loss == base.loss * 2.0**-200
 
 
+def test_row_weights_forty_orders_of_magnitude_apart():
+    gram = gram_matrix(np.random.default_rng(1), 64, "plain")
+    result = factorize(WEIGHT, gram, block=16, max_sweeps=4, row_weight=np.logspace(-20, 20, 64))
+    assert result.factors.finite() and result.loss <= result.initial_loss
+
+
 def test_float16_at_its_limit_stays_finite_and_says_so():
     gram = gram_matrix(np.random.default_rng(1), 64, "plain").astype(np.float32)
     weight = (np.sign(WEIGHT) * 65504).astype(np.float16)
@@ -178,6 +184,7 @@ def test_float16_at_its_limit_stays_finite_and_says_so():
     assert all(np.isfinite(x).all() for x in (result.left.blocks, result.core.values, result.right.blocks))
     assert "start from Wanda's" in result.status and "stays in range" in result.status
     assert result.loss <= result.initial_loss
+    assert result.weight_loss == pytest.approx(true_loss(weight, 0, gram), rel=1e-9)
     pruned = sparsegpt(weight, gram)
     assert np.isfinite(pruned).all() and Pattern(2, 4).most_kept(pruned) <= 2
     half = factorize(weight / 64, gram, block=16)

@@ -39,6 +39,23 @@ def test_same_factors_as_numpy(convert, diagonal, solver):
 
 
 @pytest.mark.parametrize("convert", CONVERSIONS)
+def test_few_tokens_and_weighted_outputs_give_the_loss_of_numpy(convert):
+    rng = np.random.default_rng(4)
+    weight, inputs, gradients = (
+        rng.standard_normal((16, 24)),
+        rng.standard_normal((24, 20)),
+        rng.standard_normal((16, 9)),
+    )
+    outputs = np.stack([np.eye(8) + part @ part.T for part in (gradients[:8], gradients[8:])])
+    gram = inputs @ inputs.T
+    expected = factorize(weight, gram, block=8, max_sweeps=3, output_gram=outputs)
+    result = factorize(convert(weight), convert(gram), block=8, max_sweeps=3, output_gram=convert(outputs))
+    assert type(result.core.values) is type(convert(weight))
+    assert result.loss == pytest.approx(expected.loss, rel=1e-3)
+    assert result.initial_loss == pytest.approx(expected.initial_loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS)
 @pytest.mark.parametrize("method", [sparsegpt, wanda, nowag])
 def test_same_pruning_as_numpy(convert, method):
     weight, gram = inputs()

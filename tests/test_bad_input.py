@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from armorfact import Exact, Pattern, factorize
+from armorfact import Exact, Pattern, auto_block, factorize
 from tests.conftest import gram_matrix
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 16))
@@ -55,6 +57,33 @@ CASES = {
     "unknown normalization": ((WEIGHT,), {"normalize": "l2"}, ValueError, "nowag"),
     "row weights of a wrong shape": ((WEIGHT,), {"row_weight": np.ones(16)}, ValueError, r"\(8,\)"),
     "row weights not positive": ((WEIGHT,), {"row_weight": np.zeros(8)}, ValueError, "positive"),
+    "output blocks of a wrong shape": (
+        (WEIGHT,),
+        {"output_gram": np.ones((2, 4, 4))},
+        ValueError,
+        r"\(8,\), one entry a row of W or \(1, 8, 8\), one matrix for each block",
+    ),
+    "output blocks not definite": ((WEIGHT,), {"output_gram": np.ones((1, 8, 8))}, ValueError, "positive definite"),
+    "output blocks of zeros": ((WEIGHT,), {"output_gram": np.zeros((1, 8, 8))}, ValueError, "positive definite"),
+    "output blocks not symmetric": (
+        (WEIGHT,),
+        {"output_gram": np.eye(8)[None] + np.eye(8, k=1)},
+        ValueError,
+        "not symmetric",
+    ),
+    "output weights not positive": ((WEIGHT,), {"output_gram": -np.ones(8)}, ValueError, "output_gram must be pos"),
+    "both names of the row weights": (
+        (WEIGHT,),
+        {"output_gram": np.ones(8), "row_weight": np.ones(8)},
+        ValueError,
+        "give one of them",
+    ),
+    "row weights of another library": (
+        (WEIGHT,),
+        {"row_weight": torch.ones(8)},
+        TypeError,
+        "row_weight a torch one",
+    ),
     "pattern of a wrong type": ((WEIGHT,), {"pattern": 24}, TypeError, "'2:4'"),
     "negative budget": ((WEIGHT,), {"max_sweeps": -1}, ValueError, "must not be negative"),
     "sweeps not a number": ((WEIGHT,), {"max_sweeps": float("nan")}, TypeError, "max_sweeps must be an integer"),
@@ -104,6 +133,7 @@ def test_a_warm_start_of_another_shape_is_refused():
 def test_auto_takes_the_largest_block_up_to_128_that_fits():
     result = factorize(np.ones((192, 24)), max_sweeps=0)
     assert (result.left.blocks.shape[-1], result.right.blocks.shape[-1]) == (96, 24)
+    assert auto_block((192, 24)) == (96, 24)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -111,3 +141,37 @@ def test_a_gram_matrix_with_rounding_in_it_is_accepted(dtype):
     rng = np.random.default_rng(2)
     gram = gram_matrix(rng, 64, "deficient").astype(dtype)
     assert factorize(rng.standard_normal((8, 64)), gram, block=8, max_sweeps=1).loss >= 0
+
+
+DEVICES = {
+    "XXt": {"XXt": torch.ones(16, device="meta")},
+    "row_weight": {"row_weight": torch.ones(8, device="meta")},
+    "output_gram": {"output_gram": torch.ones(8, device="meta")},
+    "the mask": {"init": torch.ones((8, 16), dtype=torch.bool, device="meta")},
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_an_argument_on_another_device_is_named(name):
+    with pytest.raises(ValueError, match=f"W is on cpu and {name} on meta"):
+        factorize(torch.tensor(WEIGHT), block=8, **DEVICES[name])
+
+
+def test_a_warm_start_on_another_device_or_beyond_the_dtype_is_refused():
+    result = factorize(torch.tensor(WEIGHT), block=8, max_sweeps=1)
+    away = replace(result, core=replace(result.core, values=result.core.values.to("meta")))
+    with pytest.raises(ValueError, match="the warm start on meta"):
+        factorize(torch.tensor(WEIGHT), block=8, init=away)
+    large = factorize(WEIGHT * 1e10, block=8, max_sweeps=1)
+    with pytest.raises(ValueError, match="does not fit into float16"):
+        factorize(WEIGHT.astype(np.float16), block=8, init=large)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (64, 64), (192, 24), (1024, 640), (96, 1000), (7, 12), (5120, 128)])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_auto_under_a_limit_is_the_largest_light_square_block(shape, pattern):
+    group = Pattern.parse(pattern).group
+    square = [b for b in range(1, 129) if not (b % group or shape[0] % b or shape[1] % b)]
+    light = [b for b in square if b / shape[0] + b / shape[1] <= 1 / 8]
+    expected = max(light) if light else min(square, default=None)
+    assert auto_block(shape, pattern, 1 / 8) == (expected and (expected, expected))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -13,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import armorfact
-from armorfact import Adam, Exact, Factors, Gradient, factorize, sparsegpt
+from armorfact import Adam, Best, Ending, Exact, Factors, Gradient, factorize, sparsegpt
+from armorfact.steps.left import left_step
 from tests.conftest import KINDS, gram_matrix
 
 
@@ -94,10 +97,25 @@ def test_permuting_the_blocks_of_a_permutes_the_answer():
 
 
 def test_permuting_rows_inside_a_block_leaves_the_initial_and_left_step_loss_alone():
+    class LeftSteps:
+        max_sweeps, rtol, patience = 2, 0.0, 3
+
+        def init(self, problem, factors, seed):
+            return Best(factors, problem.loss(factors))
+
+        def step(self, problem, state, best):
+            moved, _ = left_step(problem, state.factors)
+            return Best(moved, problem.loss(moved))
+
     weight, gram = case(5)
     order = np.r_[np.random.default_rng(0).permutation(8), 8:16]
-    base, permuted = (factorize(w, gram, block=8, max_sweeps=0) for w in (weight, weight[order]))
-    assert permuted.loss == pytest.approx(base.loss, rel=1e-10)
+    for sweeps in (0, 2):
+        base, permuted = (
+            factorize(w, gram, block=8, max_sweeps=sweeps, solver=LeftSteps()) for w in (weight, weight[order])
+        )
+        assert permuted.loss == pytest.approx(base.loss, rel=1e-10)
+        np.testing.assert_allclose(permuted.dense(), base.dense()[order], rtol=1e-8, atol=1e-10)
+        assert (base.loss < base.initial_loss) == (sweeps > 0)
 
 
 def test_factors_are_in_the_canonical_gauge():
@@ -139,6 +157,59 @@ def test_row_weights_are_factors_of_the_rows_errors():
     assert result.loss == pytest.approx(trace_loss(root * weight, root * result.dense(), gram), rel=1e-9)
 
 
+def output_grams(seed: int, count: int, size: int) -> np.ndarray:
+    gradients = np.random.default_rng(seed).standard_normal((count, size, 2 * size))
+    return gradients @ np.swapaxes(gradients, 1, 2)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(KINDS),
+    st.sampled_from([np.float32, np.float64]),
+    st.sampled_from([None, "nowag"]),
+    st.integers(-60, 60),
+)
+def test_an_output_gram_is_what_the_loss_is_measured_in(seed, kind, dtype, normalize, scale):
+    weight, gram = case(seed, kind)
+    weight, outputs = weight.astype(dtype), output_grams(seed, 2, 8) * 2.0**scale
+    options = {"block": 8, "max_sweeps": 4, "normalize": normalize}
+    result = factorize(weight, gram, output_gram=outputs, **options)
+    full = np.zeros((16, 16))
+    full[:8, :8], full[8:, 8:] = outputs
+    column = row = np.ones(1)
+    if normalize:
+        column = np.linalg.norm(np.float64(weight), axis=0)
+        row = np.linalg.norm(weight / column, axis=1)[:, None]
+
+    def loss(approximation):
+        residual = (np.float64(weight) - np.float64(approximation)) / column / row
+        return np.sum((full @ residual @ gram) * residual)
+
+    assert result.loss == pytest.approx(loss(_dense64(result)), rel=1e-5, abs=1e-12 * result.weight_loss)
+    assert result.initial_loss == pytest.approx(loss(sparsegpt(weight, gram)), rel=1e-5)
+    assert result.loss <= result.initial_loss
+    plain = factorize(weight, gram, **options)
+    assert result.loss <= loss(_dense64(plain)) or result.loss < 0.9 * result.initial_loss
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_output_gram_of_identities_changes_no_bit_and_a_vector_is_the_row_weight(dtype):
+    weight, gram = case(11)
+    weight = weight.astype(dtype)
+    base = factorize(weight, gram, block=8, max_sweeps=6)
+    for same in (np.tile(np.eye(8), (2, 1, 1)), 4 * np.tile(np.eye(8), (2, 1, 1)), np.ones(16)):
+        found = factorize(weight, gram, block=8, max_sweeps=6, output_gram=same)
+        for a, b in zip(dataclasses.astuple(found.factors), dataclasses.astuple(base.factors), strict=True):
+            np.testing.assert_array_equal(a, b)
+    importance = np.linspace(0.5, 4, 16)
+    weighted = factorize(weight, gram, block=8, max_sweeps=6, row_weight=importance)
+    same = factorize(weight, gram, block=8, max_sweeps=6, output_gram=importance)
+    np.testing.assert_array_equal(same.dense(), weighted.dense())
+    blocks = np.stack([np.diag(importance[:8]), np.diag(importance[8:])])
+    diagonal = factorize(weight, gram, block=8, max_sweeps=0, output_gram=blocks)
+    assert diagonal.loss == pytest.approx(factorize(weight, gram, block=8, max_sweeps=0, row_weight=importance).loss)
+
+
 def test_nowag_normalization_measures_the_papers_loss():
     weight, gram = case(12)
     column = np.linalg.norm(weight, axis=0)
@@ -168,6 +239,24 @@ def test_callback_and_budgets_stop_the_run_with_a_sentence():
     assert "time limit" in factorize(weight, gram, block=8, time_limit=0).status
     assert "sweep limit of 2" in factorize(weight, gram, block=8, max_sweeps=2).status
     assert "converged" in factorize(weight, gram, block=8, rtol=0.5).status
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"),
+    [
+        ({"rtol": 0.5}, Ending.CONVERGED),
+        ({"max_sweeps": 2}, Ending.SWEEP_LIMIT),
+        ({"time_limit": 0}, Ending.TIME_LIMIT),
+        ({"callback": lambda progress: True}, Ending.CALLBACK),
+    ],
+)
+def test_a_status_is_a_kind_that_reads_as_a_sentence(options, ending):
+    status = factorize(*case(14), block=8, **options).status
+    assert status.ending is ending and ending.value in status
+    assert f"{status}" == str(status) and json.loads(json.dumps({"status": status}))["status"] == status
+    again = pickle.loads(pickle.dumps(status))
+    assert again == status and again.ending is ending
+    assert factorize(np.zeros((8, 8)), block=8).status.ending is Ending.SOLVED
 
 
 def test_a_solver_of_the_users_own_runs_and_a_rising_one_does_no_harm():

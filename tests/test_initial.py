@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from armorfact import DampingWarning, Pattern, magnitude, nowag, sparsegpt, wanda
 from armorfact.gram import FullGram
+from armorfact.initial import METHODS
 from armorfact.initial.sparsegpt import damped_factor
 from tests.conftest import gram_matrix
 
@@ -80,3 +81,11 @@ def test_dtype_comes_back(dtype):
     for pruned in (magnitude(weight), wanda(weight, None), nowag(weight, None), sparsegpt(weight, None)):
         assert pruned.dtype == dtype
         assert Pattern(2, 4).most_kept(pruned) == 2
+
+
+def test_the_methods_are_one_table_with_one_signature():
+    weight, gram = np.random.default_rng(0).standard_normal((4, 8)), np.eye(8)
+    assert list(METHODS) == ["sparsegpt", "wanda", "nowag", "magnitude"]
+    for name, method in METHODS.items():
+        assert method.__name__ == name
+        assert Pattern(1, 4).most_kept(method(weight, gram, pattern="1:4")) == 1

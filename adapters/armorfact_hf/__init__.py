@@ -40,12 +40,16 @@ if TYPE_CHECKING:
     from armorfact_hf.pruning.plan import make_plan as make_plan
     from armorfact_hf.pruning.prune import PruneReport as PruneReport
     from armorfact_hf.pruning.prune import prune_ as prune_
+    from armorfact_hf.recovery.recover import recover_ as recover_
+    from armorfact_hf.recovery.report import Recovery as Recovery
+    from armorfact_hf.recovery.settings import RecoverySettings as RecoverySettings
     from armorfact_hf.runs.compare import compare as compare
     from armorfact_hf.runs.compare import evaluate_folder as evaluate_folder
     from armorfact_hf.runs.export import export_dense as export_dense
     from armorfact_hf.runs.inspect import inspect_folder as inspect_folder
     from armorfact_hf.runs.prune_to_folder import Calibration as Calibration
     from armorfact_hf.runs.prune_to_folder import prune_to_folder as prune_to_folder
+    from armorfact_hf.runs.recover import recover_to_folder as recover_to_folder
 
 # Where each name is defined; the imports above say the same to type checkers (tests compare the two).
 _HOMES = {
@@ -61,6 +65,8 @@ _HOMES = {
     "Plan": "pruning.plan",
     "PruneConfig": "pruning.config",
     "PruneReport": "pruning.prune",
+    "Recovery": "recovery.report",
+    "RecoverySettings": "recovery.settings",
     "Step": "observer",
     "bench_folder": "bench.layers",
     "compare": "runs.compare",
@@ -75,6 +81,8 @@ _HOMES = {
     "make_plan": "pruning.plan",
     "prune_": "pruning.prune",
     "prune_to_folder": "runs.prune_to_folder",
+    "recover_": "recovery.recover",
+    "recover_to_folder": "runs.recover",
     "save_pruned": "checkpoint.folder",
     "time_layers": "bench.layers",
     "to_dense_": "checkpoint.dense",

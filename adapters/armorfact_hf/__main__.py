@@ -5,18 +5,29 @@ import sys
 from armorfact_hf.cli.signals import ended_by_signals
 
 INTERRUPTED = "Interrupted."
-CONTINUES = "Interrupted; the same command continues from the last finished decoder block."
+CONTINUES = {
+    "prune": "Interrupted; the same command continues from the last finished decoder block.",
+    "recover": "Interrupted; the same command continues from the last step that was kept.",
+}
 
 
 def main() -> None:
-    """Run the command line; without the packages that it needs, say how to get them."""
-    continues = sys.argv[1:2] == ["prune"] and "--dry-run" not in sys.argv
-    with ended_by_signals(CONTINUES if continues else INTERRUPTED):
+    """Run the command line; without the packages or the memory that it needs, say so."""
+    command = "" if "--dry-run" in sys.argv else "".join(sys.argv[1:2])
+    with ended_by_signals(CONTINUES.get(command, INTERRUPTED)):
         try:
-            from armorfact_hf.cli.commands import app
-        except ImportError as error:
-            sys.exit(f"the command line needs more packages ({error}): pip install 'armorfact[hf]'")
-        app(prog_name="armorfact")
+            _run()
+        except MemoryError as error:
+            what = str(error) or "none is left"
+            sys.exit(f"Error: this takes more memory than there is ({what}): end other programs")
+
+
+def _run() -> None:
+    try:
+        from armorfact_hf.cli.commands import app
+    except ImportError as error:
+        sys.exit(f"the command line needs more packages ({error}): pip install 'armorfact[hf]'")
+    app(prog_name="armorfact")
 
 
 if __name__ == "__main__":

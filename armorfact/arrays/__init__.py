@@ -129,8 +129,22 @@ def transpose(array: Array) -> Array:
     return namespace(array).matrix_transpose(array)
 
 
-def solve_spd(matrix: Array, rhs: Array) -> Array:
-    """Solve ``matrix @ x = rhs`` in float64 for (batches of) positive definite matrices.
+def norms(array: Array, axis: int) -> Array:
+    """The 2-norms along an axis, as divisors: one where all entries are zero."""
+    xp = namespace(array)
+    found = xp.linalg.vector_norm(array, axis=axis)
+    return xp.where(found > 0, found, xp.ones_like(found))
+
+
+def nbytes(array: Array) -> int:
+    """Bytes of the entries."""
+    xp = namespace(array)
+    bits = 8 if array.dtype == xp.uint8 else xp.finfo(array.dtype).bits
+    return math.prod(array.shape) * bits // 8
+
+
+def solve(matrix: Array, rhs: Array) -> Array:
+    """Solve ``matrix @ x = rhs`` in float64 for (batches of) regular matrices.
 
     Returns ``x`` in the dtype of ``rhs``.
     """

@@ -24,16 +24,10 @@ class Normalization:
 def normalize(weight: Array) -> Normalization:
     """NoWag's normalization: r1_j = ||W_:j||, r2_i = ||(W / r1)_i:||; zero norms count as one."""
     xp = arrays.namespace(weight)
-    column = _norms(weight, 0)
+    column = arrays.norms(weight, 0)
     scaled = weight / column
-    row = _norms(scaled, 1)
+    row = arrays.norms(scaled, 1)
     return Normalization(row=row, column=column, normalized=scaled / xp.expand_dims(row, axis=1))
-
-
-def _norms(matrix: Array, axis: int) -> Array:
-    xp = arrays.namespace(matrix)
-    norms = xp.linalg.vector_norm(matrix, axis=axis)
-    return xp.where(norms > 0, norms, xp.ones_like(norms))
 
 
 def nowag(weight: Array, XXt: Array | None, *, pattern: str | Pattern = "2:4") -> Array:

@@ -29,7 +29,7 @@ def left_step(problem: Problem, factors: Factors) -> tuple[Factors, Array]:
         The factors with A replaced, and R H (d_out, d_in) at them for the step that follows.
     """
     products = LeftProducts(problem, factors)
-    transposed = arrays.solve_spd(damped(products.gram), arrays.transpose(products.slope))
+    transposed = arrays.solve(damped(products.gram), arrays.transpose(products.slope))
     return products.move(factors.left + arrays.transpose(transposed))
 
 

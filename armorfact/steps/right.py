@@ -42,8 +42,8 @@ def right_step(problem: Problem, factors: Factors, residual_gram: Array) -> tupl
 
 def _minimize(outer_gram: Array, slope: Array, input_gram: Array) -> Array:
     """(G'G)^-1 slope (H_jj)^-1, damped; batched."""
-    half = arrays.solve_spd(damped(outer_gram), slope)
-    return arrays.transpose(arrays.solve_spd(damped(input_gram), arrays.transpose(half)))
+    half = arrays.solve(damped(outer_gram), slope)
+    return arrays.transpose(arrays.solve(damped(input_gram), arrays.transpose(half)))
 
 
 def sweep_right(problem: Problem, factors: Factors, residual_gram: Array, update: Update) -> tuple[Factors, Array]:

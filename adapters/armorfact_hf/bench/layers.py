@@ -7,7 +7,7 @@ from memory and not from a cache that a loop over one layer would warm.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.checkpoint.measured import shape_key, write_measured
-from armorfact_hf.layers.execution import PAIR, Execution, packs
+from armorfact_hf.layers.execution import Execution, runnable
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.semi_structured import refusal
 
 DENSE_BYTES = 1 << 30  # of dense weights that are made to compare with; layers beyond are not timed
 SECONDS = 0.4  # spent on each figure, about
@@ -89,8 +88,8 @@ def _time_group(shape: str, layers: list[FactorizedLinear], tokens: int) -> Timi
     size = first.out_features * first.in_features * first.values.element_size()
     layers = layers[: max(1, DENSE_BYTES // size)]
     x = torch.randn(tokens, first.in_features, device=first.values.device).to(first.values.dtype)
-    forms = {"dense": [_dense(layer) for layer in layers]}
-    for strategy in runnable(first):
+    forms: dict[str, Sequence[nn.Module]] = {"dense": [_dense(layer) for layer in layers]}
+    for strategy in (name for name in runnable(first.kind) if name != "dense"):
         forms[strategy] = [_sharing(layer).use_(Execution.always(strategy)) for layer in layers]
     seconds = time_side_by_side(forms, x)
     sparse = min((name for name in seconds if name != "dense"), key=seconds.__getitem__)
@@ -100,21 +99,11 @@ def _time_group(shape: str, layers: list[FactorizedLinear], tokens: int) -> Timi
     return Timing(shape, tokens, len(layers), seconds["dense"], seconds, wrappers)
 
 
-def runnable(layer: FactorizedLinear) -> list[str]:
-    """The strategies that can run this layer where it is, apart from the dense one."""
-    device, dtype = layer.values.device, layer.values.dtype
-    found = ["unpacked"]
-    if packs(device.type, dtype, layer.pattern):
-        found.insert(0, "packed")
-    if layer.pattern == PAIR and refusal(layer.out_features, layer.in_features, dtype, device) is None:
-        found.append("semi_structured")
-    return found
-
-
 def _dense(layer: FactorizedLinear) -> nn.Linear:
     with torch.device("meta"):
         dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    dense.weight, dense.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
+    dense.weight = nn.Parameter(layer.weight, requires_grad=False)
+    dense.register_parameter("bias", layer.bias)
     return dense
 
 
@@ -130,7 +119,7 @@ def _sharing(layer: FactorizedLinear, wrapped: bool = True) -> FactorizedLinear:
     return other
 
 
-def time_side_by_side(forms: dict[str, list[nn.Module]], x: Tensor) -> dict[str, float]:
+def time_side_by_side(forms: Mapping[str, Sequence[nn.Module]], x: Tensor) -> dict[str, float]:
     """Median seconds of one layer by form; forms take turns, so that a busy machine slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in forms}
     for layers in forms.values():  # compiles kernels
@@ -142,7 +131,7 @@ def time_side_by_side(forms: dict[str, list[nn.Module]], x: Tensor) -> dict[str,
     return {name: median(found) for name, found in times.items()}
 
 
-def _seconds(layers: list[nn.Module], x: Tensor) -> float:
+def _seconds(layers: Sequence[nn.Module], x: Tensor) -> float:
     _wait(x.device)
     start = time.perf_counter()
     for layer in layers:
@@ -202,7 +191,7 @@ def bench_folder(
     device: str | None = None,
     allow_dense: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
-    log: Callable[[str], object] = print,
+    log: Callable[[str], None] = print,
 ) -> list[Timing]:
     """`time_layers` on a pruned folder; the choice is written beside the checkpoint, where loading finds it.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armorfact_hf.cli import tables
+from armorfact_hf.cli import recover, tables
 from armorfact_hf.cli.terminal import errors_as_sentences, say, show, show_plan, shown_progress
 from armorfact_hf.observer import Step
 from armorfact_hf.pruning import config as settings
@@ -57,6 +57,13 @@ def prune(  # typer reads options from the signature: it is as long as there are
     init: Annotated[str, typer.Option(help="Where the factorization starts.")] = DEFAULTS.init,
     sweeps: Annotated[int, typer.Option(help="Sweeps of the solver over a layer, at most.")] = DEFAULTS.sweeps,
     rtol: Annotated[float, typer.Option(help="A layer ends when sweeps gain less than this share.")] = DEFAULTS.rtol,
+    refine: Annotated[
+        str, typer.Option(help="Tune each decoder block as a whole once it is factorized: block, or none.")
+    ] = str(DEFAULTS.refine),
+    passes: Annotated[
+        int, typer.Option(help="Passes over the calibration windows while a block is tuned.")
+    ] = DEFAULTS.passes,
+    rate: Annotated[float, typer.Option(help="Learning rate of that.")] = DEFAULTS.rate,
     include: Annotated[
         list[str], typer.Option(help="Layers to prune: last parts of their names, or re:EXPRESSION; repeatable.")
     ] = list(DEFAULTS.include),  # noqa: B006 (typer reads it, nothing changes it)
@@ -104,6 +111,9 @@ def prune(  # typer reads options from the signature: it is as long as there are
             init=init,
             sweeps=sweeps,
             rtol=rtol,
+            refine=None if refine == "none" else refine,
+            passes=passes,
+            rate=rate,
             include=tuple(include),
             ignore=tuple(ignore),
             head=head,
@@ -203,6 +213,9 @@ def evaluate_command(
     show(tables.evaluations(found.evaluations))
     if found.tasks:
         show(tables.tasks(found.tasks))
+
+
+app.command()(recover.recover)
 
 
 @app.command()

@@ -83,6 +83,14 @@ def tasks(records: Sequence[TaskRecord]) -> Table:
     return table
 
 
+def recovered(done: Any) -> str:
+    """What a recovery gained."""
+    return (
+        f"{done.before:.4f} nats a token from dense before, {done.after:.4f} after {done.best_step} of {done.steps} "
+        f"steps, on {done.kept_aside} windows kept aside."
+    )
+
+
 def held(layers: Rows) -> Table:
     """The layers of a pruned folder: `armorfact_hf.runs.inspect.inspect_folder`."""
     table = Table("layer", "shape", "block", "loss", "SparseGPT's", "bytes", "of dense", box=None)

@@ -66,18 +66,33 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, log: L
         log: called with a sentence for each slow step.
 
     Raises:
-        ValueError: an unknown name or dtype, a folder without model or tokenizer, a damaged file (it is named).
+        ValueError: an unknown name or dtype, a device that is not there, a folder without model or tokenizer, a damaged
+            file (it is named).
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    place = _device(device)
     where = _folder_or_hub_name(name, log)
     if Path(where).is_dir():
         check_files(Path(where))
     model = _model(where, dtype)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # A folder is remembered by its whole path, so that it is found again from elsewhere.
     known_as = name if name.startswith(DEMO) else where
-    return Loaded(known_as, model.to(device).eval(), _tokenizer(where))
+    return Loaded(known_as, model.to(place).eval(), _tokenizer(where))
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, once something could be put on it."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used here ({first}): take 'cpu', or leave it out") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers: take 'cpu' or 'cuda', or leave it out")
+    return device
 
 
 def _folder_or_hub_name(name: str, log: Log) -> str:

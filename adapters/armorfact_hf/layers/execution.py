@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import platform
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
-import numba
 import torch
-from llvmlite import binding
 
-from armorfact import Pattern
+from armorfact_hf.layers import dense, packed, semi_structured, unpacked
+from armorfact_hf.layers.strategy import Kind, Strategy
 
-STRATEGIES = ("packed", "unpacked", "semi_structured", "dense")
-PACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PAIR = Pattern(2, 4)
-HAS_TRITON = find_spec("triton") is not None
+STRATEGIES: dict[str, Strategy] = {
+    "packed": packed,
+    "unpacked": unpacked,
+    "semi_structured": semi_structured,
+    "dense": dense,
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Execution:
 
     def __post_init__(self) -> None:
         limits = [limit for limit, _ in self.choices]
-        numbers = limits[:-1]
-        growing = all(isinstance(n, int) and n > 0 for n in numbers) and numbers == sorted(set(numbers))
+        numbers = [limit for limit in limits[:-1] if isinstance(limit, int) and limit > 0]
+        growing = len(numbers) == len(limits) - 1 and numbers == sorted(set(numbers))
         if not limits or limits[-1] is not None or not growing:
             raise ValueError(
                 f"expected (most tokens, strategy) pairs with growing numbers and None as the last, got {self.choices}"
@@ -62,10 +61,20 @@ class Execution:
         """From nested lists, as JSON holds them."""
         return cls(tuple((limit, strategy) for limit, strategy in choices))
 
+    @classmethod
+    def parse(cls, text: str) -> Execution:
+        """The inverse of `text`."""
+        return cls.of(json.loads(text))
+
+    @property
+    def text(self) -> str:
+        """As JSON: what stands in a traced graph, which outlives the layer and the process that it was made of."""
+        return json.dumps(self.choices)
+
     def at(self, tokens: int) -> str:
         """The strategy for so many tokens."""
         for limit, strategy in self.choices[:-1]:
-            if tokens <= limit:
+            if limit is not None and tokens <= limit:
                 return strategy
         return self.choices[-1][1]
 
@@ -75,36 +84,24 @@ class Execution:
         return frozenset(strategy for _, strategy in self.choices)
 
 
-def packs(device: str, dtype: torch.dtype, pattern: Pattern) -> bool:
-    """Whether there is a packed product for such cores on such a device."""
-    if pattern != PAIR or dtype not in PACKED_DTYPES:
-        return False
-    return HAS_TRITON if device == "cuda" else device in ("cpu", "meta") and (dtype != torch.float16 or _cpu_has_half())
-
-
-@cache
-def _cpu_has_half() -> bool:
-    """Whether the processor that numba compiles for converts float16: x86 since 2012, and all others."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
-        return True
-    if numba.config.CPU_FEATURES is not None:
-        return "+f16c" in numba.config.CPU_FEATURES
-    return bool(binding.get_host_cpu_features().get("f16c"))
-
-
 PACKED, UNPACKED = Execution.always("packed"), Execution.always("unpacked")
 FEW_PACKED = {count: Execution(((count, "packed"), (None, "unpacked"))) for count in (16, 64)}
 
 
-def default_execution(device: str, dtype: torch.dtype, pattern: Pattern) -> Execution:
+def default_execution(kind: Kind) -> Execution:
     """What runs where nothing was measured: no strategy that keeps a second copy of the weights.
 
     On a CPU in float32 the packed core at any number of tokens; in 16 bits up to 16 tokens, above which the dense
     matrix units of recent CPUs win (docs/benchmarks.md). On a GPU packed up to 64 tokens, where Triton is installed:
     below that a product is bound by memory. That number is not measured yet; `armorfact bench` measures it.
     """
-    if not packs(device, dtype, pattern):
+    if packed.refusal(kind) is not None:
         return UNPACKED
-    if device == "cpu":
-        return PACKED if dtype == torch.float32 else FEW_PACKED[16]
-    return FEW_PACKED[64] if device == "cuda" else UNPACKED
+    if kind.device.type == "cpu":
+        return PACKED if kind.dtype == torch.float32 else FEW_PACKED[16]
+    return FEW_PACKED[64] if kind.device.type == "cuda" else UNPACKED
+
+
+def runnable(kind: Kind) -> list[str]:
+    """The strategies that can run such a layer, in the order of the table."""
+    return [name for name, strategy in STRATEGIES.items() if strategy.refusal(kind) is None]

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from armorfact import BlockDiagonal, Core, Factors, Pattern
-from armorfact_hf.layers import semi_structured
-from armorfact_hf.layers.execution import Execution, default_execution, packs
+from armorfact import BlockDiagonal, Core, Pattern
+from armorfact_hf.layers import operators as operators  # registers what `forward` calls
+from armorfact_hf.layers import plain
+from armorfact_hf.layers.execution import STRATEGIES, Execution
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.layers.operators import block_product
+from armorfact_hf.layers.strategy import Kind, Operands
 
 
 class FactorizedLinear(nn.Module):
@@ -33,6 +33,8 @@ class FactorizedLinear(nn.Module):
     Raises:
         ValueError: sizes that the pattern or the blocks do not divide; see `LayerFormat`.
     """
+
+    positions: Tensor
 
     def __init__(
         self,
@@ -60,9 +62,9 @@ class FactorizedLinear(nn.Module):
             self.left, self.right = empty(*shapes["left"]), empty(*shapes["right"])
         self.bias = empty(d_out) if bias else None
         self.execution: Execution | None = None
+        self._choice = ""  # the text of that, as the operator takes it
         self.register_buffer("merged", None, persistent=False)
         self.register_buffer("compressed", None, persistent=False)
-        self.algorithm = semi_structured.Algorithm()
 
     @classmethod
     def of(
@@ -77,12 +79,11 @@ class FactorizedLinear(nn.Module):
         Args:
             core: C. left, right: A and B, both or neither. bias: (d_out,) or None.
         """
-        block = None if left is None or right is None else (left.blocks.shape[-1], right.blocks.shape[-1])
+        wrappers = {} if left is None or right is None else {"left": left.blocks, "right": right.blocks}
+        block = (wrappers["left"].shape[-1], wrappers["right"].shape[-1]) if wrappers else None
         values = core.values
         layer = cls(*core.shape, core.pattern, block, bias is not None, values.dtype, values.device)
-        given = {"values": values, "positions": core.packed, "bias": bias}
-        if block is not None:
-            given |= {"left": left.blocks, "right": right.blocks}
+        given = {"values": values, "positions": core.packed, "bias": bias, **wrappers}
         with torch.no_grad():
             for name, tensor in given.items():
                 if tensor is not None:
@@ -97,8 +98,14 @@ class FactorizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A C B, (d_out, d_in); formed at every call."""
-        core = self.core.dense()
-        return core if self.block is None else Factors(self.left.detach(), core, self.right.detach()).dense()
+        with torch.no_grad():
+            return self._operands().dense()
+
+    @property
+    def kind(self) -> Kind:
+        """What decides which strategies can run this layer."""
+        held = self.values
+        return Kind((self.out_features, self.in_features), self.pattern, held.dtype, held.device)
 
     @property
     def nbytes(self) -> int:
@@ -112,23 +119,19 @@ class FactorizedLinear(nn.Module):
         loaded anew, which ends the choice.
 
         Raises:
-            ValueError: "packed" with another pattern than 2:4 or in float64, or "semi_structured" where the device or
-                the sizes do not allow it; the message says why.
+            ValueError: a strategy that cannot run the layer where it is; the message says why.
         """
-        strategies = frozenset() if execution is None else execution.strategies
-        held = self.values
-        if "packed" in strategies and not packs(held.device.type, held.dtype, self.pattern):
-            raise ValueError(
-                f"the packed product is for 2:4 cores in 16 or 32 bits that the device computes with, got "
-                f"{self.pattern} in {held.dtype}: use 'unpacked'"
-            )
-        self.merged = self.weight if "dense" in strategies else None
-        self.compressed = None
-        if "semi_structured" in strategies:
-            compressed = semi_structured.compress(self.core)
-            self.compressed = compressed.tensor
-            self.algorithm = semi_structured.found_algorithm(compressed)
+        chosen = [] if execution is None else [STRATEGIES[name] for name in sorted(execution.strategies)]
+        for strategy in chosen:
+            if (reason := strategy.refusal(self.kind)) is not None:
+                raise ValueError(reason)
+        self.merged = self.compressed = None
+        with torch.no_grad():
+            for strategy in chosen:
+                for name, kept in strategy.prepare(self._operands()).items():
+                    setattr(self, name, kept)
         self.execution = execution
+        self._choice = "" if execution is None else execution.text
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,43 +140,37 @@ class FactorizedLinear(nn.Module):
         Raises:
             ValueError: the last size of x is not d_in, or x has another dtype than the layer outside of autocast.
         """
+        values = self.values  # a module looks up each of its tensors by name, which takes a while
         if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != self.values.dtype:
-            raise ValueError(f"expected an input of {self.values.dtype}, as the layer's own, got {x.dtype}")
+        elif x.dtype != values.dtype:
+            raise ValueError(f"expected an input of {values.dtype}, as the layer's own, got {x.dtype}")
         if not x.ndim or x.shape[-1] != self.in_features:
             raise ValueError(f"expected an input (..., {self.in_features}), got {tuple(x.shape)}")
-        rows = x.reshape(-1, self.in_features)
-        y = self._product(rows)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        y = self._product(x.reshape(-1, self.in_features), values)
+        if (bias := self.bias) is not None:
+            y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _product(self, x: Tensor) -> Tensor:
-        strategy = self._strategy(x)
-        if strategy == "dense":
-            return functional.linear(x, self.merged)
-        if strategy == "packed":
-            return torch.ops.armorfact.packed_linear(x, self.values, self.positions, self.left, self.right)
-        x = x if self.right is None else block_product(self.right, x)
-        y = self._core_product(x, strategy)
-        return y if self.left is None else block_product(self.left, y)
+    def _product(self, x: Tensor, values: Tensor) -> Tensor:
+        """No branch here goes by the number of tokens: the operator decides by it, in a traced graph too."""
+        if (torch.is_grad_enabled() and self._asks_for_gradients(x)) or x.dtype != values.dtype:
+            return plain.product(x, self._operands())
+        return torch.ops.armorfact.factorized_linear(
+            x,
+            values,
+            self.positions,
+            self.left,
+            self.right,
+            self.merged,
+            self.compressed,
+            self.pattern.keep,
+            self.pattern.group,
+            self._choice,
+        )
 
-    def _core_product(self, x: Tensor, strategy: str) -> Tensor:
-        if strategy == "unpacked":
-            keep, group = self.pattern.keep, self.pattern.group
-            return torch.ops.armorfact.unpacked_linear(x, self.values, self.positions, keep, group)
-        if strategy == "semi_structured":
-            held = semi_structured.Compressed(self.compressed, (self.out_features, self.in_features))
-            return semi_structured.product(held, x, self.algorithm)
-        core = Core(self.values, self.positions, self.pattern, self.in_features)
-        return functional.linear(x, core.dense())
-
-    def _strategy(self, x: Tensor) -> str:
-        """What runs; "plain" is made of PyTorch's own operators, which know gradients and autocast."""
-        if (torch.is_grad_enabled() and self._asks_for_gradients(x)) or x.dtype != self.values.dtype:
-            return "plain"
-        execution = self.execution or default_execution(x.device.type, self.values.dtype, self.pattern)
-        return execution.at(x.shape[0])
+    def _operands(self) -> Operands:
+        return Operands(self.values, self.positions, self.left, self.right, self.pattern, self.in_features)
 
     def _asks_for_gradients(self, x: Tensor) -> bool:
         held = (x, self.values, self.left, self.right)

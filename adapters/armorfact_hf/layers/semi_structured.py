@@ -1,208 +1,23 @@
-"""The product with a 2:4 core on the sparse tensor cores of an NVIDIA GPU, for many tokens: y = x C'.
-
-cuSPARSELt does the work, through the operators that PyTorch has for it. CUTLASS's form of 2:4, which PyTorch has too,
-is not used: GPUs since Hopper refuse it. `compress` gives the one tensor that a layer keeps, `search` measures which of
-cuSPARSELt's algorithms is fastest for a number of tokens, `product` multiplies.
-
-cuSPARSELt computes C x' and takes whole multiples of a few rows. It reads only the sizes of x', never its strides: what
-is not laid out as it believes gives wrong numbers without an error. So the product is an operator of its own,
-
-    armorfact::semi_structured_linear   y = x C', C compressed
-
-inside of which x is padded and laid out, and `torch.compile`, which may lay a tensor out anew, does not look.
-
-Not measured yet: everything that runs on a GPU. The tests replace the operators by stand-ins of the same contract, and
-hold the rest against them on a CPU; one test, marked gpu, waits for a device. Two different GPUs in one process are
-not tested at all: PyTorch keeps one cuSPARSELt handle a thread, made for the device that asked first.
-"""
+"""The sparse tensor cores of an NVIDIA GPU, on a second copy of the core in cuSPARSELt's form: for many tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.nn import functional
 
-from armorfact import Core
-from armorfact_hf.layers.execution import PAIR
-
-# For float32 the hardware's pattern is 1:2, which a 2:4 core breaks wherever it keeps two neighbours of a pair.
-DTYPES = (torch.float16, torch.bfloat16)
-# PyTorch's own rules for 16 bits: sizes of the sparse matrix, and of the dense one, are multiples of these.
-CORE_MULTIPLE, TOKEN_MULTIPLE = 16, 8
-OLDEST_CAPABILITY = (8, 0)
-SEARCHED_TOKENS = 512
-# PyTorch's first operator with split-k took a bool named split_k_one_kernel where later ones take int split_k_mode.
-MODE_NAME = torch.ops.aten._cslt_sparse_mm.default._schema.arguments[-1].name
-
-_found: dict[tuple, Algorithm] = {}
-_library = torch.library.Library("armorfact", "FRAGMENT")
-_library.define(
-    "semi_structured_linear(Tensor x, Tensor compressed, int alg_id, int split_k, int split_k_mode) -> Tensor"
-)
+from armorfact_hf.layers.kernels import cusparselt
+from armorfact_hf.layers.kernels.cusparselt import refusal as refusal
+from armorfact_hf.layers.strategy import Operands
 
 
-@dataclass(frozen=True)
-class Compressed:
-    """A 2:4 matrix as cuSPARSELt stores it, in about 9/16 of the bytes of its dense form.
-
-    Args:
-        tensor: (d_out, columns), the kept values and behind them their positions, in a layout that cuSPARSELt does not
-            publish and that may differ from one GPU to another: made where it is used, and not saved.
-        shape: (d_out, d_in).
-    """
-
-    tensor: Tensor
-    shape: tuple[int, int]
+def prepare(operands: Operands) -> dict[str, Tensor]:
+    """The compressed core; the algorithm is searched now, since a product may run where nothing can be measured."""
+    compressed = cusparselt.compress(operands.core)
+    cusparselt.found_algorithm(compressed)
+    return {"compressed": compressed.tensor}
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """Which of cuSPARSELt's kernels multiplies; as it stands, the one PyTorch takes unasked.
-
-    Args:
-        alg_id: number of the kernel.
-        split_k: into how many parts d_in is split.
-        split_k_mode: how the parts are added up.
-    """
-
-    alg_id: int = 0
-    split_k: int = 1
-    split_k_mode: int = -1
-
-
-def refusal(d_out: int, d_in: int, dtype: torch.dtype, device: Any) -> str | None:
-    """Why a core (d_out, d_in) of this dtype cannot run on the sparse tensor cores of this device, or None if it can.
-
-    Where nothing else speaks against it, cuSPARSELt is asked to compress a small matrix: it may be older than the GPU.
-    """
-    return _core_refusal(d_out, d_in, dtype) or _device_refusal(torch.device(device))
-
-
-def _core_refusal(d_out: int, d_in: int, dtype: torch.dtype) -> str | None:
-    if dtype == torch.float32:
-        return "in float32 the pattern of sparse tensor cores is 1:2, not 2:4: use float16 or bfloat16"
-    if dtype not in DTYPES:
-        return f"expected float16 or bfloat16 for sparse tensor cores, got {dtype}"
-    if min(d_out, d_in) < CORE_MULTIPLE or d_out % CORE_MULTIPLE or d_in % CORE_MULTIPLE:
-        return f"cuSPARSELt needs sizes that are multiples of {CORE_MULTIPLE}, got {d_out} x {d_in}"
-    return None
-
-
-def _device_refusal(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"sparse tensor cores are in CUDA devices, got {device.type}"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
-    if torch.version.hip is not None:
-        return "2:4 products are written for NVIDIA GPUs, and this PyTorch is built for AMD's"
-    if not torch.backends.cusparselt.is_available():
-        return "this PyTorch is built without cuSPARSELt"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        return f"sparse tensor cores came with compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    return _library_refusal(device)
-
-
-def _library_refusal(device: torch.device) -> str | None:
-    try:
-        torch._cslt_compress(torch.zeros(64, 64, dtype=torch.float16, device=device))
-    except RuntimeError as error:
-        return f"cuSPARSELt does not run on this GPU: {str(error).splitlines()[0]}"
-    return None
-
-
-def compress(core: Core) -> Compressed:
-    """The 2:4 core (d_out, d_in), float16 or bfloat16, on a CUDA device, in cuSPARSELt's form on that device.
-
-    The dense form and what makes it exist meanwhile, several times 2 d_out d_in bytes.
-
-    Raises:
-        ValueError: the pattern is not 2:4, or `refusal` says why the device cannot do it.
-    """
-    if core.pattern != PAIR:
-        raise ValueError(f"sparse tensor cores multiply with 2:4 cores, got {core.pattern}")
-    reason = refusal(*core.shape, core.values.dtype, core.values.device)
-    if reason is not None:
-        raise ValueError(reason)
-    d_out, d_in = core.shape
-    # Older releases of PyTorch give one long row, newer ones d_out of them.
-    tensor = torch._cslt_compress(core.dense().detach().contiguous()).view(d_out, -1)
-    return Compressed(tensor, (d_out, d_in))
-
-
-def search(compressed: Compressed, tokens: int) -> Algorithm:
-    """The fastest algorithm for inputs of so many tokens, found by running every one on random inputs.
-
-    It takes long beside a product and waits for the device: search once for a range of tokens, outside of any graph.
-
-    Raises:
-        ValueError: less than one token.
-    """
-    if tokens < 1:
-        raise ValueError(f"an algorithm is searched for one token or more, got {tokens}")
-    tensor, d_in = compressed.tensor, compressed.shape[1]
-    own = torch.Generator(tensor.device).manual_seed(0)  # leaves the user's random numbers as they are
-    x = torch.randn(tokens, d_in, dtype=tensor.dtype, device=tensor.device, generator=own)
-    # The operator that searches is deprecated, and returns alg_id alone. What replaces it does not, as operators do,
-    # switch to the device of its tensors.
-    with torch.cuda.device_of(tensor):
-        found = torch._C._cusparselt.mm_search(tensor, padded(x).t(), None, None, None, True)
-    alg_id, split_k, split_k_mode, *_ = found
-    return Algorithm(int(alg_id), int(split_k), int(split_k_mode))
-
-
-def found_algorithm(compressed: Compressed) -> Algorithm:
-    """`search` at 512 tokens, once for all layers of a shape on a device."""
-    key = (compressed.shape, compressed.tensor.dtype, compressed.tensor.device)
-    if key not in _found:
-        _found[key] = search(compressed, SEARCHED_TOKENS)
-    return _found[key]
-
-
-def product(compressed: Compressed, x: Tensor, algorithm: Algorithm) -> Tensor:
-    """y = x C', (T, d_out), for x (T, d_in) of the dtype and on the device of the core; any T, any strides.
-
-    PyTorch asks for sums in float32 (before cuSPARSELt 0.5.2, as with CUDA 11.8, in 16 bits). No gradients.
-
-    Raises:
-        ValueError: x has another width or another dtype.
-    """
-    tensor, d_in = compressed.tensor, compressed.shape[1]
-    # cuSPARSELt would read past the end of a narrower x.
-    if x.ndim != 2 or x.shape[1] != d_in or x.dtype != tensor.dtype:
-        raise ValueError(f"expected an input (tokens, {d_in}) of {tensor.dtype}, got {tuple(x.shape)} of {x.dtype}")
-    return torch.ops.armorfact.semi_structured_linear(
-        x, tensor, algorithm.alg_id, algorithm.split_k, algorithm.split_k_mode
-    )
-
-
-def padded(x: Tensor) -> Tensor:
-    """x (T, d_in) with rows of zeros up to a multiple of 8, row after row in memory; x itself if it is so."""
-    missing = -x.shape[0] % TOKEN_MULTIPLE
-    return (functional.pad(x, (0, 0, 0, missing)) if missing else x).contiguous()
-
-
-def _linear(x: Tensor, compressed: Tensor, alg_id: int, split_k: int, split_k_mode: int) -> Tensor:
-    tokens = x.shape[0]
-    if not tokens:
-        return _fake_linear(x, compressed, alg_id, split_k, split_k_mode)
-    # The transpose of rows in memory is what the operator takes for "transposed"; with at least 8 of them it cannot
-    # be mistaken. transpose_result has cuSPARSELt write y row by row as well.
-    inputs, mode = padded(x).t(), _mode(MODE_NAME, split_k_mode)
-    y = torch._cslt_sparse_mm(compressed, inputs, transpose_result=True, alg_id=alg_id, split_k=split_k, **mode)
-    return y[:tokens]
-
-
-def _mode(name: str, split_k_mode: int) -> dict[str, int | bool]:
-    return {name: bool(split_k_mode) if name == "split_k_one_kernel" else split_k_mode}
-
-
-def _fake_linear(x: Tensor, compressed: Tensor, alg_id: int, split_k: int, split_k_mode: int) -> Tensor:
-    return x.new_empty(x.shape[0], compressed.shape[0])
-
-
-_library.impl("semi_structured_linear", _linear, "CUDA")
-torch.library.register_fake("armorfact::semi_structured_linear", _fake_linear, lib=_library)
+def product(x: Tensor, operands: Operands) -> Tensor:
+    """y = A (C (B x))."""
+    compressed = cusparselt.Compressed(operands.kept("compressed"), (operands.values.shape[0], operands.columns))
+    algorithm = cusparselt.found_algorithm(compressed)
+    return operands.between_wrappers(x, lambda inputs: cusparselt.product(compressed, inputs, algorithm))

@@ -6,11 +6,17 @@ it is accumulated once. Products are taken in float32, whatever the model comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+
+ROUTED = (
+    "target='output' pairs what the dense and the pruned model compute for the same tokens, and experts choose theirs "
+    "anew in each; take target='weight', or leave such layers out with ignore"
+)
 
 
 @dataclass(frozen=True)
@@ -30,21 +36,32 @@ class Moments:
 
 @dataclass
 class Inputs:
-    """The distinct inputs of linear layers in one forward pass.
+    """What linear layers are given in one forward pass.
 
     Args:
-        leader: for each layer that was called, the first one that was given the same tensor.
-        tensors: the input of each leader, as the module got it, (..., d_in).
+        calls: for each layer that was called, its inputs in the order of its calls, (..., d_in) each.
     """
 
-    leader: dict[str, str] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def see(self, name: str, given: Tensor) -> None:
         """Note that layer ``name`` was called on ``given``."""
-        same = (other for other, tensor in self.tensors.items() if tensor is given)
-        self.leader[name] = leader = next(same, name)
-        self.tensors[leader] = given
+        self.calls.setdefault(name, []).append(given)
+
+    @property
+    def leader(self) -> dict[str, str]:
+        """For each layer that was called, the first one that was given the same tensors."""
+        first: dict[tuple[int, ...], str] = {}
+        return {name: first.setdefault(tuple(map(id, tensors)), name) for name, tensors in self.calls.items()}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The input of each leader, (..., d_in); those of several calls one below the other."""
+        return {name: _joined(self.calls[name]) for name in self.leader.values()}
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat([tensor.flatten(0, -2) for tensor in tensors])
 
 
 @contextmanager
@@ -53,11 +70,11 @@ def recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[Inputs]:
     inputs = Inputs()
 
     def hook(name: str) -> Callable:
-        return lambda _, args: inputs.see(name, args[0])
+        return lambda _, args, kwargs: inputs.see(name, next(iter((*args, *kwargs.values()))))
 
     with ExitStack() as stack:
         for name, module in layers.items():
-            handle = module.register_forward_pre_hook(hook(name))
+            handle = module.register_forward_pre_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
         yield inputs
 
@@ -85,24 +102,39 @@ class Statistics:
 
         Raises:
             RuntimeError: layers share inputs differently than in the passes before.
+            ValueError: a layer was given other tokens in the dense pass.
         """
-        for name, leader in inputs.leader.items():
+        leaders, given = inputs.leader, inputs.tensors
+        paired = {} if dense is None else _paired(given, dense)
+        for name, leader in leaders.items():
             if self.leader.setdefault(name, leader) != leader:
                 raise RuntimeError(
                     f"{name} shares its input with {leader} in this pass and with {self.leader[name]} in an earlier "
                     "one: leave one of them out with `ignore`"
                 )
-        for leader, tensor in inputs.tensors.items():
+        for leader, tensor in given.items():
             x = _flat(tensor)
             self.tokens[leader] = self.tokens.get(leader, 0) + len(x)
             _accumulate(self.gram, leader, x.T @ x if self.correlations else (x * x).sum(0))
-            if dense is not None:
-                _accumulate(self.cross, leader, _flat(dense.tensors[leader]).T @ x)
+            if leader in paired:
+                _accumulate(self.cross, leader, _flat(paired[leader]).T @ x)
 
     def of(self, name: str) -> Moments:
         """What is known of the inputs of one layer."""
         leader = self.leader[name]
         return Moments(self.gram[leader], self.cross.get(leader), self.tokens[leader])
+
+
+def _paired(given: Mapping[str, Tensor], dense: Inputs) -> dict[str, Tensor]:
+    """The inputs of the dense model that go with those given."""
+    calls = {name: _joined(dense.calls[name]) for name in given if name in dense.calls}
+    for name, tensor in given.items():
+        if name not in calls or calls[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} is given {_flat(tensor).shape[0]} tokens of a window, and "
+                f"{_flat(calls[name]).shape[0] if name in calls else 0} in the dense model: {ROUTED}"
+            )
+    return calls
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -30,20 +30,21 @@ class BlockStream:
     Args:
         model: a causal language model in evaluation mode.
         blocks: its decoder blocks in order.
-        extras: for blocks that return a tuple, how many values follow the hidden states; filled by `run`.
+        extras: for blocks that return a tuple, how many values follow the hidden states; filled by `run` and `noting`.
     """
 
     model: CausalLM
     blocks: Sequence[nn.Module]
     extras: dict[int, int] = field(default_factory=dict)
 
-    def run(self, index: int, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+    def run(self, index: int, tokens: Tensor, hidden: Tensor | None, gradients: bool = False) -> Tensor:
         """What block ``index`` makes of ``hidden``.
 
         Args:
             index: from 0; blocks have to be run in order the first time.
             tokens: (1, length) token numbers that ``hidden`` stems from.
             hidden: (1, length, width) what the block before returned; None for the first block.
+            gradients: whether those of the block's parameters are going to be asked for.
         """
         block = self.blocks[index]
         forward = block.forward
@@ -51,16 +52,22 @@ class BlockStream:
         def run(*args: Any, **kwargs: Any) -> Tensor:
             return self._noted(index, forward(*args, **kwargs))
 
-        return self._until(block, run, tokens, index, hidden)
+        return self._until(block, run, tokens, index, hidden, gradients)
 
     def head_input(self, head: nn.Module, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         """What the head is given when the last block returns ``hidden``; with None, when the model is just run."""
         if hidden is not None:
             return self._until(head, lambda x: x, tokens, len(self.blocks), hidden)
+        with self.noting():
+            return self._until(head, lambda x: x, tokens, 0, None)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Inside the context, a pass of the model notes in which form each block returns its states, for `logits`."""
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.callback(block.register_forward_hook(self._noting(index)).remove)
-            return self._until(head, lambda x: x, tokens, 0, None)
+            yield
 
     def logits(self, head: nn.Module, tokens: Tensor, given: Tensor) -> Tensor:
         """The logits, (1, length, vocabulary), for what the head is given, scaled or capped as the model does it.
@@ -76,9 +83,14 @@ class BlockStream:
             stack.enter_context(replaced_forward(head, lambda _: forward(given)))
             return self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
 
-    @torch.no_grad()
     def _until(
-        self, module: nn.Module, act: Callable[..., Tensor], tokens: Tensor, before: int, hidden: Tensor | None
+        self,
+        module: nn.Module,
+        act: Callable[..., Tensor],
+        tokens: Tensor,
+        before: int,
+        hidden: Tensor | None,
+        gradients: bool = False,
     ) -> Tensor:
         """Call the model, ``hidden`` in place of its first blocks, up to ``module``; ``act`` of its arguments."""
         reached = []
@@ -91,6 +103,7 @@ class BlockStream:
             for index in range(before):
                 stack.enter_context(replaced_forward(self.blocks[index], self._handing_on(index, hidden)))
             stack.enter_context(replaced_forward(module, stop))
+            stack.enter_context(torch.set_grad_enabled(gradients))
             try:
                 self.model(input_ids=tokens.to(self.model.device), use_cache=False)
             except _Done:
@@ -147,3 +160,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter that ``model`` has at the start asks for gradients inside the context."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from armorfact_hf.layers.linear import FactorizedLinear
@@ -87,6 +90,35 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def more_than_linear(module: nn.Linear | Conv1D) -> str:
+    """What a linear layer does beside x W' + b, which would be lost with it; nothing if that is all."""
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized, and made anew in every pass"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks"
+    inherited = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if "forward" in module.__dict__ or not (inherited or _computes_no_more(module)):
+        return f"a {type(module).__name__} with a forward of its own, which computes more than x W' + b"
+    return ""
+
+
+@torch.no_grad()
+def _computes_no_more(module: nn.Linear | Conv1D) -> bool:
+    """Whether a module whose class has a forward of its own, as Falcon's do, still computes x W' + b: by trying it."""
+    if set(module.state_dict()) - {"weight", "bias"}:
+        return False
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    x = torch.arange(3.0 * weight.shape[-1], dtype=torch.float64).sin().reshape(3, -1)
+    x = (x * torch.tensor([[0.01], [1.0], [100.0]])).to(weight)
+    try:
+        found, expected = module(x).double(), functional.linear(x, weight, module.bias).double()
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    sums = functional.linear(x.double().abs(), weight.double().abs()).norm(dim=-1)
+    rounding = 4 * torch.finfo(weight.dtype).eps * expected.norm(dim=-1) + 1e-5 * sums
+    return bool(((found - expected).norm(dim=-1) <= rounding).all())
+
+
 def chosen_layers(
     model: nn.Module,
     include: Sequence[str] = ("re:.*",),
@@ -131,6 +163,8 @@ def _reason_to_skip(layer: Layer, include: Sequence[str], ignore: Sequence[str],
     for expression in ignore:
         if matches(expression, layer.name):
             return f"ignored by {expression!r}"
+    if reason := more_than_linear(layer.module):
+        return reason
     return "" if select is None or select(layer.name, layer.module) else "not selected"
 
 
@@ -169,5 +203,7 @@ def _head(model: CausalLM) -> Layer:
     head = model.get_output_embeddings()
     if head is None or not is_linear(head):
         raise ValueError(f"head=True: {type(model).__name__} has no linear output head")
+    if reason := more_than_linear(head):
+        raise ValueError(f"head=True: the head cannot be pruned: {reason}")
     name = next(name for name, module in model.named_modules() if module is head)
     return Layer(name, head, None)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor
 
 from armorfact_hf.model.moments import Inputs, Statistics
-from armorfact_hf.model.stream import BlockStream
+from armorfact_hf.model.stream import BlockStream, frozen
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Finished, Journal, Pruned
-from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.layer import LayerReport, with_tuned_loss
+from armorfact_hf.pruning.matching import BlockReport, match_block_
 from armorfact_hf.pruning.progress import Clock, Progress
 from armorfact_hf.pruning.side_by_side import prune_layers
 from armorfact_hf.pruning.states import States
@@ -30,6 +35,7 @@ class BlockByBlock:
         journal: where finished blocks are kept, or None.
         pruned, dense: the states of the model being pruned and of the dense one, or None. They move on.
         progress, clock: how far the run is. They move on.
+        blocks: how each decoder block was tuned. It grows.
     """
 
     job: Job
@@ -38,6 +44,7 @@ class BlockByBlock:
     dense: States | None
     progress: Progress
     clock: Clock
+    blocks: list[BlockReport] = field(default_factory=list)
 
     @classmethod
     def of(cls, job: Job, journal: Journal | None, observer: Observer) -> BlockByBlock:
@@ -60,7 +67,10 @@ class BlockByBlock:
         key = f"block-{index:04}"
         pruned = self._restored(key) if layers else []
         if pruned is None:
-            pruned = self._kept(key, self._finish(layers, self._inside_block(index, layers)))
+            given = self._given()
+            statistics = self._inside_block(index, layers)
+            finished = self._matched(index, given, self._finish(layers, statistics), statistics)
+            pruned = self._kept(key, *finished)
         else:
             self._pass_by(index, layers)
         yield from self._replace(pruned)
@@ -81,12 +91,14 @@ class BlockByBlock:
         if finished is None:
             return None
         self.clock.earlier += finished.seconds
+        self._note(finished.matched)
         return finished.layers
 
     def _pass_by(self, index: int, layers: Sequence[Layer]) -> None:
         """Count a block without work as done, and move the dense model's states on through it while it is dense."""
         why = "is finished already" if layers else "has no layer to prune"
-        self.progress.tell(len(layers), f"decoder block {index + 1} {why}")
+        steps = self.job.matching.steps(len(self.job.tokens)) if layers and self.job.matching is not None else 0
+        self.progress.tell(len(layers) + steps, f"decoder block {index + 1} {why}")
         for window in range(len(self.job.tokens)):
             if self.pruned is not None:
                 self._tell_window(index, window)
@@ -110,21 +122,61 @@ class BlockByBlock:
     def _gathered(self, seen: Callable[[States, int], Inputs]) -> Statistics:
         """The moments over all windows of what is seen in each: first of what statistics are taken from."""
         statistics = Statistics(self.job.config.needs_correlations)
-        followed = [states for states in (self.pruned, self.dense) if states is not None]
         for window in range(len(self.job.tokens)):
-            statistics.add(*(seen(states, window) for states in followed))
+            inputs = [seen(states, window) for states in self._followed]
+            statistics.add(*(inputs if self.job.config.target == "output" else inputs[:1]))
         return statistics
+
+    @property
+    def _followed(self) -> list[States]:
+        """What statistics are taken from first."""
+        return [states for states in (self.pruned, self.dense) if states is not None]
+
+    def _given(self) -> States:
+        """The states that the next block is given, kept where those of the dense model are about to move on."""
+        first = self._followed[0]
+        return replace(first, hidden=list(first.hidden))
+
+    def _matched(
+        self, index: int, given: States, pruned: Pruned, statistics: Statistics
+    ) -> tuple[Pruned, BlockReport | None]:
+        """The layers of a block, tuned together towards the states of the dense model behind it."""
+        if self.job.matching is None or self.dense is None or not pruned:
+            return pruned, None
+        for _ in self._replace(pruned):
+            pass
+        layers = {report.name: layer for layer, report in pruned}
+        targets = cast(list[Tensor], self.dense.hidden)  # they stand behind the block
+
+        def run(window: int) -> Tensor:
+            self.progress.tell(int(torch.is_grad_enabled()), f"decoder block {index + 1}, tuned as a whole")
+            return given.stream.run(index, given.windows[window], given.hidden[window], torch.is_grad_enabled())
+
+        with frozen(self.job.model):
+            tuned, matched = match_block_(self.job.model, layers, run, targets, self.job.matching, index)
+        if not matched.kept:
+            return pruned, matched
+        dense = {layer.name: layer for layer in self.job.layers_of(index)}
+        return [
+            (tuned[x.name], with_tuned_loss(x, dense[x.name], tuned[x.name], statistics.of(x.name), self.job.config))
+            for _, x in pruned
+        ], matched
 
     def _finish(self, layers: Sequence[Layer], statistics: Statistics) -> Pruned:
         # A layer that no token reaches (of an expert, say) is left as it is.
         work = [(layer, statistics.of(layer.name)) for layer in layers if layer.name in statistics.leader]
         return prune_layers(work, self.job.config, lambda layer: self.progress.tell(1, layer.name))
 
-    def _kept(self, key: str, pruned: Pruned) -> Pruned:
-        """The same, once it stands in the journal."""
+    def _kept(self, key: str, pruned: Pruned, matched: BlockReport | None = None) -> Pruned:
+        """The pruned layers, once they stand in the journal."""
         if self.journal is not None:
-            self.journal.write(key, Finished(pruned, self.clock.lap()))
+            self.journal.write(key, Finished(pruned, self.clock.lap(), matched))
+        self._note(matched)
         return pruned
+
+    def _note(self, matched: BlockReport | None) -> None:
+        if matched is not None:
+            self.blocks.append(matched)
 
     def _replace(self, pruned: Pruned) -> Iterator[LayerReport]:
         for layer, report in pruned:
@@ -139,4 +191,6 @@ def _units(job: Job) -> int:
     """The units of work of a run: a layer, and a window through a block."""
     passes = (2 * job.follows_pruned + job.follows_dense) * (job.last_block + 1)
     passes -= job.follows_pruned and not job.config.head  # nothing needs what the last block makes of it
-    return len(job.layers) + passes * len(job.tokens)
+    tuned = {layer.decoder_block for layer in job.layers} - {None} if job.matching is not None else ()
+    steps = 0 if job.matching is None else job.matching.steps(len(job.tokens))
+    return len(job.layers) + passes * len(job.tokens) + len(tuned) * steps

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.causal_lm import CausalLM
 
+MATRIX = "calibration must be a (windows, length) matrix of token numbers"
+CUT = "armorfact_hf.windows cuts a text's tokens into one"
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def refuse_pruned(model: nn.Module) -> None:
     """Raise ValueError if the model holds pruned layers already."""
@@ -18,17 +22,40 @@ def refuse_pruned(model: nn.Module) -> None:
             raise ValueError(f"the model is pruned already ({name}); load the dense model again")
 
 
+def check_model(model: CausalLM) -> None:
+    """Whether a model can be pruned at all, by what it is and by what its weights hold.
+
+    Raises:
+        ValueError: it is pruned already, no decoder-only language model, without numbers, or with NaN or infinite ones.
+    """
+    refuse_pruned(model)
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    two_parts = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if two_parts or not isinstance(getattr(embedding, "num_embeddings", None), int):
+        raise ValueError(
+            f"expected a decoder-only causal language model such as AutoModelForCausalLM loads, got a "
+            f"{type(model).__name__}"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} holds no numbers (it is on the meta device): load the model into memory first")
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or infinite values: copy or download the model again")
+
+
 def checked_tokens(model: CausalLM, calibration: Any) -> Tensor:
     """Calibration tokens as an int64 tensor (windows, length).
 
     Raises:
-        ValueError: not a non-empty integer matrix, or numbers outside of the vocabulary.
+        ValueError: not a non-empty integer matrix, longer windows than the model takes, or numbers outside of the
+            vocabulary.
     """
-    tokens = torch.as_tensor(calibration)
-    if tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
+    tokens = _matrix(calibration)
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if most is not None and tokens.shape[1] > most:
         raise ValueError(
-            f"calibration must be a (windows, length) matrix of token numbers, got shape {tuple(tokens.shape)} of "
-            f"{tokens.dtype}; armorfact_hf.windows cuts a text's tokens into one"
+            f"calibration has windows of {tokens.shape[1]} tokens, and the model is made for at most {most}: cut "
+            "shorter ones, as armorfact_hf.windows does"
         )
     vocabulary = model.get_input_embeddings().num_embeddings
     low, high = int(tokens.min()), int(tokens.max())
@@ -37,4 +64,14 @@ def checked_tokens(model: CausalLM, calibration: Any) -> Tensor:
             f"calibration holds token numbers from {low} to {high}, the model's vocabulary has {vocabulary}: "
             "were they made by this model's own tokenizer?"
         )
+    return tokens
+
+
+def _matrix(calibration: Any) -> Tensor:
+    try:
+        tokens = torch.as_tensor(calibration)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{MATRIX}, got {type(calibration).__name__}: {error}; {CUT}") from error
+    if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in INTEGERS:
+        raise ValueError(f"{MATRIX}, got shape {tuple(tokens.shape)} of {tokens.dtype}; {CUT}")
     return tokens.to(torch.int64)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from armorfact import Pattern
+from armorfact_hf.pruning.schedule import Matching
 
 METHODS = ("armorfact", "sparsegpt", "wanda", "nowag", "magnitude")
 BASELINES = ("sparsegpt", "wanda", "nowag", "magnitude", "paper")
@@ -36,6 +38,11 @@ class PruneConfig:
         init: where the factorization starts, a method of one shot.
         sweeps: most sweeps of the solver over a layer.
         rtol: a layer ends after three sweeps that each lower its loss by less than this share.
+        refine: "block" tunes the factors of a whole decoder block, once its layers are factorized, towards what the
+            dense model computes there (`armorfact_hf.pruning.matching`); None keeps them as factorized. It is for the
+            method "armorfact", and takes two windows of calibration or more: some are kept aside.
+        passes: over the calibration windows while a block is tuned.
+        rate: the learning rate of its kept values and wrappers.
         include: which linear layers of the decoder blocks: module names or their last parts ("q_proj",
             "mlp.down_proj"), or regular expressions after "re:" that match from the start of the name.
         ignore: layers to leave dense all the same, written like ``include``.
@@ -58,6 +65,9 @@ class PruneConfig:
     init: str = "sparsegpt"
     sweeps: int = 20
     rtol: float = 1e-3
+    refine: str | None = "block"
+    passes: int = 4
+    rate: float = 5e-4
     include: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] = ()
     head: bool = False
@@ -69,19 +79,37 @@ class PruneConfig:
         _one_of("propagate", self.propagate, ("pruned", "dense"))
         _one_of("target", self.target, ("weight", "output"))
         _one_of("init", self.init, METHODS[1:])
+        _one_of("refine", self.refine, ("block", None))
         Pattern.parse(self.pattern)
         self._check_numbers()
         self._check_combinations()
         for name, known in (("include", None), ("ignore", None), ("baselines", BASELINES)):
-            object.__setattr__(self, name, _names(name, getattr(self, name), known))
+            self._set(name, _names(name, getattr(self, name), known))
 
     def _check_numbers(self) -> None:
-        if self.block != "auto" and (not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1):
-            raise ValueError(f"block must be a positive number of channels or 'auto', got {self.block!r}")
+        self._set("sweeps", _whole("sweeps must be a whole number", self.sweeps))
+        self._set("rtol", _real("rtol", self.rtol))
+        if self.block != "auto":
+            size = _whole("block must be a positive number of channels or 'auto'", self.block)
+            if size < 1:
+                raise ValueError(f"block must be a positive number of channels or 'auto', got {self.block!r}")
+            self._set("block", size)
         if self.sweeps < 0 or not 0 <= self.rtol < 1:
             raise ValueError(f"expected sweeps >= 0 and 0 <= rtol < 1, got sweeps={self.sweeps}, rtol={self.rtol}")
-        if self.shrinkage is not None and not 0 <= self.shrinkage < float("inf"):
-            raise ValueError(f"shrinkage must be a finite number >= 0, got {self.shrinkage}")
+        self._set("passes", _whole("passes must be a whole number", self.passes))
+        self._set("rate", _real("rate", self.rate))
+        if self.passes < 1 or not 0 < self.rate < float("inf"):
+            raise ValueError(
+                f"expected passes >= 1 and a finite rate > 0, got passes={self.passes}, rate={self.rate}; "
+                "refine=None leaves blocks as factorized"
+            )
+        if self.shrinkage is not None:
+            self._set("shrinkage", _real("shrinkage", self.shrinkage))
+            if not 0 <= self.shrinkage < float("inf"):
+                raise ValueError(f"shrinkage must be a finite number >= 0, got {self.shrinkage}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_combinations(self) -> None:
         if self.objective != "gram" and self.shrinkage is not None:
@@ -101,6 +129,12 @@ class PruneConfig:
         if self.objective != "gram":
             return 0.0
         return DEFAULT_SHRINKAGE if self.shrinkage is None else self.shrinkage
+
+    @property
+    def matching(self) -> Matching | None:
+        """How decoder blocks are tuned, or None where they are kept as factorized."""
+        wanted = self.method == "armorfact" and self.refine == "block"
+        return Matching(self.passes, self.rate) if wanted else None
 
     @property
     def needs_correlations(self) -> bool:
@@ -128,9 +162,26 @@ class PruneConfig:
         return cls(**given)
 
 
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, known: tuple[str | None, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+
+
+def _whole(expected: str, value: Any) -> int:
+    """A whole number of any library, as Python's."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{expected}, got {value!r}")
+
+
+def _real(name: str, value: Any) -> float:
+    """A number of any library, as Python's."""
+    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 def _names(name: str, value: Iterable[str], known: tuple[str, ...] | None) -> tuple[str, ...]:

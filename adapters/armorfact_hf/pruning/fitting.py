@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from torch import nn
+import torch
 
-from armorfact import Pattern
+from armorfact import Pattern, auto_block
+from armorfact.sizes import MAX_AUTO_BLOCK, fitting
+from armorfact_hf.checkpoint.description import DTYPES
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, chosen_layers
 from armorfact_hf.pruning.config import PruneConfig
 
-LARGEST_BLOCK = 128
 MOST_OVERHEAD = 1 / 8  # what "auto" lets the wrappers add to a layer
-
-
-def auto_block(shape: tuple[int, int], pattern: Pattern, most_overhead: float) -> int | None:
-    """The largest size that fits and adds no more than that; the smallest if all add more; None if none fits."""
-    d_out, d_in = shape
-    fitting = fitting_sizes(shape, pattern)
-    light = [size for size in fitting if size / d_in + size / d_out <= most_overhead]
-    return max(light, default=fitting[0] if fitting else None)
-
-
-def fitting_sizes(shape: tuple[int, int], pattern: Pattern) -> list[int]:
-    """The sizes of square blocks that divide a layer, up to the largest that is worth it."""
-    return [size for size in range(pattern.group, LARGEST_BLOCK + 1, pattern.group) if _divides(size, shape)]
-
-
-def _divides(size: int, shape: tuple[int, int]) -> bool:
-    return all(length % size == 0 for length in shape)
+DTYPES_HELP = ", ".join(DTYPES)
 
 
 def fitting_block(shape: tuple[int, int], config: PruneConfig) -> tuple[tuple[int, int] | None, str]:
@@ -38,14 +25,12 @@ def fitting_block(shape: tuple[int, int], config: PruneConfig) -> tuple[tuple[in
     if reason := _odd_width(d_in, pattern):
         return None, reason
     if config.block == "auto":
-        size = auto_block(shape, pattern, MOST_OVERHEAD)
-        reason = f"no block of up to {LARGEST_BLOCK} divides {d_out} and {d_in}"
-    else:
-        size = int(config.block)
-        if not _divides(size, shape) or size % pattern.group:
-            these = fitting_sizes(shape, pattern) or "none"
-            size, reason = None, f"block {size} does not fit {d_out}x{d_in}; these do: {these}"
-    return (None, reason) if size is None else ((size, size), "")
+        block = auto_block(shape, pattern, MOST_OVERHEAD)
+        return block, "" if block else f"no block of up to {MAX_AUTO_BLOCK} divides {d_out} and {d_in}"
+    size, these = int(config.block), fitting(math.gcd(d_out, d_in), pattern.group)
+    if d_out % size or d_in % size or size % pattern.group:
+        return None, f"block {size} does not fit {d_out}x{d_in}; these do: {these or 'none'}"
+    return (size, size), ""
 
 
 def _odd_width(d_in: int, pattern: Pattern) -> str:
@@ -59,13 +44,26 @@ def fitted(layer: Layer, config: PruneConfig) -> Layer:
     return replace(layer, block=block, unfit=reason)
 
 
-def reason_to_stay_dense(layer: Layer, config: PruneConfig) -> str:
-    """Why a fitted layer cannot be pruned: one without wrappers needs a width that the pattern divides, no more."""
-    return layer.unfit if config.method == "armorfact" else _odd_width(layer.shape[1], Pattern.parse(config.pattern))
+def reason_to_stay_dense(layer: Layer, config: PruneConfig, dtype: torch.dtype) -> str:
+    """Why a fitted layer cannot be pruned, or nothing.
+
+    Args:
+        dtype: of the model. A checkpoint has one, so a layer in another would be loaded with other numbers.
+    """
+    found = layer.weight.dtype
+    if found != dtype or found not in DTYPES.values():
+        return f"its weight is in {_name(found)}, the model in {_name(dtype)}; pruned layers share one of {DTYPES_HELP}"
+    if config.method == "armorfact":
+        return layer.unfit
+    return _odd_width(layer.shape[1], Pattern.parse(config.pattern))  # without wrappers, nothing else has to fit
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def fitting_layers(
-    model: nn.Module, config: PruneConfig, select: Select | None = None
+    model: CausalLM, config: PruneConfig, select: Select | None = None
 ) -> tuple[list[Layer], list[DenseLayer]]:
     """The layers that will be pruned, with their blocks, and what stays dense with the reasons.
 
@@ -75,7 +73,7 @@ def fitting_layers(
     chosen, dense = chosen_layers(model, config.include, config.ignore, config.head, select)
     layers = []
     for layer in (fitted(layer, config) for layer in chosen):
-        if reason := reason_to_stay_dense(layer, config):
+        if reason := reason_to_stay_dense(layer, config, model.dtype):
             dense.append(DenseLayer(layer.name, reason))
         else:
             layers.append(layer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,11 +12,13 @@ from torch import Tensor, nn
 
 import armorfact
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
-from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
+from armorfact_hf.pruning.checks import check_model, checked_tokens
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.journal import flat_manifest, model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.schedule import Matching
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +50,12 @@ class Job:
     @property
     def follows_dense(self) -> bool:
         """Whether states of the dense model do."""
-        return self.config.propagate == "dense" or self.config.target == "output"
+        return self.config.propagate == "dense" or self.config.target == "output" or self.matching is not None
+
+    @property
+    def matching(self) -> Matching | None:
+        """How decoder blocks are tuned; of a single window none can be kept aside, so that none is."""
+        return self.config.matching if len(self.tokens) > 1 else None
 
     @cached_property
     def last_block(self) -> int:
@@ -71,8 +80,14 @@ class Job:
             armorfact=armorfact.__version__,
             model=self.fingerprint,
             calibration=tokens_fingerprint(self.tokens),
-            layers=[layer.name for layer in self.layers],
+            layers=_summary(self.layers),
         )
+
+
+def _summary(layers: Sequence[Layer]) -> str:
+    """Tells two choices of layers apart, in a few words: a model may have thousands."""
+    names = "\n".join(layer.name for layer in layers)
+    return f"{len(layers)} layers, sha256 {hashlib.sha256(names.encode()).hexdigest()}"
 
 
 def make_job(
@@ -87,8 +102,11 @@ def make_job(
         ValueError: whatever can be found wrong with the arguments before the work starts.
     """
     config = PruneConfig() if config is None else config
-    refuse_pruned(model)
+    check_model(model)
     tokens = checked_tokens(model, calibration)
     prefix, blocks = decoder_blocks(model)
     layers, dense = fitting_layers(model, config, select)
+    inputs = rehearse(model, blocks, layers, tokens)
+    if config.target == "output":
+        refuse_routed(inputs, tokens)
     return Job(model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense))

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,20 +32,22 @@ from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.lock import LOCK, WRITER, InUse, lock, unlock
+from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.seal import BLANK, check_seal, seal
 
 MANIFEST = "manifest.json"
-BLOCK = re.compile(r"(head|[a-z]+-\d{4,})\.safetensors")  # names of files that hold finished work
+BLOCK = re.compile(r"(head|state|[a-z]+-\d{4,})\.safetensors")  # names of files that hold finished work
 DAMAGE = (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError)
 Pruned = list[tuple[FactorizedLinear, LayerReport]]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The pruned layers of a decoder block with their reports, and the seconds that they took."""
+    """The pruned layers of a decoder block with their reports, the seconds that they took, and how it was tuned."""
 
     layers: Pruned
     seconds: float
+    matched: BlockReport | None = None
 
 
 class DifferentRun(ValueError):
@@ -118,7 +120,9 @@ class Journal:
             for name, tensor in layer.state_dict().items()
         }
         reports = [report.to_dict() for _, report in finished.layers]
-        block = json.dumps({"key": key, "run": self.run, "seconds": finished.seconds, "reports": reports})
+        matched = None if finished.matched is None else asdict(finished.matched)
+        about = {"key": key, "run": self.run, "seconds": finished.seconds, "reports": reports, "matched": matched}
+        block = json.dumps(about)
         path = self._path(key)
         with room_for(path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(path) as draft:
             save_file(tensors, draft, metadata={"block": block, **BLANK})
@@ -153,7 +157,7 @@ class Journal:
             held = {f"{report.name}.{part}" for layer, report in layers for part in layer.state_dict()}
             if left_over := set(stored.keys()) - held:
                 raise ValueError(f"it holds {', '.join(sorted(left_over))}, of which it has no report")
-            return Finished(layers, float(block["seconds"]))
+            return Finished(layers, float(block["seconds"]), _matched(block["matched"]))
 
     def _check_place(self, block: Mapping[str, Any], key: str) -> None:
         if block["run"] != self.run:
@@ -241,6 +245,10 @@ def _report(values: dict[str, Any]) -> LayerReport:
             "notes": tuple(values["notes"]),
         }
     )
+
+
+def _matched(values: dict[str, Any] | None) -> BlockReport | None:
+    return None if values is None else BlockReport(**values | {"notes": tuple(values["notes"])})
 
 
 def _read_manifest(path: Path) -> Mapping[str, Any]:

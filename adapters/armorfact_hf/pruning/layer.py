@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,7 @@ class LayerReport:
         dense_bytes, bytes: of the weight before and of what replaces it.
         tokens: that the statistics were gathered from.
         status: how the solver ended. notes: warnings on the way.
+        factorized_loss: as in ``losses``, of this method, before the layer was tuned with its decoder block.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerReport:
     tokens: int
     status: str
     notes: tuple[str, ...] = ()
+    factorized_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -92,6 +94,19 @@ def _prune(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[Factori
         notes=tuple(notes),
     )
     return pruned, report
+
+
+def with_tuned_loss(
+    report: LayerReport, layer: Layer, tuned: FactorizedLinear, moments: Moments, config: PruneConfig
+) -> LayerReport:
+    """The report of a layer whose factors were tuned: its loss is that of what is stored now.
+
+    Args:
+        layer: the dense one. moments: of its inputs. tuned: what takes its place.
+    """
+    target = _target(layer.weight.float(), moments, config)
+    losses = layer_losses(target, tuned, moments.gram, replace(config, baselines=()), layer)
+    return replace(report, losses=report.losses | losses, factorized_loss=report.losses[config.method])
 
 
 def _bias(layer: Layer) -> Tensor | None:

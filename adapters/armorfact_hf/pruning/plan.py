@@ -21,6 +21,7 @@ from armorfact_hf.pruning.layer import prune_layer
 from armorfact_hf.pruning.side_by_side import layer_flops
 from armorfact_hf.pruning.states import States
 
+BACKWARD = 3.5  # what forward, backward and a step cost, in forward passes
 SOLVER_COPIES = 6.5  # a generous estimate of one factorization's peak, in float32 copies of W and H
 
 
@@ -137,7 +138,26 @@ def _peak_bytes(job: Job, model_bytes: int) -> int:
         by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + 8 * square * copies
     sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in job.layers))
     at_once = torch.get_num_threads() if job.layers[0].weight.device.type == "cpu" else 1
-    return int(model_bytes + states + max(by_block.values()) + SOLVER_COPIES * sum(sizes[-at_once:]))
+    solving = SOLVER_COPIES * sum(sizes[-at_once:])
+    return int(model_bytes + states + max(by_block.values()) + max(solving, _tuning_bytes(job)))
+
+
+def _tuning_bytes(job: Job) -> int:
+    """Factors in float32 with gradient, Adam's two moments and a copy to undo with; what one window leaves to go back.
+
+    An estimate: every layer keeps its input and output in 16 bits, and as much again lies between the layers.
+    """
+    if job.matching is None:
+        return 0
+    by_block: dict[int | None, int] = {}
+    for layer in job.layers:
+        pattern, (d_out, d_in) = Pattern.parse(job.config.pattern), layer.shape
+        (b_out, b_in) = layer.block or (0, 0)
+        factors = d_out * d_in * pattern.keep // pattern.group + b_out * d_out + b_in * d_in
+        dense = 2 * d_out * d_in  # W, formed anew for every step, and its gradient
+        passing = 4 * job.tokens.shape[1] * (d_out + d_in)
+        by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + 20 * factors + 4 * dense + passing
+    return max(by_block.values())
 
 
 def _estimated_seconds(job: Job) -> float:
@@ -156,7 +176,14 @@ def _estimated_seconds(job: Job) -> float:
     reached = [layer for layer in here if layer.name in statistics.leader]
     solving = _seconds_a_flop(reached[0], statistics, job.config) * _flops(job) if reached else 0.0
     passes = job.follows_pruned + job.follows_dense * job.follows_pruned
-    return len(job.tokens) * (job.last_block + 1) * (gathering + passes * plain) + solving
+    flowing = len(job.tokens) * (job.last_block + 1) * (gathering + passes * plain)
+    return flowing + solving + plain * BACKWARD * _steps(job)
+
+
+def _steps(job: Job) -> int:
+    """Windows that go forward and back while blocks are tuned."""
+    blocks = {layer.decoder_block for layer in job.layers} - {None}
+    return 0 if job.matching is None else len(blocks) * job.matching.steps(len(job.tokens))
 
 
 def _flops(job: Job) -> float:

@@ -22,6 +22,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.notes import damping_noted
 
 
@@ -34,16 +35,24 @@ class PruneReport:
         layers: a report for each pruned layer, in the order of the model.
         dense_layers: what stayed dense, and why.
         seconds: wall time, that of the finished blocks which a resumed run found included.
+        blocks: how each decoder block was tuned, where they were.
     """
 
     config: PruneConfig
     layers: tuple[LayerReport, ...]
     dense_layers: tuple[DenseLayer, ...]
     seconds: float
+    blocks: tuple[BlockReport, ...] = ()
 
     def mean_loss(self, method: str | None = None) -> float:
-        """The mean relative loss over the layers, of the method of this run or of a baseline in its report."""
+        """The mean relative loss over the layers, of the method of this run or of a baseline in its report.
+
+        Raises:
+            ValueError: a layer's report lacks the method.
+        """
         name = self.config.method if method is None else method
+        if lacking := [layer.name for layer in self.layers if name not in layer.losses]:
+            raise ValueError(f"{name!r} was not measured on {', '.join(lacking)}: ask for it in `baselines`")
         return float(np.mean([layer.losses[name] for layer in self.layers]))
 
 
@@ -71,11 +80,20 @@ def prune_(
         The reports; the model is left in evaluation mode.
 
     Raises:
-        ValueError: tokens that are not a matrix of numbers in the vocabulary, a model without decoder blocks, settings
-            that leave nothing to prune, a model that is pruned already.
+        ValueError: tokens that are not a matrix of numbers in the vocabulary, a model that is pruned already,
+            holds NaN, or cannot be run on tokens alone, settings that leave nothing to prune; all before any work.
         DifferentRun: the journal belongs to other arguments. InUse: another process is writing it.
         DiskFull: in mid-run; what is finished stays in the journal.
         NonFiniteActivations: a module computes NaN or infinite values; nothing is changed from its block on.
+
+    >>> import torch, transformers
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes))
+    >>> report = prune_(model, torch.arange(64).reshape(4, 16) % 32, PruneConfig(sweeps=1))
+    >>> len(report.layers), report.mean_loss() < report.mean_loss("wanda")
+    (7, True)
+    >>> model.model.layers[0].mlp.up_proj
+    FactorizedLinear(in_features=16, out_features=32, bias=False, pattern=2:4, block=(4, 4))
     """
     job, observer = make_job(model, calibration, config, select), observer or Observer()
     if journal is None:
@@ -93,7 +111,8 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
     describe_(job.model, job.config, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
-    return PruneReport(job.config, reports, (*job.dense_layers, *missed), run.clock.seconds())
+    dense_layers = (*job.dense_layers, *missed)
+    return PruneReport(job.config, reports, dense_layers, run.clock.seconds(), tuple(run.blocks))
 
 
 def describe_(model: CausalLM, config: PruneConfig, reports: Sequence[LayerReport]) -> None:

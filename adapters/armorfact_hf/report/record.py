@@ -17,6 +17,8 @@ from armorfact_hf.layers.format import shown
 from armorfact_hf.model.structure import DenseLayer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.matching import BlockReport
+from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.typed_json import from_json, to_json
 
 FORMAT_VERSION = 1
@@ -132,8 +134,10 @@ class Report:
         manifest: what tells this run from others, flat.
         layers: what became of every pruned layer, in the order of the model.
         dense_layers: what stayed dense, and why.
+        blocks: how every decoder block was tuned, where they were.
         totals: bytes, time and memory.
         evaluations, tasks: what was measured afterwards.
+        recovery: how the model was tuned as a whole afterwards; the losses of its layers are those before.
 
     Raises:
         ValueError: another version of the format.
@@ -150,6 +154,8 @@ class Report:
     totals: Totals
     evaluations: tuple[PerplexityRecord, ...] = ()
     tasks: tuple[TaskRecord, ...] = ()
+    blocks: tuple[BlockReport, ...] = ()
+    recovery: Recovery | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Report:

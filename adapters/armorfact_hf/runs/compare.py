@@ -224,7 +224,9 @@ def compare(
     for method, folder in {**beside, config.method: out}.items():
         observer.say(f"Pruning {model} by {method}, into {folder}.")
         loaded = load_model(model, dtype, device, observer.say)
-        prune_to_folder(loaded, folder, replace(config, method=method), calibration, observer=observer)
+        # What the others would be compared with on every layer stands in the report of the chosen method already.
+        chosen = config if folder == out else replace(config, method=method, baselines=())
+        prune_to_folder(loaded, folder, chosen, calibration, observer=observer)
         del loaded
     if evaluations:
         evaluate_folder(out, evaluations, device=device, beside=list(beside.values()), observer=observer)

@@ -31,11 +31,11 @@ class Calibration:
 
     Args:
         text: a file of plain text, or "demo:gensim-enwiki".
-        windows: how many, spread evenly over the text; length: tokens of each.
+        windows: how many, spread evenly over the text, or None for all of it; length: tokens of each.
     """
 
     text: str = "demo:gensim-enwiki"
-    windows: int = 16
+    windows: int | None = 16
     length: int = 2048
 
     def tokens(self, loaded: Loaded, log: Log) -> torch.Tensor:
@@ -135,6 +135,7 @@ def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneRe
         manifest=job.manifest,
         layers=done.layers,
         dense_layers=done.dense_layers,
+        blocks=done.blocks,
         totals=Totals(plan.dense_bytes, plan.bytes, plan.wrapper_overhead, done.seconds, peak_memory()),
     )
 

@@ -28,6 +28,7 @@ from armorfact_hf.layers.execution import PACKED, UNPACKED
 from armorfact_hf.layers.linear import FactorizedLinear
 from tests.hf.cli.test_commands import _own_cache_and_terminal, armorfact, row  # noqa: F401 (an autouse fixture)
 from tests.hf.models import random_text, random_tokens, tiny_model, word_tokenizer
+from tests.hf.observers import Silent
 
 CPU = torch.device("cpu")
 MIXED = Execution(((4, "unpacked"), (None, "packed")))
@@ -49,7 +50,7 @@ def pruned(tmp_path_factory) -> Path:
     (base / "text.txt").write_text(random_text(400))
     calibration = Calibration(str(base / "text.txt"), 4, 24)
     config = PruneConfig(sweeps=1, baselines=(), block=8)
-    prune_to_folder(str(base / "model"), base / "pruned", config, calibration, log=lambda sentence: None)
+    prune_to_folder(str(base / "model"), base / "pruned", config, calibration, observer=Silent())
     return base / "pruned"
 
 

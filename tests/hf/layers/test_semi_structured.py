@@ -6,7 +6,6 @@ read memory as the real ones do, by sizes alone. They say nothing about speed, n
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +21,12 @@ from torch.sparse._semi_structured_conversions import (
 from torch.sparse.semi_structured import SparseSemiStructuredTensorCUSPARSELT
 
 from armorfact import Core, Pattern
-from armorfact_hf.layers import semi_structured
-from armorfact_hf.layers.semi_structured import DTYPES, Algorithm, Compressed, compress, product, refusal, search
+from armorfact_hf.layers.execution import Execution
+from armorfact_hf.layers.kernels import cusparselt
+from armorfact_hf.layers.kernels.cusparselt import DTYPES, Algorithm, compress, product, refusal, search
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.strategy import PAIR, Kind
 
-PAIR = Pattern(2, 4)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # The sizes that PyTorch's conversion takes: rows by 32, and columns, which it does not check itself, by 32 as well.
 SHAPES = st.tuples(st.sampled_from([32, 64, 96]), st.sampled_from([32, 64, 96, 224]))
@@ -40,6 +41,10 @@ def random_core(
     dense = torch.where(PAIR.top_mask(dense.abs()), dense, 0)
     dense = torch.where(torch.rand(d_out, d_in, generator=generator) < missing, 0, dense)
     return Core.from_dense(dense.to(dtype).to(device), PAIR)
+
+
+def kind(d_out: int, d_in: int, dtype: torch.dtype, device: str, pattern: Pattern = PAIR) -> Kind:
+    return Kind((d_out, d_in), pattern, dtype, torch.device(device))
 
 
 def random_inputs(tokens: int, d_in: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
@@ -95,7 +100,7 @@ def test_in_float32_the_hardware_pattern_loses_values_of_a_2_4_core():
     core = Core.from_dense(dense, PAIR)
     read = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(core.dense()))
     assert not torch.equal(read, dense)
-    assert "1:2" in refusal(32, 32, torch.float32, "cuda")
+    assert "1:2" in refusal(kind(32, 32, torch.float32, "cuda"))
 
 
 # What is refused
@@ -105,7 +110,7 @@ def test_the_rules_for_sizes_are_pytorchs_own():
     rules = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS
     assert {dtype for dtype in rules if dtype.is_floating_point and dtype.itemsize > 1} == set(DTYPES)
     for dtype in DTYPES:
-        assert tuple(rules[dtype]) == (*[semi_structured.CORE_MULTIPLE] * 2, *[semi_structured.TOKEN_MULTIPLE] * 2)
+        assert tuple(rules[dtype]) == (*[cusparselt.CORE_MULTIPLE] * 2, *[cusparselt.TOKEN_MULTIPLE] * 2)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +125,12 @@ def test_the_rules_for_sizes_are_pytorchs_own():
     ],
 )
 def test_refusals_say_what_is_wrong(d_out, d_in, dtype, sentence):
-    assert sentence in refusal(d_out, d_in, dtype, "cpu")
+    assert sentence in refusal(kind(d_out, d_in, dtype, "cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_a_missing_device_is_refused():
-    assert refusal(64, 64, torch.float16, torch.device("cuda", 0)) == "PyTorch sees no CUDA device"
+    assert refusal(kind(64, 64, torch.float16, "cuda:0")) == "PyTorch sees no CUDA device"
 
 
 @pytest.mark.parametrize(
@@ -141,11 +146,11 @@ def test_what_pytorch_answers_about_a_device_decides(monkeypatch, hip, library, 
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: library)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert sentence in refusal(64, 64, torch.float16, "cuda")
+    assert sentence in refusal(kind(64, 64, torch.float16, "cuda"))
 
 
 def test_an_error_of_the_library_becomes_one_line():
-    reason = semi_structured._library_refusal(torch.device("cpu"))
+    reason = cusparselt._library_refusal(torch.device("cpu"))
     assert "_cslt_compress" in reason and "\n" not in reason
 
 
@@ -190,13 +195,8 @@ def operator(monkeypatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setattr(torch, "_cslt_compress", stand_in_compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", stand_in)
-    monkeypatch.setattr(semi_structured, "_device_refusal", lambda device: None)
+    monkeypatch.setattr(cusparselt, "_device_refusal", lambda device: None)
     return stand_in
-
-
-def run(compressed: Compressed, x: Tensor, algorithm: Algorithm) -> Tensor:
-    """The operator's CUDA form, called without PyTorch's dispatch."""
-    return semi_structured._linear(x, compressed.tensor, *astuple(algorithm))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,7 +207,7 @@ def test_the_product_is_that_of_the_dense_core(operator, dtype, tokens):
     assert compressed.shape == (64, 96)
     assert compressed.tensor.shape == (64, 54) and compressed.tensor.nbytes * 16 == core.dense().nbytes * 9
     x = random_inputs(tokens, 96, dtype)
-    y = run(compressed, x, Algorithm())
+    y = product(compressed, x, Algorithm())
     assert y.dtype == dtype and y.shape == (tokens, 64) and y.is_contiguous()
     torch.testing.assert_close(y, (x.float() @ core.dense().float().T).to(dtype))
 
@@ -217,13 +217,13 @@ def test_strided_inputs_are_laid_out_first(operator):
     compressed, wide = compress(core), random_inputs(16, 64, torch.float16)
     for x in (wide[:, 32:], wide[::2, :32], wide.t()[:32, :].t()[:, :32], wide[:, :32].t().contiguous().t()[:8]):
         expected = (x.float() @ core.dense().float().T).half()
-        torch.testing.assert_close(run(compressed, x, Algorithm()), expected)
+        torch.testing.assert_close(product(compressed, x, Algorithm()), expected)
 
 
 def test_nothing_is_copied_where_nothing_needs_to_be(operator):
     compressed, x = compress(random_core(32, 32, torch.float16)), random_inputs(16, 32, torch.float16)
-    run(compressed, x, Algorithm())
-    run(compressed, x[:9], Algorithm())
+    product(compressed, x, Algorithm())
+    product(compressed, x[:9], Algorithm())
     assert operator.calls[0]["input"] == x.data_ptr()
     assert operator.calls[1]["input"] != x.data_ptr() and operator.calls[1]["tokens"] == 16
 
@@ -231,20 +231,20 @@ def test_nothing_is_copied_where_nothing_needs_to_be(operator):
 @given(tokens=st.integers(0, 100))
 def test_padding_adds_the_fewest_rows_of_zeros(tokens):
     x = random_inputs(tokens, 4, torch.float16)
-    padded = semi_structured.padded(x)
+    padded = cusparselt.padded(x)
     assert padded.is_contiguous() and 0 <= len(padded) - tokens < 8 and len(padded) % 8 == 0
     assert torch.equal(padded[:tokens], x) and not padded[tokens:].any()
 
 
 def test_the_algorithm_reaches_the_operator_under_the_name_it_has_there(operator):
     compressed = compress(random_core(32, 32, torch.float16))
-    run(compressed, random_inputs(8, 32, torch.float16), Algorithm(3, 2, 1))
+    product(compressed, random_inputs(8, 32, torch.float16), Algorithm(3, 2, 1))
     call = operator.calls[0]
-    assert (call["alg_id"], call["split_k"], call[semi_structured.MODE_NAME]) == (3, 2, 1)
+    assert (call["alg_id"], call["split_k"], call[cusparselt.MODE_NAME]) == (3, 2, 1)
     names = {argument.name for argument in torch.ops.aten._cslt_sparse_mm.default._schema.arguments}
-    assert {"transpose_result", "alg_id", "split_k", semi_structured.MODE_NAME} <= names
-    assert semi_structured._mode("split_k_mode", 2) == {"split_k_mode": 2}
-    assert semi_structured._mode("split_k_one_kernel", 1)["split_k_one_kernel"] is True
+    assert {"transpose_result", "alg_id", "split_k", cusparselt.MODE_NAME} <= names
+    assert cusparselt._mode("split_k_mode", 2) == {"split_k_mode": 2}
+    assert cusparselt._mode("split_k_one_kernel", 1)["split_k_one_kernel"] is True
 
 
 @pytest.mark.parametrize("extra", [(), (40,)])
@@ -271,21 +271,39 @@ def test_inputs_that_do_not_fit_are_errors(operator, x):
         product(compressed, x, Algorithm())
 
 
-# The operator
+# The strategy
 
 
-def test_there_is_no_cpu_form(operator):
-    compressed = compress(random_core(32, 32, torch.float16))
-    with pytest.raises(NotImplementedError, match="semi_structured_linear"):
-        product(compressed, random_inputs(8, 32, torch.float16), Algorithm())
+@pytest.fixture
+def searched(monkeypatch) -> list[tuple]:
+    """The shapes that an algorithm was searched for."""
+    found: list[tuple] = []
+
+    def search(compressed, tokens):
+        found.append((compressed.shape, tokens))
+        return Algorithm(3, 2, 1)
+
+    monkeypatch.setattr(cusparselt, "search", search)
+    monkeypatch.setattr(cusparselt, "_found", {})
+    return found
 
 
-def test_shapes_are_traced_without_a_device():
-    compressed = Compressed(torch.empty(32, 9, dtype=torch.float16, device="meta"), (32, 16))
-    traced = torch.compile(lambda x: product(compressed, x, Algorithm()), backend="eager", fullgraph=True, dynamic=True)
-    for tokens in (5, 64):
-        y = traced(torch.empty(tokens, 16, dtype=torch.float16, device="meta"))
-        assert y.shape == (tokens, 32) and y.dtype == torch.float16
+def test_a_layer_keeps_the_compressed_core_and_runs_the_algorithm_that_was_found(operator, searched):
+    core = random_core(64, 96, torch.float16)
+    layers = [FactorizedLinear.of(core).use_(Execution.always("semi_structured")) for _ in range(2)]
+    assert searched == [((64, 96), cusparselt.SEARCHED_TOKENS)]
+    x = random_inputs(9, 96, torch.float16)
+    with torch.no_grad():
+        y = layers[1](x)
+    assert torch.equal(y, product(compress(core), x, Algorithm(3, 2, 1)))
+    assert [call["alg_id"] for call in operator.calls] == [3, 3] and len(searched) == 1
+    assert layers[0].use_(None).compressed is None
+
+
+def test_there_is_no_cpu_form():
+    layer = FactorizedLinear.of(random_core(32, 32, torch.float16))
+    with pytest.raises(ValueError, match="CUDA devices, got cpu"):
+        layer.use_(Execution.always("semi_structured"))
 
 
 @pytest.mark.gpu
@@ -293,7 +311,7 @@ def test_shapes_are_traced_without_a_device():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d_out", "d_in"), [(4096, 4096), (1536, 576)])
 def test_a_gpu_multiplies_as_with_the_dense_core(dtype, d_out, d_in):
-    reason = refusal(d_out, d_in, dtype, "cuda")
+    reason = refusal(kind(d_out, d_in, dtype, "cuda"))
     if reason is not None:
         pytest.skip(reason)
     core = random_core(d_out, d_in, dtype, device="cuda")
@@ -306,7 +324,8 @@ def test_a_gpu_multiplies_as_with_the_dense_core(dtype, d_out, d_in):
             y = product(compressed, x, algorithm)
             assert y.dtype == dtype and y.shape == (tokens, d_out)
             assert (y.double() - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
-        arguments = (x, compressed.tensor, *astuple(Algorithm()))
+        layer = FactorizedLinear.of(core).use_(Execution.always("semi_structured"))
+        arguments = (x, layer.values, layer.positions, *[None] * 3, layer.compressed, 2, 4, layer.execution.text)
         torch.library.opcheck(
-            torch.ops.armorfact.semi_structured_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+            torch.ops.armorfact.factorized_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
         )

@@ -77,6 +77,41 @@ def test_sharing_that_changes_between_passes_is_refused():
         statistics.add(inputs)
 
 
+@pytest.mark.parametrize("correlations", [True, False])
+def test_a_layer_that_is_called_twice_in_one_pass_counts_both_inputs(correlations):
+    statistics, x, y = Statistics(correlations), torch.randn(1, 5, 4), torch.randn(1, 3, 4)
+    layer = torch.nn.Linear(4, 4)
+    with recorded_inputs({"layer": layer, "other": (other := torch.nn.Linear(4, 4))}) as inputs:
+        layer(x), other(x), layer(input=y)
+    statistics.add(inputs)
+    both = torch.cat([x[0], y[0]]).double()
+    found = statistics.of("layer")
+    assert found.tokens == 8
+    torch.testing.assert_close(found.gram, both.T @ both if correlations else both.square().sum(0))
+    assert statistics.of("other").tokens == 5  # which saw only one of the two, and so shares with none
+
+
+def test_layers_that_share_all_their_calls_share_one_gram_matrix():
+    inputs = Inputs()
+    for x in (torch.ones(1, 2, 4), torch.ones(1, 3, 4)):
+        inputs.see("a", x)
+        inputs.see("b", x)
+    assert inputs.leader == {"a": "a", "b": "a"}
+    assert inputs.tensors["a"].shape == (5, 4)
+
+
+@pytest.mark.parametrize("dense", [{"layer": torch.ones(1, 3, 4)}, {}])
+def test_dense_inputs_of_other_tokens_are_refused(dense):
+    given, other = Inputs(), Inputs()
+    given.see("layer", torch.ones(1, 2, 4))
+    for name, tensor in dense.items():
+        other.see(name, tensor)
+    with pytest.raises(
+        ValueError, match=r"layer is given 2 tokens of a window, and [03] in the dense model: .*experts"
+    ):
+        Statistics().add(given, other)
+
+
 def test_hooks_are_removed():
     model = tiny_model("llama")
     with recorded_inputs(modules_of(model)):

@@ -99,3 +99,59 @@ def test_the_list_of_blocks_wins_against_a_list_of_experts_in_its_only_block():
     model = nn.Module()
     model.layers = nn.ModuleList([block])
     assert decoder_blocks(model)[0] == "layers"
+
+
+class Scaled(nn.Linear):
+    """More than it seems."""
+
+    def forward(self, x):
+        return 1.05 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """As Falcon's: a forward of its own, that computes what `nn.Linear` does."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def unlike(kind: str, dtype: torch.dtype) -> nn.Module:
+    layer = {"scaled": Scaled, "renamed": Renamed}.get(kind, nn.Linear)(64, 64, dtype=dtype)
+    if kind == "hook":
+        layer.register_forward_hook(lambda module, args, output: 2 * output)
+    if kind == "early hook":
+        layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    if kind == "forward":
+        layer.forward = lambda x: 2 * x
+    if kind == "parametrized":
+        nn.utils.parametrizations.weight_norm(layer)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("scaled", "a Scaled with a forward of its own"),
+        ("hook", "it has forward hooks"),
+        ("early hook", "it has forward hooks"),
+        ("forward", "a Linear with a forward of its own"),
+        ("parametrized", "its weight is parametrized"),
+        ("renamed", ""),
+        ("plain", ""),
+    ],
+)
+def test_a_layer_that_computes_more_than_a_product_stays_dense(kind, reason, dtype):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj = unlike(kind, dtype)
+    layers, dense = chosen_layers(model)
+    reasons = {layer.name: layer.reason for layer in dense}
+    assert reasons.get("model.layers.1.mlp.up_proj", "").startswith(reason)
+    assert ("model.layers.1.mlp.up_proj" in reasons) == bool(reason) == (len(layers) == 7 * BLOCKS - 1)
+
+
+def test_a_head_that_computes_more_than_a_product_is_refused():
+    model = tiny_model("llama", tie_word_embeddings=False)
+    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="the head cannot be pruned: it has forward hooks"):
+        chosen_layers(model, head=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import armorfact_hf
@@ -12,6 +15,14 @@ from armorfact_hf.pruning.config import PruneConfig
 
 def test_settings_survive_json():
     config = PruneConfig(block=64, include=("q_proj", "re:.*mlp.*"), shrinkage=0.5, baselines=())
+    assert PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    config = PruneConfig(
+        block=np.int64(16), sweeps=np.int32(3), rtol=np.float32(0.5), shrinkage=np.float64(2), baselines=()
+    )
+    assert config == PruneConfig(block=16, sweeps=3, rtol=0.5, shrinkage=2.0, baselines=())
     assert PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -33,7 +44,14 @@ def test_settings_of_another_version_are_refused():
         ({"target": "moon"}, ValueError, "weight, output"),
         ({"init": "armorfact"}, ValueError, "sparsegpt, wanda"),
         ({"sweeps": -1}, ValueError, "sweeps >= 0"),
+        ({"sweeps": float("nan")}, ValueError, "sweeps must be a whole number, got nan"),
+        ({"sweeps": 2.5}, ValueError, "sweeps must be a whole number, got 2.5"),
+        ({"sweeps": True}, ValueError, "sweeps must be a whole number, got True"),
+        ({"block": 16.0}, ValueError, "positive number of channels or 'auto', got 16.0"),
         ({"rtol": 1.0}, ValueError, "rtol < 1"),
+        ({"rtol": float("nan")}, ValueError, "rtol < 1"),
+        ({"rtol": "1e-3"}, TypeError, "rtol must be a number, got '1e-3'"),
+        ({"shrinkage": "much"}, TypeError, "shrinkage must be a number, got 'much'"),
         ({"shrinkage": -0.5}, ValueError, "finite number >= 0"),
         ({"shrinkage": float("nan")}, ValueError, "finite number >= 0"),
         ({"objective": "diagonal", "shrinkage": 1.0}, ValueError, "does not look at"),
@@ -80,6 +98,14 @@ def test_correlations_are_gathered_only_where_something_looks_at_them(settings, 
 @pytest.mark.parametrize("name", armorfact_hf.__all__)
 def test_everything_that_is_exported_exists(name):
     assert getattr(armorfact_hf, name).__module__.startswith("armorfact_hf.")
+
+
+def test_type_checkers_are_told_of_the_same_homes():
+    tree = ast.parse(Path(armorfact_hf.__file__).read_text(encoding="utf-8"))
+    [block] = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    told = {name.asname: (found.module, name.name) for found in block.body for name in found.names}
+    homes = {name: (f"armorfact_hf.{home}", name) for name, home in armorfact_hf._HOMES.items()}
+    assert told == homes and sorted(homes) == armorfact_hf.__all__
 
 
 def test_what_is_not_exported_is_told():

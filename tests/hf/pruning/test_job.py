@@ -12,7 +12,7 @@ from torch import nn
 from armorfact_hf.data import load_model as loading
 from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.evaluation.measure import Evaluation, perplexity_of
-from armorfact_hf.pruning import fitting, job
+from armorfact_hf.pruning import checks, fitting, job
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import make_job
 from armorfact_hf.pruning.journal import DifferentRun
@@ -34,7 +34,7 @@ def calls(monkeypatch) -> Counter:
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **more: counted.update([name]) or original(*args, **more))
 
-    for module, name in ((job, "refuse_pruned"), (job, "fitting_layers"), (job, "checked_tokens")):
+    for module, name in ((checks, "refuse_pruned"), (job, "fitting_layers"), (job, "checked_tokens")):
         count(module, name)
     count(fitting, "fitting_block")
     for module in (job, loading):
@@ -122,6 +122,8 @@ def test_a_baseline_that_does_not_fit_a_layer_is_left_out_with_a_note():
         fits = "mlp" not in layer.name
         assert set(layer.losses) == {"wanda", "nowag"} | ({"paper"} if fits else set())
         assert any("'paper' is left out: no block" in note for note in layer.notes) != fits
+    with pytest.raises(ValueError, match=r"'paper' was not measured on model\.layers\.0\.mlp\.gate_proj, "):
+        report.mean_loss("paper")
 
 
 def test_a_plan_leaves_the_model_in_its_mode():

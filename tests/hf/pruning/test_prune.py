@@ -34,7 +34,9 @@ def test_pruned_saved_and_loaded_gives_the_same_logits(family, dtype, tmp_path):
     assert len(report.layers) == sum(isinstance(m, FactorizedLinear) for m in model.modules()) > 0
     assert not any(isinstance(m, nn.Linear) for name, m in model.named_modules() if "head" not in name)
     for layer in report.layers:
-        assert layer.losses["armorfact"] <= layer.losses["sparsegpt"] * (1 if dtype == torch.float32 else 1.02)
+        stored = layer.losses["armorfact"]  # of a layer that was tuned with its block, this may be more
+        factorized = stored if layer.factorized_loss is None else layer.factorized_loss
+        assert factorized <= layer.losses["sparsegpt"] * (1 if dtype == torch.float32 else 1.02)
     after = logits(model)
     assert not torch.equal(before, after)
     save_pruned(model, tmp_path)
@@ -71,7 +73,7 @@ def test_a_pruned_head_is_untied_from_the_embedding(tmp_path):
     assert torch.equal(dense.model.embed_tokens.weight, embedding)
 
 
-def grams_seen(monkeypatch, model, config):
+def grams_seen(monkeypatch, model, config, windows=4):
     """The moments that every layer was pruned with."""
     seen = {}
     finish = BlockByBlock._finish
@@ -81,7 +83,7 @@ def grams_seen(monkeypatch, model, config):
         return finish(self, layers, statistics)
 
     monkeypatch.setattr(BlockByBlock, "_finish", spy)
-    prune_(model, random_tokens(), config)
+    prune_(model, random_tokens(windows), config)
     return seen
 
 
@@ -151,16 +153,16 @@ def test_progress_ends_where_it_said_it_would(settings):
 @torch.no_grad()
 def test_nan_activations_name_the_layer_that_made_them():
     model = tiny_model("llama")
-    model.model.layers[1].mlp.gate_proj.weight[0, 0] = torch.inf
+    model.model.layers[1].mlp.gate_proj.weight[0] = 3e38  # finite, and too large for sums
     with pytest.raises(NonFiniteActivations, match=r"^model\.layers\.1\.mlp\.gate_proj is the first .* window 0"):
         prune_(model, random_tokens(), PruneConfig(**QUICK, include=("re:.*attn.*",)))
     assert isinstance(model.model.layers[1].self_attn.q_proj, nn.Linear)
 
 
 @torch.no_grad()
-def test_a_nan_embedding_is_named():
-    model = tiny_model("llama", tie_word_embeddings=False)
-    model.model.embed_tokens.weight[:] = torch.nan
+def test_an_embedding_that_overflows_is_named():
+    model = tiny_model("gemma3", tie_word_embeddings=False)  # Gemma scales what it looks up
+    model.model.embed_tokens.weight[:] = 3e38
     with pytest.raises(NonFiniteActivations, match=r"the embedding, before model\.layers\.0"):
         prune_(model, random_tokens(), PruneConfig(**QUICK))
 

@@ -7,6 +7,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -399,3 +401,10 @@ def test_a_text_that_will_not_do_is_told(content, message, refused, text_file, t
     if content is not None:
         text_file.write_bytes(content)
     refused(message, text=text_file if content is not None else tmp_path / "no-such.txt")
+
+
+def test_it_imports_where_there_is_no_resource_module():
+    code = "import sys; sys.modules['resource'] = None; import armorfact_hf.runs.prune_to_folder"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )

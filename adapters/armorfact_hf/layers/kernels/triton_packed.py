@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from armorfact_hf.layers.operators import block_product
+from armorfact_hf.layers.kernels.blocks import block_product
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Two programs for each of the 132 multiprocessors of an H100. One number for all GPUs: the same sums on each of them.
@@ -60,7 +60,7 @@ def packed_product(x: Tensor, values: Tensor, positions: Tensor, right: Tensor |
     _check(x, values, positions, right)
     kernels = _kernels()
     if x.device.type == "cpu" and not kernels.INTERPRETED:
-        raise ValueError("expected tensors on a GPU, got x on the CPU; torch.ops.armorfact.packed_linear runs on both")
+        raise ValueError("expected tensors on a GPU, got x on the CPU; `armorfact_hf.layers.packed` runs on both")
     if not x.shape[0] * values.shape[0]:
         return x.new_empty(x.shape[0], values.shape[0])
     fused = right is not None and fuses_right(x.shape[0], values.shape[0], right.shape[-1], x.element_size())

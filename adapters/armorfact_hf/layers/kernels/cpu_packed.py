@@ -1,0 +1,98 @@
+"""Launches the compiled kernels of `cpu`: the product with a packed 2:4 core on a CPU, and its unpacking by rows."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from armorfact_hf.layers.kernels import cpu as kernels
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Above this many tokens panels beat vectors (benchmarks/execution.py).
+FEW_TOKENS = 24
+# Rows that a thread takes at a time: many enough to pay for laying out a panel, few enough to keep their sums near.
+MOST_ROWS = 512
+# numba knows no 16-bit float: float16 goes as int16, bfloat16 as uint16.
+_STORED = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
+_LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in DTYPES}
+# numba's simplest pool of threads aborts the process when two threads of Python enter it at once.
+_one_at_a_time = threading.Lock()
+
+
+def packed_product(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """y = A C B x (tokens, d_out), for the rows of x (tokens, d_in) and a packed 2:4 core.
+
+    Args:
+        x: any strides. values, positions: the core, see `armorfact.Core`, in the dtype of x, one of `DTYPES`.
+        left, right: blocks of A and B in the dtype of x, each may be None.
+    """
+    (tokens, d_in), d_out = x.shape, values.shape[0]
+    _take_threads()
+    if tokens > FEW_TOKENS:
+        return _many_tokens(x, values, positions, left, right)
+    y = x.new_empty(tokens, d_out)
+    if not y.numel():
+        return y
+    held = [tensor if tensor is None else tensor.contiguous() for tensor in (x, values, positions, left, right)]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in held]
+    sizes = [0 if tensor is None else tensor.shape[-1] for tensor in (left, right)]
+    with _one_at_a_time:
+        kernels.few_tokens(_LIKE[x.dtype], *addresses, y.data_ptr(), tokens, d_out, d_in, *sizes)
+    return y
+
+
+def _many_tokens(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Tokens lie side by side between the wrappers, which therefore transpose on the way."""
+    tokens = x.shape[0]
+    if right is None:
+        inputs = x.T
+    else:
+        count, size, _ = right.shape
+        inputs = torch.bmm(right, x.view(tokens, count, size).permute(1, 2, 0).to(right.dtype)).view(-1, tokens)
+    z = x.new_empty(values.shape[0], tokens, dtype=torch.float32)
+    rows = min(MOST_ROWS, -(-values.shape[0] // torch.get_num_threads()))
+    with _one_at_a_time:
+        kernels.many_tokens(
+            inputs.float().contiguous().numpy(), _array(values), positions.view(-1).numpy(), z.numpy(), rows
+        )
+    if left is None:
+        return z.T.to(x.dtype).contiguous()
+    count, size, _ = left.shape
+    y = torch.bmm(z.view(count, size, tokens).permute(0, 2, 1).to(left.dtype), left.transpose(1, 2))
+    return y.transpose(0, 1).reshape(tokens, -1).to(x.dtype)
+
+
+def unpacked_rows(values: Tensor, positions: Tensor, first: int, end: int) -> Tensor:
+    """Rows first..end of a 2:4 core with their zeros, (end - first, d_in)."""
+    panel = values.new_empty(end - first, 2 * values.shape[1])
+    _take_threads()
+    with _one_at_a_time:
+        kernels.unpack(_array(values), positions.view(-1).numpy(), first, _array(panel))
+    return panel
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The same memory for numba."""
+    tensor = tensor.detach().contiguous()
+    return tensor.view(_STORED.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+@cache
+def _launch_threads() -> None:
+    """numba's pool, once: it may share OpenMP with PyTorch, and then sets the number of threads for both."""
+    wanted = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(wanted)
+
+
+def _take_threads() -> None:
+    """As many threads as PyTorch may use, of those that numba has."""
+    _launch_threads()
+    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != wanted:
+        numba.set_num_threads(wanted)

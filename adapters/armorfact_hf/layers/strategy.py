@@ -1,0 +1,90 @@
+"""What every way to multiply with a pruned layer provides; each is a module of this folder.
+
+The strategies compute y = A C B x. They differ in what they read of the core C, in what they keep beside the factors,
+and in where they run; `armorfact_hf.layers.execution.STRATEGIES` is the table of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from armorfact import Core, Factors, Pattern
+from armorfact_hf.layers.kernels.blocks import block_product
+
+PAIR = Pattern(2, 4)
+
+
+class Kind(NamedTuple):
+    """What decides whether a strategy can run a layer.
+
+    Args:
+        shape: (d_out, d_in). pattern: N:M, of the core. dtype: of its values. device: where they are.
+    """
+
+    shape: tuple[int, int]
+    pattern: Pattern
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Operands(NamedTuple):
+    """A layer as a strategy gets it: its factors as they are stored, and what `Strategy.prepare` made beside them.
+
+    Args:
+        values, positions: the core C, see `armorfact.Core`. pattern: N:M, that of C. columns: d_in.
+        left, right: the blocks of A and B, both or neither.
+        merged: A C B (d_out, d_in), where "dense" was prepared.
+        compressed: C in cuSPARSELt's form, where "semi_structured" was.
+    """
+
+    values: Tensor
+    positions: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    pattern: Pattern
+    columns: int
+    merged: Tensor | None = None
+    compressed: Tensor | None = None
+
+    @property
+    def core(self) -> Core:
+        """C."""
+        return Core(self.values, self.positions, self.pattern, self.columns)
+
+    def kept(self, name: str) -> Tensor:
+        """What `Strategy.prepare` made beside the factors.
+
+        Raises:
+            ValueError: it did not.
+        """
+        found: Tensor | None = getattr(self, name)
+        if found is None:
+            raise ValueError(f"the layer keeps no {name} weight: choose the strategy by `use_`, which prepares it")
+        return found
+
+    def dense(self) -> Tensor:
+        """A C B, (d_out, d_in)."""
+        core = self.core.dense()
+        return core if self.left is None or self.right is None else Factors(self.left, core, self.right).dense()
+
+    def between_wrappers(self, x: Tensor, core_product: Callable[[Tensor], Tensor]) -> Tensor:
+        """A core_product(B x), for the rows of x."""
+        y = core_product(x if self.right is None else block_product(self.right, x))
+        return y if self.left is None else block_product(self.left, y)
+
+
+class Strategy(Protocol):
+    """One way to compute y = A C B x."""
+
+    def refusal(self, kind: Kind) -> str | None:
+        """Why such a layer cannot run in this way, and the way out; None if it can."""
+
+    def prepare(self, operands: Operands) -> dict[str, Tensor]:
+        """What has to be kept beside the factors, by its name in `Operands`. Called where nothing is refused."""
+
+    def product(self, x: Tensor, operands: Operands) -> Tensor:
+        """y (tokens, d_out), row after row in memory, for x (tokens, d_in) of the layer's dtype and device."""

@@ -1,0 +1,205 @@
+r"""Block matching: tune a pruned decoder block until it computes what the dense model computes there.
+
+After a block's layers are factorized one by one, their A, B and kept values of C are trained together, supports fixed:
+
+.. math:: \min\; \operatorname{mean}_t \; \|f(h_t) - y_t\|^2 / \|y_t\|^2
+
+where f is the pruned block, h_t a token's state as the pruned model hands it to the block, and y_t what the dense model
+makes of that token there. The target is the whole block's, so that one layer may make good what another lost, and what
+earlier blocks lost; relative, since a norm follows in every model and a few tokens with huge states would own a plain
+sum. (Aiming each *layer* at the dense output instead is a regression on noisy inputs: it shrinks, and shrinkage
+compounds; see docs/results.md.)
+
+Some windows are kept aside. If the error on them does not fall, measured with the factors as they are stored, the block
+keeps those it had.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from armorfact import BlockDiagonal, Core, Factors
+from armorfact.gauge import canonical
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.pruning.schedule import Matching, kept_aside
+
+BETAS = (0.9, 0.95)
+MOST_HALVINGS = 8
+
+Layers = Mapping[str, FactorizedLinear]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What matching did to a decoder block.
+
+    Args:
+        decoder_block: its index.
+        before, after: mean of ||f(h) - y||^2 / ||y||^2 over the tokens kept aside, with the layers as factorized and as
+            tuned, in the dtype in which they are stored.
+        kept: whether the tuned factors are what is stored.
+        notes: what went wrong on the way.
+    """
+
+    decoder_block: int
+    before: float
+    after: float
+    kept: bool
+    notes: tuple[str, ...] = ()
+
+
+def match_block_(
+    model: nn.Module,
+    layers: Layers,
+    run: Callable[[int], Tensor],
+    targets: Sequence[Tensor],
+    matching: Matching,
+    decoder_block: int,
+) -> tuple[dict[str, FactorizedLinear], BlockReport]:
+    """Tune the pruned layers of one decoder block, in place in the model.
+
+    Args:
+        model: holds the layers under their names; no parameter of it asks for gradients.
+        layers: the pruned layers of the block by name, with wrappers or without.
+        run: what the block makes of a window by its number, (1, length, width), with gradients where they are enabled.
+        targets: y for each window, (1, length, width).
+        matching: the settings. decoder_block: the index of the block, which seeds the order of the windows.
+
+    Returns:
+        The layers that the model holds now, in the dtype of those given, and the report.
+    """
+    aside = kept_aside(len(targets))
+    before = _error(run, targets, aside)
+    masters = {name: _master(layer) for name, layer in layers.items()}
+    _put(model, masters)
+    notes = _train(masters, run, targets, matching, decoder_block)
+    tuned = {name: _stored(masters[name], layer) for name, layer in layers.items()}
+    _put(model, tuned)
+    after = _error(run, targets, aside)
+    kept = after < before and len(notes) <= MOST_HALVINGS  # NaN is not smaller
+    if not kept:
+        _put(model, layers)
+    return dict(tuned if kept else layers), BlockReport(decoder_block, before, after, kept, tuple(notes))
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """The mean over tokens of ||output - target||^2 / ||target||^2, a scalar float32."""
+    output, target = output.float(), target.float()
+    energy = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((output - target).square().sum(-1) / energy).mean()
+
+
+@torch.no_grad()
+def _error(run: Callable[[int], Tensor], targets: Sequence[Tensor], windows: Iterable[int]) -> float:
+    errors = [float(relative_error(run(window), targets[window])) for window in windows]
+    return sum(errors) / len(errors)
+
+
+def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+
+
+def _master(layer: FactorizedLinear) -> FactorizedLinear:
+    """The layer in float32, its factors (and bias) ready to be trained."""
+    master = copy.deepcopy(layer).float().use_(None)
+    return master.requires_grad_(True)
+
+
+@torch.no_grad()
+def _stored(master: FactorizedLinear, like: FactorizedLinear) -> FactorizedLinear:
+    """The trained layer in the canonical gauge, rounded to the dtype that it is stored in."""
+    dtype, core = like.values.dtype, master.core
+    bias = None if master.bias is None else master.bias.to(dtype)
+    if master.left is None or master.right is None:
+        return FactorizedLinear.of(replace(core, values=core.values.to(dtype)), bias=bias)
+    found = canonical(Factors(master.left.detach(), core.dense(), master.right.detach())).astype(dtype)
+    core = Core.from_dense(found.core, core.pattern)
+    return FactorizedLinear.of(core, BlockDiagonal(found.left), BlockDiagonal(found.right), bias)
+
+
+@dataclass
+class _Undo:
+    """The parameters as they were before the last step."""
+
+    parameters: list[nn.Parameter]
+    kept: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep them as they are now."""
+        self.kept = [parameter.clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what was kept, if anything was."""
+        for parameter, value in zip(self.parameters, self.kept, strict=False):
+            parameter.copy_(value)
+
+
+def _train(
+    masters: Layers, run: Callable[[int], Tensor], targets: Sequence[Tensor], matching: Matching, seed: int
+) -> list[str]:
+    """AdamW over the windows, one a step, in an order drawn from the seed; the notes of what had to be undone."""
+    parameters = [parameter for master in masters.values() for parameter in master.parameters()]
+    order = _order(len(targets), matching.passes, seed)
+    undo = _Undo(parameters)
+    half = _runs_in_half(run, order[0], targets[0].device.type)
+    notes: list[str] = []
+    optimizer = torch.optim.AdamW(parameters, lr=matching.rate, betas=BETAS, weight_decay=0.0)
+    for step, window in enumerate(order):
+        for group in optimizer.param_groups:
+            group["lr"] = matching.rate_at(step, len(order)) / 2 ** len(notes)
+        if _backward(run, window, targets[window], parameters, half):
+            undo.remember()
+            optimizer.step()
+        else:
+            undo.restore()
+            optimizer.state.clear()
+            notes.append(f"step {step + 1} of matching was not finite: the one before was undone, and the rate halved")
+        optimizer.zero_grad(set_to_none=True)
+        if len(notes) > MOST_HALVINGS:
+            break
+    return notes
+
+
+def _order(windows: int, passes: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    training = [window for window in range(windows) if window not in kept_aside(windows)]
+    return [training[k] for _ in range(passes) for k in torch.randperm(len(training), generator=generator).tolist()]
+
+
+@torch.no_grad()
+def _runs_in_half(run: Callable[[int], Tensor], window: int, device: str) -> bool:
+    """Whether a block can be run in mixed precision: one that puts tensors together by hand may fail, as experts do."""
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            run(window)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
+
+
+@torch.enable_grad()
+def _backward(
+    run: Callable[[int], Tensor], window: int, target: Tensor, parameters: list[nn.Parameter], half: bool
+) -> bool:
+    """Gradients of the error on one window, in mixed precision if ``half``; whether all of them are finite."""
+    with torch.autocast(target.device.type, torch.bfloat16, enabled=half):
+        output = run(window)
+    if not output.requires_grad:
+        raise ValueError(
+            "a decoder block passes no gradients on to its factors, so it cannot be tuned: prune with refine=None"
+        )
+    loss = relative_error(output, target)
+    if not loss.isfinite():
+        return False
+    loss.backward()
+    return all(parameter.grad is None or bool(parameter.grad.isfinite().all()) for parameter in parameters)

@@ -1,0 +1,1 @@
+"""Tune a pruned model as a whole until it says what its dense model says: distillation, supports fixed."""

@@ -1,0 +1,117 @@
+"""Recover a pruned model in memory: distil its dense model into the factors of all its pruned layers at once."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import armorfact
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.checks import checked_tokens
+from armorfact_hf.pruning.journal import Journal, flat_manifest, model_fingerprint, tokens_fingerprint
+from armorfact_hf.recovery.divergence import Divergence
+from armorfact_hf.recovery.factors import trained_factors
+from armorfact_hf.recovery.report import Recovery
+from armorfact_hf.recovery.run import Run
+from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
+
+
+def recover_(
+    model: nn.Module,
+    calibration: Any,
+    teacher: nn.Module,
+    settings: RecoverySettings | None = None,
+    *,
+    state: Path | str | None = None,
+    save_every: int = 10,
+    observer: Observer | None = None,
+) -> Recovery:
+    r"""Minimize over the factors of all pruned layers of a model, supports fixed, in place:
+
+    .. math:: \operatorname{mean}_t \; \mathrm{KL}(p_t \,\|\, q_t)
+
+    with p what the dense model says at each position of the calibration text, q what the pruned one does. A step takes
+    one window. The factors are trained in float32, products are in bfloat16; now and then they are rounded to the
+    dtype that they are stored in, and measured on windows kept aside. The best of those states is the result, so that
+    the divergence there never ends above where it began.
+
+    Args:
+        model: pruned, on any device; dense parts of it do not change.
+        calibration: (windows, length) integer token numbers; one window in eight, at most 8, is kept aside.
+        teacher: the dense model, or any other with the same vocabulary, on any device; bfloat16 is enough.
+        settings: `RecoverySettings()` by default.
+        state: folder in which the run is kept every ``save_every`` steps. Called again with the same arguments on the
+            same pruned model, after a run that was killed, `recover_` continues from there, and ends with the same bits
+            on the same machine with as many threads.
+        observer: told of every step.
+
+    Returns:
+        The report; both models are left in evaluation mode.
+
+    Raises:
+        ValueError: tokens that are no matrix of numbers in the vocabulary or fewer than two windows, a model without
+            pruned layers or without gradients, a teacher that is pruned or has another vocabulary, NaN or infinite
+            logits before the first step.
+        DifferentRun: the folder belongs to other arguments. InUse: another process writes to it. DiskFull: in mid-run.
+    """
+    settings, observer = settings or RecoverySettings(), observer or Observer()
+    tokens = checked_tokens(model, calibration)
+    _check_windows(tokens)
+    _check_models(model, teacher, settings)
+    model.eval()
+    teacher.eval()
+    with (
+        _opened(state, model, teacher, tokens, settings) as journal,
+        trained_factors(model, TRAINED[settings.train]) as factors,
+        torch.enable_grad(),
+    ):
+        divergence = Divergence(model, teacher, settings.gradient_checkpointing)
+        return Run(tokens, settings, divergence, factors, journal, save_every, observer).to_the_end()
+
+
+def _check_windows(tokens: Tensor) -> None:
+    if len(tokens) < 2:
+        raise ValueError("recovery needs two windows of text or more, one to train on and one to measure: got 1")
+
+
+def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
+    layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    if not layers:
+        raise ValueError("the model holds no pruned layer: prune it first, or load a folder that is pruned")
+    if settings.train == "wrappers" and all(layer.left is None for layer in layers):
+        raise ValueError("no pruned layer has wrappers, which train='wrappers' asks for: take train='factors'")
+    if any(isinstance(module, FactorizedLinear) for module in teacher.modules()):
+        raise ValueError("the teacher is pruned: give the dense model, loaded beside the pruned one")
+    sizes = [x.get_input_embeddings().num_embeddings for x in (model, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"expected a teacher with the model's vocabulary of {sizes[0]}, got one of {sizes[1]}")
+    if torch.is_inference_mode_enabled() or any(x.is_meta or x.is_inference() for x in model.parameters()):
+        raise ValueError(
+            "no gradients can be had of this model: tensors of it are on the meta device (offloaded), or were made in "
+            "torch.inference_mode; load it whole onto one device, `load_pruned(folder, device)`, outside of that mode"
+        )
+
+
+def _opened(
+    state: Path | str | None, model: nn.Module, teacher: nn.Module, tokens: Tensor, settings: RecoverySettings
+) -> AbstractContextManager[Journal | None]:
+    if state is None:
+        return nullcontext()
+    pattern = next(module.pattern for module in model.modules() if isinstance(module, FactorizedLinear))
+    return Journal.open(Path(state), manifest_of(model, teacher, tokens, settings), pattern)
+
+
+def manifest_of(model: nn.Module, teacher: nn.Module, tokens: Tensor, settings: RecoverySettings) -> dict[str, Any]:
+    """What the bits of the result depend on, machine and threads left out."""
+    return flat_manifest(
+        settings.to_dict(),
+        armorfact=armorfact.__version__,
+        pruned=model_fingerprint(model),
+        teacher=model_fingerprint(teacher),
+        calibration=tokens_fingerprint(tokens),
+    )

@@ -1,0 +1,36 @@
+"""What a recovery did, as the report of the finished folder keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from armorfact_hf.recovery.settings import RecoverySettings
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What `recover_` did.
+
+    Args:
+        settings: how.
+        windows, kept_aside: how many windows trained, and how many measured.
+        steps, tokens: done, and seen in training.
+        before, after: mean divergence (nats a token) from the dense model on the windows kept aside, of the model as it
+            was and as it is now, both as stored.
+        best_step: after how many steps the result was had; 0 if none was better than the start.
+        history: pairs of steps done and the divergence then.
+        seconds: wall time, that of earlier processes of a resumed run included.
+        notes: what went wrong on the way.
+    """
+
+    settings: RecoverySettings
+    windows: int
+    kept_aside: int
+    steps: int
+    tokens: int
+    before: float
+    after: float
+    best_step: int
+    history: tuple[tuple[int, float], ...]
+    seconds: float
+    notes: tuple[str, ...] = ()

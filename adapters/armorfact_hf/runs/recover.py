@@ -1,0 +1,115 @@
+"""From a pruned folder to a recovered one: the same checkpoint with better factors, and the report of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from armorfact_hf.checkpoint.folder import describe_folder
+from armorfact_hf.data.load_model import load_model
+from armorfact_hf.files import check_room
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
+from armorfact_hf.recovery.recover import manifest_of, recover_
+from armorfact_hf.recovery.settings import RecoverySettings
+from armorfact_hf.report.record import FILE, Report
+from armorfact_hf.runs.compare import dense_model
+from armorfact_hf.runs.finish import check_whole, finish
+from armorfact_hf.runs.prune_to_folder import Calibration
+
+EVERYTHING = Calibration(windows=None)
+
+
+def recover_to_folder(
+    folder: Path,
+    out: Path,
+    settings: RecoverySettings | None = None,
+    calibration: Calibration = EVERYTHING,
+    *,
+    teacher: str | None = None,
+    device: str | None = None,
+    save_every: int = 10,
+    observer: Observer | None = None,
+) -> Report:
+    """Recover the pruned model of a finished folder, and write another one: checkpoint, tokenizer, report.
+
+    The run stands in the folder ``<out>.journal`` until ``out`` is whole, so the same call continues one that was
+    killed; where ``out`` is the finished work of the same call, its report is returned at once.
+
+    Args:
+        folder: what `prune_to_folder` wrote. out: the folder to write.
+        settings: see `recover_`. calibration: the text to learn from, all of the demo's by default.
+        teacher: a name for `load_model`; by default the dense model that ``folder`` was pruned from. It computes in
+            bfloat16.
+        device: see `load_model`. save_every, observer: see `recover_`.
+
+    Returns:
+        The report, which is in the folder too: that of ``folder``, with what recovery did, and without perplexities
+        and tasks, which have to be measured anew.
+
+    Raises:
+        NotPruned: ``folder`` holds no pruned model.
+        ValueError, OSError: bad arguments, a dense model that changed, too little room on disk, an ``out`` that holds
+            something else; all found before the work starts. InUse: another process writes the same folder. DiskFull:
+            in mid-run; what was kept last is still there.
+    """
+    settings, observer = settings or RecoverySettings(), observer or Observer()
+    if out.exists() and not (out / FILE).exists():
+        raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
+    describe_folder(folder)
+    report = Report.read(folder)
+    loaded = load_model(str(folder), device=device, log=observer.say)
+    dense = _teacher(report, teacher, device, observer)
+    tokens = calibration.tokens(loaded, observer.say)
+    manifest = manifest_of(loaded.model, dense, tokens, settings)
+    if out.exists():
+        return _found_finished(out, loaded.tokenizer, manifest, observer)
+    check_room(out, _needed(loaded.model))
+    with Journal.open(_journal(out), manifest, describe_folder(folder).pattern) as journal:
+        if out.exists():  # by another process that was at it a moment ago
+            return _found_finished(out, loaded.tokenizer, manifest, observer)
+        done = recover_(
+            loaded.model, tokens, dense, settings, state=journal.folder, save_every=save_every, observer=observer
+        )
+        report = replace(report, manifest=manifest, evaluations=(), tasks=(), recovery=done)
+        finish(loaded.model, loaded.tokenizer, report, out, journal)
+    return report
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
+
+
+def _found_finished(out: Path, tokenizer: Any, manifest: Mapping[str, object], observer: Observer) -> Report:
+    """The report of a finished folder, which has to be this run's, and whole."""
+    report = Report.read(out)
+    check_same(report.manifest, manifest, out)
+    check_whole(out, tokenizer)
+    remove_leftover(_journal(out))
+    observer.say(f"{out} is finished already.")
+    return report
+
+
+@torch.no_grad()
+def _teacher(report: Report, name: str | None, device: str | None, observer: Observer) -> nn.Module:
+    """The dense model, its weights in bfloat16: its buffers, such as frequencies of positions, stay as they are."""
+    if name is not None:
+        return load_model(name, "bfloat16", device, observer.say).model
+    model = dense_model(report, device, observer.say).model
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def _needed(model: nn.Module) -> int:
+    """Bytes on disk: the state and the one that takes its place, then the finished folder."""
+    layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    tensors = [tensor for layer in layers for tensor in layer.parameters()]
+    state = sum(tensor.nbytes + 3 * tensor.numel() * max(tensor.itemsize, 4) for tensor in tensors)
+    return 2 * state + sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -1,0 +1,66 @@
+"""H as a solver may minimize over it: definite beyond what rounding makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from armorfact import arrays
+from armorfact.gram import DiagonalGram, Gram
+
+Array = Any
+
+
+def rounding_of(given: Array, converted: Array) -> float:
+    """How far rounding may have moved an eigenvalue of H, scaled to unit diagonal."""
+    return 10 * max(arrays.epsilon(given), arrays.epsilon(converted)) * converted.shape[-1]
+
+
+def unit_diagonal(matrix: Array) -> tuple[Array, Array]:
+    """H scaled to unit diagonal, so that channels of small energy count as much as outliers; which have any."""
+    xp = arrays.namespace(matrix)
+    diagonal = xp.linalg.diagonal(matrix)
+    alive = diagonal > 0
+    scale = xp.where(alive, xp.where(alive, diagonal, xp.ones_like(diagonal)) ** -0.5, xp.zeros_like(diagonal))
+    return matrix * scale[:, None] * scale[None, :], alive
+
+
+def definite(gram: Gram, given: Array | None) -> Gram:
+    """H as a solver may minimize over it: with no eigenvalue that rounding could have made negative.
+
+    Where H, scaled to unit diagonal, is definite beyond what float32 (or float64) resolves, it is
+    returned as it is; else with a floor, a few roundings of each diagonal entry, added to it. An
+    H of few tokens has zero eigenvalues; rounded, some are negative, and minimizing finds them.
+
+    Args:
+        gram: H in the working dtype. given: XXt, whose dtype says how negative rounding may be.
+
+    Raises:
+        ValueError: not positive semidefinite.
+    """
+    if isinstance(gram, DiagonalGram):
+        return gram
+    xp = arrays.namespace(gram.matrix)
+    tolerance = rounding_of(given, gram.matrix)
+    size = gram.matrix.shape[0]
+    flat = xp.reshape(unit_diagonal(gram.matrix)[0], (-1,))
+    margin = 4 * arrays.epsilon(flat) * size**0.5
+    floor = 0.0
+    while True:
+        flat[:: size + 1] = 1 + floor - margin  # a channel without energy counts as definite
+        if arrays.cholesky(xp.reshape(flat, (size, size))) is not None:
+            return gram.floored(floor) if floor else gram
+        if floor > tolerance:
+            flat[:: size + 1] = 1.0
+            _refuse_indefinite(xp.reshape(flat, (size, size)), tolerance)
+            return gram.floored(floor)
+        floor = 2 * (floor or margin)
+
+
+def _refuse_indefinite(scaled: Array, tolerance: float) -> None:
+    xp = arrays.namespace(scaled)
+    smallest = float(xp.min(xp.linalg.eigvalsh(arrays.float64(scaled))))
+    if smallest < -tolerance:
+        raise ValueError(
+            f"XXt is not positive semidefinite: scaled to unit diagonal, its smallest eigenvalue "
+            f"is {smallest:.3g}; it must be X @ X.T of real inputs"
+        )

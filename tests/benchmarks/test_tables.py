@@ -1,0 +1,167 @@
+"""Tables, plots and task means from figures whose answer is known; the whole experiment on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from armorfact_hf.pruning import layer as pruning
+from armorfact_hf.runs.prune_to_folder import Calibration
+from benchmarks.evidence.experiment import Budget, Experiment, Settings, Unfinished, spread_layers
+from benchmarks.evidence.methods import METHODS
+from benchmarks.evidence.one_pass import OnePass
+from benchmarks.evidence.plots import drawing
+from benchmarks.evidence.proxies import PROXIES
+from benchmarks.evidence.tables import COLUMNS, Points, correlation, correlation_table, fact_table, ratio_table
+from benchmarks.evidence.tasks import above_chance, chance, mean_of, scores_table
+from benchmarks.evidence.whole import solved_by
+from tests.hf.models import tiny_model
+
+NAMES = list(METHODS)
+
+
+def made_figures(layers=8, seed=0):
+    """Layers of different importance, whose KL is exactly what G-H foretells; H knows nothing of the importance."""
+    generator = np.random.default_rng(seed)
+    figures = {"layers": {}, "points": {}}
+    for number in range(layers):
+        importance, name = float(10 ** generator.uniform(-4, 0)), f"model.layers.{number}.q_proj"
+        losses = {method: float(generator.uniform(0.01, 0.1)) for method in NAMES}
+        noise = {method: dict(zip(PROXIES, generator.uniform(0.2, 5, len(PROXIES)), strict=True)) for method in NAMES}
+        figures["layers"][name] = {
+            "importance": importance,
+            "energies": dict.fromkeys(PROXIES, 1.0),
+            "top tokens of H": 0.5,
+            "top tokens of H~": 0.25,
+            "top tokens of H~, not clipped": 0.75,
+        }
+        figures["points"][name] = {
+            method: {
+                "losses": {proxy: loss * noise[method][proxy] for proxy in PROXIES}
+                | {"H": loss, "G-H": loss * importance},
+                "kl": [0.4 * loss * importance, 0.6 * loss * importance],
+                "seconds": 1.0,
+            }
+            for method, loss in losses.items()
+        }
+    return figures
+
+
+def column(name):
+    return next((scale, statistic) for title, scale, statistic in COLUMNS if title == name)
+
+
+def test_a_perfect_prediction_has_correlation_one():
+    points = Points(made_figures(), NAMES)
+    assert points.predicted("G-H") == pytest.approx(points.kl)
+    for title, scale, statistic in COLUMNS:
+        if scale == "predicted":
+            assert correlation(points, "G-H", scale, statistic).low == pytest.approx(1), title
+
+
+def test_a_relative_loss_compares_methods_and_does_not_know_which_layer_matters():
+    points = Points(made_figures(), NAMES)
+    assert correlation(points, "H", *column("one layer, Spearman")).value == pytest.approx(1)
+    assert correlation(points, "H", *column("all, relative loss, Spearman")).value < 0.7
+    assert correlation(points, "H", *column("all, predicted KL, Spearman")).value == pytest.approx(1)
+
+
+def test_differences_between_proxies_are_paired():
+    points = Points(made_figures(), NAMES)
+    scale, statistic = column("one layer, Pearson")
+    each = [correlation(points, name, scale, statistic).value for name in ("H~", "H")]
+    found = correlation(points, "H~", scale, statistic, less="H")
+    assert found.value == pytest.approx(each[0] - each[1]) and found.high < 0
+
+
+def test_tables_have_a_line_each():
+    figures = made_figures()
+    lines = correlation_table(figures, NAMES).splitlines()
+    assert len(lines) == 2 + len(PROXIES)
+    assert {line.count("|") for line in lines} == {len(COLUMNS) + 2}
+    assert len(correlation_table(figures, NAMES, less="H").splitlines()) == 1 + len(PROXIES)
+    assert "| model.layers.0.q_proj | 0.500 | 0.250 | 0.750 |" in fact_table(figures)
+
+
+def test_ratios_are_geometric_means_over_the_layers():
+    figures = made_figures()
+    for points in figures["points"].values():
+        points["wanda"]["kl"] = [3 * value for value in points["armorfact"]["kl"]]
+    table = ratio_table(figures, ["wanda", "armorfact"])
+    assert "3.000 (3.000 to 3.000) | 3.000 |" in table and "1.000 (1.000 to 1.000) | 1.000 |" in table
+
+
+@pytest.mark.parametrize("scale", ["relative", "predicted"])
+def test_a_drawing_holds_every_point_inside_its_frame(scale):
+    figures = made_figures()
+    root = ElementTree.fromstring(drawing(figures, NAMES, scale))
+    name = "{http://www.w3.org/2000/svg}"
+    for panel in root.findall(f"{name}g"):
+        dots = panel.findall(f"{name}circle")
+        assert len(dots) == 8 * len(NAMES)
+        assert all(46 <= float(dot.get("cx")) <= 240 and 24 <= float(dot.get("cy")) <= 180 for dot in dots)
+    assert len(root.findall(f"{name}g")) == 4
+
+
+def question(choices, gold):
+    return {"context": "", "choices": choices, "gold": gold}
+
+
+def test_chance_is_the_better_of_guessing_and_of_one_answer():
+    assert chance([question(["a", "b"], 0), question(["c", "d"], 1)]) == 0.5
+    assert chance([question(["yes", "no"], 0)] * 62 + [question(["yes", "no"], 1)] * 38) == 0.62
+    four = [question([f"{k}{c}" for c in "abcd"], k % 4) for k in range(20)]
+    assert chance(four) == 0.25
+
+
+def test_the_mean_leaves_out_what_the_dense_model_guesses():
+    assert above_chance(0.55, 0.02, 0.5) and not above_chance(0.53, 0.02, 0.5)
+    assert mean_of([(0.4, 0.03), (0.8, 0.04)]) == pytest.approx((0.6, 0.025))
+    scores = {
+        "dense": {"sciq": (0.8, 0.02), "boolq": (0.6, 0.02), "piqa": (0.7, 0.02)},
+        "pruned": {"sciq": (0.6, 0.02), "boolq": (0.9, 0.02), "piqa": (0.6, 0.02)},
+    }
+    found = scores_table(scores, {"sciq": 0.25, "boolq": 0.62, "piqa": 0.5})
+    assert "| pruned | 0.600 ± 0.020 | 0.900 ± 0.020 | 0.600 ± 0.020 | 0.600 ± 0.014 |" in found
+    assert "Not in the mean, as the dense model is at chance: boolq." in found
+
+
+def test_another_solver_serves_only_inside_its_context():
+    before = pruning.factorize
+    with solved_by(OnePass()):
+        assert isinstance(pruning.factorize.keywords["solver"], OnePass)
+    assert pruning.factorize is before
+
+
+@pytest.fixture
+def tiny_experiment(model_folder, text_file, tmp_path):
+    """A function that makes the experiment on a tiny model anew."""
+    settings = Settings(Calibration(str(text_file), windows=3, length=24), str(text_file), windows=2, length=16)
+    return lambda seconds=None: Experiment(str(model_folder), tmp_path / "out", settings, Budget(seconds))
+
+
+def test_every_kind_of_layer_at_three_depths():
+    names = [layer.name for layer in spread_layers(tiny_model("llama", num_hidden_layers=12))]
+    assert len(names) == 3 * 7
+    assert {name.split(".")[2] for name in names} == {"2", "6", "10"}
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_figures(tiny_experiment):
+    """Two methods first, then all: what is kept is not measured again, and the rest is what it would have been."""
+    two = {name: METHODS[name] for name in NAMES[:2]}
+    with pytest.raises(Unfinished):
+        tiny_experiment(seconds=-1).measure(METHODS)
+    first = tiny_experiment()
+    first.measure(two)
+    kept = json.loads(first.path.read_text())
+    second = tiny_experiment()
+    second.measure({name: METHODS[name] for name in NAMES if name != "paper"})
+    for layer, points in second.figures["points"].items():
+        assert {name: points[name] for name in two} == kept["points"][layer]
+        assert all(len(point["kl"]) == 2 and np.isfinite(point["kl"]).all() for point in points.values())
+    again = tiny_experiment()
+    again.measure(two)
+    assert again.figures == second.figures

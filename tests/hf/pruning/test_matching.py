@@ -1,0 +1,162 @@
+"""Block matching: the error on the windows kept aside never rises, supports stay, what goes wrong is undone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from armorfact import factorize
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.pruning import matching
+from armorfact_hf.pruning.matching import match_block_, relative_error
+from armorfact_hf.pruning.schedule import Matching, kept_aside
+
+QUICK = Matching(passes=4, rate=5e-3)
+
+
+class Block(nn.Module):
+    """Two layers and a residual, as a decoder block has them."""
+
+    def __init__(self, up: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down = up, down
+
+    def forward(self, x):
+        return x + self.down(nn.functional.silu(self.up(x)))
+
+
+@pytest.fixture
+def states():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 12, 16, generator=generator) for _ in range(8)]
+
+
+def pruned(linear: nn.Linear, states, dtype) -> FactorizedLinear:
+    x = torch.cat(states).flatten(0, 1)
+    size = linear.in_features
+    gram = x.T @ x if x.shape[1] == size else torch.eye(size)
+    found = factorize(linear.weight.detach(), gram, block=4, max_sweeps=2)
+    return FactorizedLinear.of(found.core, found.left, found.right, linear.bias.detach()).to(dtype)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def block_and_targets(request, states):
+    torch.manual_seed(1)
+    dense = Block(nn.Linear(16, 32), nn.Linear(32, 16)).requires_grad_(False)
+    targets = [dense(x) for x in states]
+    layers = {name: pruned(getattr(dense, name), states, request.param) for name in ("up", "down")}
+    return Block(**layers), layers, [target.to(request.param) for target in targets]
+
+
+def run(block, states, layers):
+    dtype = layers["up"].values.dtype
+
+    def runs(window):
+        return block(states[window].to(dtype))
+
+    return runs
+
+
+def aside_error(block, states, layers, targets):
+    runs = run(block, states, layers)
+    with torch.no_grad():
+        return float(torch.stack([relative_error(runs(k), targets[k]) for k in kept_aside(8)]).mean())
+
+
+def test_the_error_on_windows_kept_aside_falls_and_is_that_of_the_stored_layers(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    before = aside_error(block, states, layers, targets)
+    tuned, report = match_block_(block, layers, run(block, states, layers), targets, QUICK, 0)
+    assert report.before == before
+    assert report.kept and report.after < before
+    assert report.after == aside_error(block, states, layers, targets)
+    for name, layer in layers.items():
+        assert getattr(block, name) is tuned[name]
+        assert tuned[name].values.dtype == layer.values.dtype
+        assert not any(parameter.requires_grad for parameter in tuned[name].parameters())
+        assert not torch.equal(tuned[name].values, layer.values)
+
+
+def test_supports_stay(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    tuned, _ = match_block_(block, layers, run(block, states, layers), targets, QUICK, 0)
+    for name, layer in layers.items():
+        assert torch.equal(tuned[name].positions, layer.positions)
+
+
+def test_columns_of_the_left_wrapper_and_rows_of_the_right_one_have_unit_norm(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    tuned, _ = match_block_(block, layers, run(block, states, layers), targets, QUICK, 0)
+    for layer in tuned.values():
+        tolerance = {"rtol": 0, "atol": 1e-2 if layer.values.dtype == torch.bfloat16 else 1e-5}
+        for norms in (layer.left.float().norm(dim=-2), layer.right.float().norm(dim=-1)):
+            torch.testing.assert_close(norms, torch.ones_like(norms), **tolerance)
+
+
+def test_the_same_call_gives_the_same_bits(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    first, _ = match_block_(block, layers, run(block, states, layers), targets, QUICK, 3)
+    for name, layer in layers.items():
+        block.set_submodule(name, layer)
+    second, _ = match_block_(block, layers, run(block, states, layers), targets, QUICK, 3)
+    for name in layers:
+        for key, tensor in first[name].state_dict().items():
+            assert torch.equal(tensor, second[name].state_dict()[key])
+
+
+def test_a_rate_that_ruins_the_block_leaves_it_as_it_was(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    found, report = match_block_(block, layers, run(block, states, layers), targets, Matching(1, 10.0), 0)
+    assert not report.kept and report.after > report.before
+    assert all(found[name] is layer and getattr(block, name) is layer for name, layer in layers.items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_undone_at_half_the_rate(block_and_targets, states, bad):
+    block, layers, targets = block_and_targets
+    runs, calls = run(block, states, layers), []
+
+    def sometimes(window):
+        if torch.is_grad_enabled():
+            calls.append(window)
+        return runs(window) * (bad if torch.is_grad_enabled() and len(calls) == 5 else 1.0)
+
+    tuned, report = match_block_(block, layers, sometimes, targets, QUICK, 0)
+    assert report.kept
+    assert report.notes == ("step 5 of matching was not finite: the one before was undone, and the rate halved",)
+    assert all(tensor.isfinite().all() for layer in tuned.values() for tensor in layer.parameters())
+
+
+def test_a_block_that_is_never_finite_is_left_as_it_was(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    runs = run(block, states, layers)
+    found, report = match_block_(
+        block, layers, lambda window: runs(window) * (float("nan") if torch.is_grad_enabled() else 1), targets, QUICK, 0
+    )
+    assert not report.kept and len(report.notes) == matching.MOST_HALVINGS + 1
+    assert found == layers
+
+
+def test_layers_without_wrappers_are_tuned_too(states):
+    torch.manual_seed(1)
+    dense = Block(nn.Linear(16, 32), nn.Linear(32, 16)).requires_grad_(False)
+    targets = [dense(x) for x in states]
+    layers = {}
+    for name in ("up", "down"):
+        held = pruned(getattr(dense, name), states, torch.float32)
+        layers[name] = FactorizedLinear.of(held.core, bias=held.bias)
+    block = Block(**layers)
+    _, report = match_block_(block, layers, run(block, states, layers), targets, QUICK, 0)
+    assert report.kept
+
+
+@pytest.mark.parametrize(("windows", "expected"), [(1, []), (2, [1]), (7, [6]), (8, [7]), (16, [7, 15]), (17, [7, 15])])
+def test_one_window_in_eight_is_kept_aside(windows, expected):
+    assert list(kept_aside(windows)) == expected
+
+
+def test_the_error_is_relative_for_each_token():
+    target = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
+    output = target + torch.tensor([[[5.0, 0.0], [0.0, 5.0]]])
+    assert relative_error(output, target) == pytest.approx((1 + 1e-4) / 2)

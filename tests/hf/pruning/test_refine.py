@@ -1,0 +1,81 @@
+"""Whole models with their decoder blocks matched: what the report says is what is stored, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.matching import relative_error
+from armorfact_hf.pruning.prune import prune_
+from armorfact_hf.pruning.schedule import kept_aside
+from tests.hf.models import BLOCKS, random_tokens, tiny_model
+from tests.hf.pruning.test_prune import QUICK, grams_seen
+
+
+def block_states(model, tokens):
+    """The states behind every decoder block, by whole forward passes: (blocks) of (windows, length, width)."""
+    found = [[] for _ in range(BLOCKS)]
+    handles = [
+        block.register_forward_hook(lambda _, __, out, k=k: found[k].append(out[0] if isinstance(out, tuple) else out))
+        for k, block in enumerate(model.model.layers)
+    ]
+    with torch.no_grad():
+        for window in tokens.split(1):
+            model(input_ids=window)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(states) for states in found]
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_blocks_are_matched_to_the_dense_models_states_and_the_error_is_the_stored_ones(propagate):
+    tokens = random_tokens(9)
+    dense = block_states(tiny_model("llama"), tokens)
+    model = tiny_model("llama")
+    report = prune_(model, tokens, PruneConfig(**QUICK, propagate=propagate))
+    assert [block.decoder_block for block in report.blocks] == list(range(BLOCKS))
+    assert all(block.after < block.before for block in report.blocks if block.kept)
+    assert any(block.kept for block in report.blocks)
+    # The first block is given the same in both models, and with propagate="pruned" the others what is before them.
+    checked = report.blocks if propagate == "pruned" else report.blocks[:1]
+    for block, state, target in zip(checked, block_states(model, tokens), dense, strict=False):
+        aside = kept_aside(9)
+        error = relative_error(state[aside], target[aside])
+        assert error == pytest.approx(block.after if block.kept else block.before, rel=1e-4)
+
+
+def test_the_loss_of_a_tuned_layer_is_that_of_what_is_stored(monkeypatch):
+    seen = grams_seen(monkeypatch, model := tiny_model("llama"), PruneConfig(**QUICK), windows=9)
+    dense = tiny_model("llama")
+    layers = prune_(tiny_model("llama"), random_tokens(9), PruneConfig(**QUICK)).layers
+    assert any(layer.factorized_loss not in (None, layer.losses["armorfact"]) for layer in layers)
+    for layer in layers:
+        weight, gram = dense.get_submodule(layer.name).weight.detach().double(), seen[layer.name].gram
+        residual = weight - model.get_submodule(layer.name).weight.detach().double()
+        loss = torch.trace(residual @ gram @ residual.T) / torch.trace(weight @ gram @ weight.T)
+        assert layer.losses["armorfact"] == pytest.approx(float(loss), rel=1e-3)
+
+
+def test_refine_none_keeps_blocks_as_factorized():
+    plain = prune_(tiny_model("llama"), random_tokens(), PruneConfig(**QUICK, refine=None))
+    assert plain.blocks == () and all(layer.factorized_loss is None for layer in plain.layers)
+    single = prune_(tiny_model("llama"), random_tokens(1), PruneConfig(**QUICK))
+    assert single.blocks == ()  # no window can be kept aside
+
+
+def test_gradients_that_a_model_asks_for_are_asked_for_afterwards():
+    model = tiny_model("llama")
+    asking = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    prune_(model, random_tokens(), PruneConfig(**QUICK))
+    now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert now == {name for name in asking if name in dict(model.named_parameters()) and "proj" not in name}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_block_that_passes_no_gradients_is_told():
+    model = tiny_model("llama")
+    block = model.model.layers[0]
+    block.forward = torch.no_grad()(block.forward)
+    with pytest.raises(ValueError, match=r"passes no gradients .* prune with refine=None"):
+        prune_(model, random_tokens(), PruneConfig(**QUICK))
