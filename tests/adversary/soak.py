@@ -7,7 +7,6 @@ _PROBLEMS change it.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -42,6 +41,6 @@ class Soak:
         """Print the line of the table; what is in ``zeros`` must not have happened."""
         cells = [*self.found.items(), *((zero, 0) for zero in zeros if zero not in self.found)]
         counts = " | ".join(f"{what} {number:,}" for what, number in cells)
-        line = f"| {self.name} | {counts} | {time.monotonic() - self.began:,.0f} s | seed {self.seed} |"
-        print(line, file=sys.__stdout__, flush=True)
+        line = f"| {self.name} | {counts} | seconds {time.monotonic() - self.began:,.0f} | seed {self.seed} |"
+        print(line, flush=True)
         assert not any(self.found[zero] for zero in zeros), line
