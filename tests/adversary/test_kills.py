@@ -112,11 +112,11 @@ def command(tmp_path) -> list[str]:
 
 
 def soak_kills(soak: Soak, command: list[str], tmp_path: Path) -> None:
-    undisturbed = begin(armorfact, *command, "--out", str(tmp_path / "whole"))
+    undisturbed = begin(armorfact, *command, "--out", str(tmp_path / "whole"), says=tmp_path / "says")
     assert exit_code(undisturbed) == 0
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     clock = time.monotonic()
-    assert exit_code(begin(armorfact, *command, "--out", str(tmp_path / "again"))) == 0
+    assert exit_code(begin(armorfact, *command, "--out", str(tmp_path / "again"), says=tmp_path / "says")) == 0
     duration = time.monotonic() - clock
     for seed in soak.seeds():
         source, work = random.Random(seed), tmp_path / "work"
