@@ -116,7 +116,7 @@ main()
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        (["prune", "nothing", "--out", "out"], program.CONTINUES),
+        (["prune", "nothing", "--out", "out"], program.CONTINUES["prune"]),
         (["prune", "nothing", "--out", "out", "--dry-run"], program.INTERRUPTED),
         (["inspect", "nothing"], program.INTERRUPTED),
     ],
@@ -158,7 +158,7 @@ def test_a_run_that_is_asked_to_end_says_how_to_go_on_and_does(number, method, m
     ]
     assert exit_code(begin(prune_until, number, method, arguments, says=says)) == 128 + number
     said = says.read_text().splitlines()
-    assert said[-1] == program.CONTINUES and "Traceback" not in "".join(said)
+    assert said[-1] == program.CONTINUES["prune"] and "Traceback" not in "".join(said)
     blocks = {f"block-000{k}.safetensors" for k in range(2 if method == "Journal.write" else 3)}
     assert names(tmp_path / "out.journal") == {"manifest.json", *blocks} and not out.exists()
     assert exit_code(begin(prune_until, None, "", arguments)) == 0
