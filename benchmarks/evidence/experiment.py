@@ -58,9 +58,9 @@ class Settings:
         text: of the KL divergence; windows and length of them, every: see `Divergence`.
     """
 
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: Calibration = field(default_factory=lambda: Calibration(windows=12, length=1024))
     text: str = "demo:gensim-enwiki"
-    windows: int = 4
+    windows: int = 3
     length: int = 512
     every: int = 1
 
