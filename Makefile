@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test soak lint docs bench clean
 
 .venv/hf-ready: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ demo: .venv/hf-ready  ## prune a real model by three methods and compare them; c
 
 test: .venv/ready  ## run every test that needs no network and no GPU
 	$(BIN)/python -m pytest
+
+soak: .venv/ready  ## hours of damage, kills and hard numbers: the table of docs/reliability.md
+	$(BIN)/python -m pytest -q -s -m slow tests/adversary
 
 lint: .venv/ready  ## style, imports, types
 	$(BIN)/ruff check .

@@ -7,10 +7,12 @@ Nothing in it is executed or unpickled.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -18,6 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from armorfact_hf.checkpoint.description import Description, NotPruned
 from armorfact_hf.checkpoint.verify import shards
 from armorfact_hf.model.causal_lm import CausalLM
+
+DAMAGE = (
+    *(SafetensorError, StrictDataclassError, OSError, RecursionError),
+    *(LookupError, TypeError, AttributeError, ArithmeticError),
+)  # what reading broken JSON, or settings that mean nothing, leads to inside of transformers
 
 
 def describe(config: PretrainedConfig, where: Path | str) -> Description:
@@ -41,7 +48,9 @@ def describe_folder(folder: Path) -> Description:
         raise NotPruned(
             f"{folder} is no folder of a model (it has no config.json): name one that `armorfact prune` wrote"
         )
-    return describe(AutoConfig.from_pretrained(folder), folder)
+    with _damage_told(folder):
+        config = AutoConfig.from_pretrained(folder)
+    return describe(config, folder)
 
 
 def save_pruned(model: CausalLM, folder: Path | str, tokenizer: Any = None) -> None:
@@ -67,12 +76,10 @@ def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | Non
     folder = Path(folder)
     describe_folder(folder)
     shards(folder)  # names files that its index lists and that are not there
-    try:
+    with _damage_told(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot load {folder} ({error}): copy or download it again") from error
     model, found = loaded
     wrong = {
         "lacks": found["missing_keys"],
@@ -83,6 +90,17 @@ def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | Non
         if names:
             raise ValueError(f"{folder} {what}: {', '.join(sorted(names)[:5])} ({len(names)} in all)")
     return model if device is None else model.to(device)
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    """What transformers ends with on damaged files becomes one error, with a sentence; others are let through."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(
+            f"cannot load {folder} ({type(error).__name__}: {error}): copy or download it again"
+        ) from error
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
