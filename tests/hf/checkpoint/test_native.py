@@ -179,7 +179,7 @@ def test_importing_the_package_does_not_import_transformers():
 def _environment():
     import os
 
-    adapters = Path(__file__).parents[2] / "adapters"
+    adapters = Path(__file__).parents[3] / "adapters"
     return {**os.environ, "PYTHONPATH": f"{adapters}{os.pathsep}{adapters.parent}", "OMP_NUM_THREADS": "1"}
 
 
