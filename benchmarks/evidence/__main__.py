@@ -24,9 +24,9 @@ from benchmarks.evidence.tasks import task_table
 from benchmarks.evidence.whole import whole_table
 
 UNFINISHED = 75
-# Gemma's vocabulary of 262k words makes its head dearer than its blocks: every fourth position is scored
-# there, every second elsewhere.
-SCORED_EVERY = {"demo:gemma3-270m": 4}
+# Gemma's vocabulary of 262k words makes its head dearer than its blocks: every fourth position
+# gets a label and is scored there.
+SETTINGS = {"demo:gemma3-270m": {"labels": 4, "every": 4}}
 SETS = {"proxy": METHODS, "weights": OBJECTIVES, "ablation": SWEEPS}
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     if arguments.what == "whole":
         print(whole_table(model, out / "whole", arguments.third))
         return
-    settings = Settings(every=SCORED_EVERY.get(model, 2))
+    settings = Settings(**SETTINGS.get(model, {"every": 2}))
     experiment = Experiment(model, out / name, settings, Budget(arguments.seconds))
     try:
         experiment.measure(SETS[arguments.what])

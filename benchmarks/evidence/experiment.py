@@ -55,10 +55,12 @@ class Settings:
 
     Args:
         calibration: windows for Gram matrices and gradients.
+        labels: draw one at each so-manieth position for the gradients.
         text: of the KL divergence; windows and length of them, every: see `Divergence`.
     """
 
     calibration: Calibration = field(default_factory=lambda: Calibration(windows=12, length=1024))
+    labels: int = 1
     text: str = "demo:gensim-enwiki"
     windows: int = 3
     length: int = 512
@@ -115,7 +117,9 @@ class Experiment:
     def _trace(self, loaded: Loaded, layers: Sequence[Layer]) -> None:
         tokens = self.settings.calibration.tokens(loaded, lambda _: None)
         blocks = {layer.name: fitting_block(layer.shape, PruneConfig())[0][0] for layer in layers}
-        write_traces(self.folder / "traces", loaded.model, layers, tokens, blocks, self.budget.check)
+        write_traces(
+            self.folder / "traces", loaded.model, layers, tokens, blocks, self.budget.check, self.settings.labels
+        )
 
     def _held_out(self, loaded: Loaded) -> Tensor:
         text = tokens_of(evaluation_source(self.settings.text, lambda _: None), loaded)

@@ -54,7 +54,7 @@ def _one_shot(name: str) -> Method:
 
 METHODS: dict[str, Method] = {
     **{name: _one_shot(name) for name in ("magnitude", "wanda", "nowag", "sparsegpt")},
-    "paper": lambda subject: paper(subject.weight.float(), subject.grams.plain, CONFIG).dense(),
+    "paper": lambda subject: paper(subject.weight.float(), subject.grams.plain, CONFIG.pattern, subject.block).dense(),
     OURS: lambda subject: subject.ours(subject.grams.plain).dense(),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from armorfact import arrays, blocks
+from armorfact import Best, arrays, blocks
 from armorfact.problem import Factors, Problem
 from armorfact.steps.core import core_gradient
 from armorfact.steps.left import left_step
@@ -39,8 +39,8 @@ class OnePass:
         """Nothing is random here: ``seed`` is not needed."""
         return State(factors, problem.loss(factors))
 
-    def step(self, problem: Problem, state: State) -> State:
-        """A, then B, in closed form, then the values of C on its support."""
+    def step(self, problem: Problem, state: State, best: Best) -> State:
+        """A, then B, in closed form, then the values of C on its support; nothing falls back to ``best``."""
         factors, residual_gram = left_step(problem, state.factors)
         factors, _ = right_step(problem, factors, residual_gram)
         factors = solved_values(problem, factors, self.iterations)

@@ -43,7 +43,7 @@ class Trace:
 
 
 def trace_window(
-    model: nn.Module, layers: Sequence[Layer], tokens: Tensor, blocks: dict[str, int], seed: int
+    model: nn.Module, layers: Sequence[Layer], tokens: Tensor, blocks: dict[str, int], seed: int, every: int = 1
 ) -> dict[str, Tensor]:
     """The tensors that one window adds, by name.
 
@@ -51,6 +51,7 @@ def trace_window(
         tokens: (1, length).
         blocks: for each layer, the size of the blocks of rows on which g g' is summed.
         seed: of the labels.
+        every: draw a label at each so-manieth position only, and scale; the head is dear where the vocabulary is large.
 
     Returns:
         "inputs/<leader>" in the model's dtype, "importance/<layer>" (length,) and "gram/<layer>" (blocks, size, size),
@@ -61,7 +62,7 @@ def trace_window(
         for layer in layers:
             handle = layer.module.register_forward_hook(_keeping_gradient(gradients, layer.name))
             stack.callback(handle.remove)
-        _backward(model, tokens, torch.Generator().manual_seed(seed))
+        _backward(model, tokens, torch.Generator().manual_seed(seed), slice(seed % every, None, every))
     return _tensors(layers, inputs, gradients, blocks)
 
 
@@ -72,7 +73,7 @@ def _keeping_gradient(gradients: dict[str, Tensor], name: str) -> Callable:
     return hook
 
 
-def _backward(model: nn.Module, tokens: Tensor, generator: torch.Generator) -> None:
+def _backward(model: nn.Module, tokens: Tensor, generator: torch.Generator, scored: slice) -> None:
     """One forward and backward pass; no parameter gets a gradient, only the states after the embedding."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embedding = model.get_input_embeddings()
@@ -82,7 +83,11 @@ def _backward(model: nn.Module, tokens: Tensor, generator: torch.Generator) -> N
             parameter.requires_grad_(False)
         with torch.enable_grad():
             given = _head_input(model, tokens)
-            given.backward(_head_gradient(model, tokens, given.detach(), generator))
+            gradient = torch.zeros_like(given)
+            part = _head_gradient(model, tokens, given[:, scored].detach(), generator)
+            # Labels are independent, so second moments add up over positions: a part of them stands for all.
+            gradient[:, scored] = scored.step**0.5 * part
+            given.backward(gradient)
     finally:
         handle.remove()
         for parameter in frozen:
@@ -130,7 +135,13 @@ def _tensors(
 
 
 def write_traces(
-    folder: Path, model: nn.Module, layers: Sequence[Layer], windows: Tensor, blocks: dict[str, int], check: Callable
+    folder: Path,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    windows: Tensor,
+    blocks: dict[str, int],
+    check: Callable,
+    every: int = 1,
 ) -> None:
     """A file for each window that has none yet; ``check`` is called before each and may raise."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +150,7 @@ def write_traces(
         if not path.exists():
             check()
             with written_beside(path) as draft:
-                save_file(trace_window(model, layers, tokens, blocks, seed=index), draft)
+                save_file(trace_window(model, layers, tokens, blocks, index, every), draft)
 
 
 def read_trace(folder: Path, layers: Sequence[Layer], layer: Layer) -> Trace:

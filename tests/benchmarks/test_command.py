@@ -18,7 +18,7 @@ def call(model_folder, text_file, tmp_path, monkeypatch):
     few = {name: methods.METHODS[name] for name in ("magnitude", "wanda", "armorfact")}
     monkeypatch.setitem(command.SETS, "proxy", few)
     calibration = Calibration(str(text_file), windows=2, length=24)
-    monkeypatch.setattr(command, "Settings", lambda every: Settings(calibration, str(text_file), 2, 64, every))
+    monkeypatch.setattr(command, "Settings", lambda **every: Settings(calibration, 1, str(text_file), 2, 64, **every))
 
     def run(*arguments):
         base = ["evidence", "proxy", "--model", str(model_folder), "--out", str(tmp_path / "out")]

@@ -139,7 +139,7 @@ def test_another_solver_serves_only_inside_its_context():
 @pytest.fixture
 def tiny_experiment(model_folder, text_file, tmp_path):
     """A function that makes the experiment on a tiny model anew."""
-    settings = Settings(Calibration(str(text_file), windows=3, length=24), str(text_file), windows=2, length=16)
+    settings = Settings(Calibration(str(text_file), windows=3, length=24), text=str(text_file), windows=2, length=16)
     return lambda seconds=None: Experiment(str(model_folder), tmp_path / "out", settings, Budget(seconds))
 
 

@@ -56,6 +56,18 @@ def test_logits_in_parts_give_the_same_gradients(monkeypatch):
     torch.testing.assert_close(trace_window(model, layers, tokens, blocks, seed=0), whole)
 
 
+def test_labels_at_some_positions_stand_for_all():
+    """The expected second moment is the same: the mean over many draws comes close to that with every label."""
+    model, tokens = tiny_model("llama"), random_tokens(windows=1)
+    layer = layers_of(model)[0]
+
+    def mean_trace(every):
+        found = [trace_window(model, [layer], tokens, {layer.name: BLOCK}, seed, every) for seed in range(60)]
+        return sum(float(part[f"importance/{layer.name}"].sum()) for part in found) / len(found)
+
+    assert mean_trace(3) == pytest.approx(mean_trace(1), rel=0.15)
+
+
 def test_the_model_is_left_as_it_was():
     model, tokens = tiny_model("llama"), random_tokens(windows=1)
     layers = layers_of(model)

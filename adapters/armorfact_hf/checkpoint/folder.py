@@ -6,51 +6,57 @@ Nothing in it is executed or unpickled.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
+from armorfact_hf.checkpoint.config_file import CONFIG, read_config
 from armorfact_hf.checkpoint.description import Description, NotPruned
-from armorfact_hf.checkpoint.verify import shards
+from armorfact_hf.checkpoint.shards import shards
 from armorfact_hf.model.causal_lm import CausalLM
 
 DAMAGE = (
     *(SafetensorError, StrictDataclassError, OSError, RecursionError),
     *(LookupError, TypeError, AttributeError, ArithmeticError),
 )  # what reading broken JSON, or settings that mean nothing, leads to inside of transformers
-
-
-def describe(config: PretrainedConfig, where: Path | str) -> Description:
-    """What a model's config says of its pruned layers.
-
-    Raises:
-        NotPruned: there are none.
-        ValueError: it was written by another version of the format, or is malformed.
-    """
-    found: Any = getattr(config, "quantization_config", None)
-    return Description.from_dict(found.to_dict() if hasattr(found, "to_dict") else found, str(where))
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def describe_folder(folder: Path) -> Description:
     """What a folder's config says of its pruned layers.
 
     Raises:
-        NotPruned, ValueError: see `describe`.
+        NotPruned: there are none.
+        ValueError: it was written by another version of the format, or is malformed.
     """
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise NotPruned(
             f"{folder} is no folder of a model (it has no config.json): name one that `armorfact prune` wrote"
         )
-    with _damage_told(folder):
-        config = AutoConfig.from_pretrained(folder)
-    return describe(config, folder)
+    return Description.from_dict(read_config(folder / CONFIG).get("quantization_config"), str(folder))
+
+
+def local_folder(name: Path | str) -> Path:
+    """The folder of that name; or, for a name on the hub, the one that its files are kept in, fetched if need be.
+
+    Raises:
+        ValueError: it looks like a name on the hub, and cannot be had from there.
+    """
+    if isinstance(name, Path) or Path(name).is_dir() or HUB_NAME.fullmatch(name) is None:
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name!r} is no folder, and the hub does not give it: {error}") from error
 
 
 def save_pruned(model: CausalLM, folder: Path | str, tokenizer: Any = None) -> None:
@@ -66,14 +72,14 @@ def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | Non
     It is `AutoModelForCausalLM.from_pretrained`, which only warns of tensors that are missing, made strict.
 
     Args:
-        folder: what `save_pruned` wrote.
+        folder: what `save_pruned` wrote, or its name on the hub, "owner/name".
         device: where the model goes. dtype: of its weights; None is the one they are stored in.
 
     Raises:
         NotPruned: the folder holds no pruned model.
         ValueError: a damaged or missing file, tensors that are missing, unexpected or of the wrong shape; each named.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     describe_folder(folder)
     shards(folder)  # names files that its index lists and that are not there
     with _damage_told(folder):

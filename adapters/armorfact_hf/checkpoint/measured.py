@@ -21,7 +21,14 @@ from armorfact_hf.layers.linear import FactorizedLinear
 
 FILE = "execution.json"
 VERSION = 1
-DAMAGE = (ValueError, TypeError, AttributeError, KeyError)  # what a file that is not as above leads to
+DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    RecursionError,
+)  # what a file that is not as above leads to
 Choices = dict[str, Execution]  # by shape, see `shape_key`
 
 
@@ -50,11 +57,14 @@ def write_measured(folder: Path, device: torch.device, dtype: torch.dtype, choic
     """Keep the choices for a device and dtype beside a checkpoint, those for others as they are; the file written.
 
     A file that cannot be read is written anew.
+
+    Raises:
+        OSError: nothing can be written there.
     """
     path = folder / FILE
     try:
         devices = _read(path)
-    except (OSError, *DAMAGE):
+    except DAMAGE:
         devices = {}
     kept = {shape: [list(pair) for pair in execution.choices] for shape, execution in choices.items()}
     devices.setdefault(device_name(device), {})[_name(dtype)] = kept
@@ -94,6 +104,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _read(path: Path) -> dict:
+    if not path.is_file():  # a folder, or what would be waited for, as a pipe is
+        raise ValueError("it is no file")
     found = json.loads(path.read_text(encoding="utf-8"))
     if found.get("version") != VERSION:
         raise ValueError(f"it is of version {found.get('version')}, expected {VERSION}")

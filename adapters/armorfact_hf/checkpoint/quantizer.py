@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from armorfact_hf.checkpoint.config_file import CONFIG, read_config
 from armorfact_hf.checkpoint.description import QUANT_METHOD, Description, digests
 from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.checkpoint.verify import verify
@@ -71,6 +72,8 @@ class ArmorfactQuantizer(HfQuantizer):
     ) -> nn.Module:
         description = self.quantization_config.description
         if checkpoint_files:
+            if (config := Path(checkpoint_files[0]).parent / CONFIG).is_file():
+                read_config(config)  # refuses what transformers reads past, such as a key that is there twice
             with torch.device("cpu"):  # transformers builds the model on the meta device, which holds no numbers
                 verify([Path(name) for name in checkpoint_files], description)
         for layer in description.modules.values():

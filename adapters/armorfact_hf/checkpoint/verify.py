@@ -6,7 +6,6 @@ Names, dtypes and shapes are compared in the headers of all files first; then te
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from armorfact_hf.checkpoint.contents import AGAIN, check_contents
 from armorfact_hf.checkpoint.description import Description, tensor_digest
+from armorfact_hf.checkpoint.shards import INDEX, shards, weight_map
 from armorfact_hf.layers.format import LayerFormat
 
-INDEX = "model.safetensors.index.json"
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -87,27 +86,10 @@ def verify(files: Sequence[Path], description: Description) -> Verified:
     Raises:
         ValueError: names file and tensor. A file that is damaged; a tensor that is in two files, missing, unexpected
             under the name of a pruned module, of the wrong shape or dtype, or unlike its digest; a tensor of a pruned
-            module without a digest while others have one; and whatever `check_contents` finds.
+            module without a digest while others have one; a pruned layer that is not described; and whatever
+            `check_contents` finds.
     """
     return _verify(_headers(files), description)
-
-
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, those that its index lists if it has one.
-
-    Raises:
-        ValueError: no file, one of the index is missing or outside of the folder, a damaged index.
-    """
-    index = folder / INDEX
-    if index.exists():
-        names = sorted(set(_weight_map(index).values()))
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {', '.join(absent)}, which its index lists: {AGAIN}")
-    if not names:
-        raise ValueError(f"{folder} holds no safetensors file: save the model there with `save_pretrained`")
-    return [folder / name for name in names]
 
 
 def _folder_headers(folder: Path) -> dict[str, _Stored]:
@@ -132,28 +114,8 @@ def _headers(files: Sequence[Path]) -> dict[str, _Stored]:
     return tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """The name of its file for each tensor, as the index has it."""
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = set(found.values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is damaged ({error!r}): {AGAIN}") from error
-    for name in names:
-        if not _is_file_name(name):
-            raise ValueError(f"{index} lists {name!r}: expected names of files in its own folder; {AGAIN}")
-    return found
-
-
-def _is_file_name(name: Any) -> bool:
-    """Whether it can only be a file in the folder itself, on every system."""
-    if not isinstance(name, str) or not name.isprintable() or set(name) & set("/\\:"):
-        return False
-    return name not in ("", ".", "..") and len(name.encode()) < 256
-
-
 def _check_index(index: Path, tensors: dict[str, _Stored]) -> None:
-    listed = _weight_map(index)
+    listed = weight_map(index)
     for name in [*listed, *tensors]:
         tensor = tensors.get(name)
         held = None if tensor is None else tensor.path.name
@@ -188,7 +150,19 @@ def _described(tensors: dict[str, _Stored], description: Description) -> dict[st
     modules = _by_module(tensors, description.modules)
     for name, held in modules.items():
         _check_header(description.modules[name], held, description.sha256)
+    _check_claimed({*tensors, *description.sha256}, description.modules)
     return modules
+
+
+def _check_claimed(names: Collection[str], modules: Collection[str]) -> None:
+    """No layer is stored as a pruned one that is not described as one: it would be made anew, with random weights."""
+    for name in sorted(names):
+        module, _, part = name.rpartition(".")
+        if part == "positions" and f"{module}.values" in names and module not in modules:
+            raise ValueError(
+                f"the files or the digests hold {module}.values and {name}, a pruned layer that config.json does not "
+                f"list under modules: copy or download config.json again"
+            )
 
 
 def _by_module(tensors: dict[str, _Stored], names: Collection[str]) -> dict[str, dict[str, _Stored]]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
+from armorfact_hf.checkpoint.config_file import CONFIG
 from armorfact_hf.checkpoint.description import NotPruned
-from armorfact_hf.checkpoint.folder import describe, load_pruned, stored_tensors
+from armorfact_hf.checkpoint.folder import describe_folder, load_pruned, stored_tensors
 from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.pruning.journal import model_fingerprint
@@ -125,9 +127,9 @@ def check_files(folder: Path) -> None:
 
 def _model(where: str, dtype: str) -> nn.Module:
     try:
-        config = AutoConfig.from_pretrained(where)
+        config = cached_file(where, CONFIG)  # in the folder, or where the hub's files are kept
         try:
-            describe(config, where)
+            describe_folder(Path(config).parent if config else Path(where))
         except NotPruned:
             return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True)
     except OSError as error:

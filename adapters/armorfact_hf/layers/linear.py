@@ -32,6 +32,21 @@ class FactorizedLinear(nn.Module):
 
     Raises:
         ValueError: sizes that the pattern or the blocks do not divide; see `LayerFormat`.
+
+    Example:
+        >>> import torch
+        >>> from armorfact import factorize
+        >>> from armorfact_hf import FactorizedLinear
+        >>> weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+        >>> found = factorize(weight, None, block=16)
+        >>> layer = FactorizedLinear.of(found.core, found.left, found.right)
+        >>> layer
+        FactorizedLinear(in_features=128, out_features=64, bias=False, pattern=2:4, block=(16, 16))
+        >>> x = torch.ones(3, 128)
+        >>> torch.allclose(layer(x), x @ layer.weight.T, atol=1e-4)
+        True
+        >>> layer.nbytes, weight.nbytes  # blocks of 128 and more weigh less, beside the usual sizes
+        (29696, 32768)
     """
 
     positions: Tensor

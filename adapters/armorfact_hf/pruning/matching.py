@@ -30,6 +30,7 @@ from armorfact_hf.pruning.schedule import Matching, kept_aside
 
 BETAS = (0.9, 0.95)
 MOST_HALVINGS = 8
+NOT_MIXED = "not tuned: the block does not run in mixed precision; a model in float32 is tuned without"
 
 Layers = Mapping[str, FactorizedLinear]
 
@@ -75,9 +76,12 @@ def match_block_(
     """
     aside = kept_aside(len(targets))
     before = _error(run, targets, aside)
+    mixed = _runs_mixed(run, aside[0], targets[0].device.type)
+    if not mixed and any(layer.values.dtype != torch.float32 for layer in layers.values()):
+        return dict(layers), BlockReport(decoder_block, before, before, False, (NOT_MIXED,))
     masters = {name: _master(layer) for name, layer in layers.items()}
     _put(model, masters)
-    notes = _train(masters, run, targets, matching, decoder_block)
+    notes = _train(masters, run, targets, matching, decoder_block, mixed)
     tuned = {name: _stored(masters[name], layer) for name, layer in layers.items()}
     _put(model, tuned)
     after = _error(run, targets, aside)
@@ -143,19 +147,23 @@ class _Undo:
 
 
 def _train(
-    masters: Layers, run: Callable[[int], Tensor], targets: Sequence[Tensor], matching: Matching, seed: int
+    masters: Layers,
+    run: Callable[[int], Tensor],
+    targets: Sequence[Tensor],
+    matching: Matching,
+    seed: int,
+    mixed: bool,
 ) -> list[str]:
     """AdamW over the windows, one a step, in an order drawn from the seed; the notes of what had to be undone."""
     parameters = [parameter for master in masters.values() for parameter in master.parameters()]
     order = _order(len(targets), matching.passes, seed)
     undo = _Undo(parameters)
-    half = _runs_in_half(run, order[0], targets[0].device.type)
     notes: list[str] = []
     optimizer = torch.optim.AdamW(parameters, lr=matching.rate, betas=BETAS, weight_decay=0.0)
     for step, window in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = matching.rate_at(step, len(order)) / 2 ** len(notes)
-        if _backward(run, window, targets[window], parameters, half):
+        if _backward(run, window, targets[window], parameters, mixed):
             undo.remember()
             optimizer.step()
         else:
@@ -175,7 +183,7 @@ def _order(windows: int, passes: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def _runs_in_half(run: Callable[[int], Tensor], window: int, device: str) -> bool:
+def _runs_mixed(run: Callable[[int], Tensor], window: int, device: str) -> bool:
     """Whether a block can be run in mixed precision: one that puts tensors together by hand may fail, as experts do."""
     try:
         with torch.autocast(device, torch.bfloat16):
@@ -189,10 +197,10 @@ def _runs_in_half(run: Callable[[int], Tensor], window: int, device: str) -> boo
 
 @torch.enable_grad()
 def _backward(
-    run: Callable[[int], Tensor], window: int, target: Tensor, parameters: list[nn.Parameter], half: bool
+    run: Callable[[int], Tensor], window: int, target: Tensor, parameters: list[nn.Parameter], mixed: bool
 ) -> bool:
-    """Gradients of the error on one window, in mixed precision if ``half``; whether all of them are finite."""
-    with torch.autocast(target.device.type, torch.bfloat16, enabled=half):
+    """Gradients of the error on one window, in mixed precision if ``mixed``; whether all of them are finite."""
+    with torch.autocast(target.device.type, torch.bfloat16, enabled=mixed):
         output = run(window)
     if not output.requires_grad:
         raise ValueError(

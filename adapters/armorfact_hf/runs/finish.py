@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from armorfact_hf.checkpoint.folder import describe, describe_folder, save_pruned
+from armorfact_hf.checkpoint.description import Description
+from armorfact_hf.checkpoint.folder import describe_folder, save_pruned
 from armorfact_hf.checkpoint.verify import check_headers, verify_folder
 from armorfact_hf.files import flush, room_for, workshop
 from armorfact_hf.model.causal_lm import CausalLM
@@ -39,7 +40,7 @@ def _check_written(draft: Path, model: CausalLM, out: Path) -> None:
     """The digests in memory were taken from the model, those of the files are taken now."""
     try:
         description = describe_folder(draft)
-        if description != describe(model.config, "the model"):
+        if description != Description.from_dict(model.config.quantization_config.to_dict(), "the model"):
             raise ValueError("config.json describes another model")
         verify_folder(draft, description)
     except ValueError as error:

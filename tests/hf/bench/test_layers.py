@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -259,6 +260,9 @@ DAMAGED = {
     "no last": '{"version": 1, "devices": {"DEVICE": {"float32": {"32x32 in 8x8": [[4, "packed"]]}}}}',
     "no pairs": '{"version": 1, "devices": {"DEVICE": {"float32": {"32x32 in 8x8": 5}}}}',
     "no text": b"\xff\xfe\x00",
+    "nested deeply": "[" * 100_000 + "]" * 100_000,
+    "a long number": '{"version": ' + "1" * 5000 + "}",
+    "a strategy as a list": '{"version": 1, "devices": {"DEVICE": {"float32": {"32x32 in 8x8": [[null, []]]}}}}',
 }
 
 
@@ -273,7 +277,17 @@ def test_a_damaged_file_is_not_used_with_one_warning(damage, folder):
     assert len(told) == 1 and choices_of(model) == {None}
 
 
-@pytest.mark.parametrize("damage", ["cut", "another version", "no devices"])
+@pytest.mark.parametrize("make", ["mkdir", "mkfifo"])
+def test_what_is_no_file_is_not_used_with_one_warning(make, folder):
+    if not hasattr(os, make):
+        pytest.skip("this system has no pipes with names")
+    getattr(os, make)(folder / FILE)
+    with pytest.warns(UserWarning, match=rf"{FILE} is not used \(it is no file\)") as told:
+        model = load_pruned(folder)
+    assert len(told) == 1 and choices_of(model) == {None}
+
+
+@pytest.mark.parametrize("damage", ["cut", "another version", "no devices", "nested deeply"])
 def test_bench_writes_a_damaged_file_anew(damage, folder):
     (folder / FILE).write_text(DAMAGED[damage])
     with warnings.catch_warnings():

@@ -151,6 +151,23 @@ def test_layers_without_wrappers_are_tuned_too(states):
     assert report.kept
 
 
+def test_a_block_that_takes_no_mixed_precision_is_tuned_without_or_left_alone(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    runs = run(block, states, layers)
+
+    def by_hand(window):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("index_put wants one dtype")
+        return runs(window)
+
+    found, report = match_block_(block, layers, by_hand, targets, QUICK, 0)
+    if layers["up"].values.dtype == torch.float32:
+        assert report.kept and report.notes == ()
+    else:
+        assert not report.kept and report.notes == (matching.NOT_MIXED,)
+        assert found == layers
+
+
 @pytest.mark.parametrize(("windows", "expected"), [(1, []), (2, [1]), (7, [6]), (8, [7]), (16, [7, 15]), (17, [7, 15])])
 def test_one_window_in_eight_is_kept_aside(windows, expected):
     assert list(kept_aside(windows)) == expected
