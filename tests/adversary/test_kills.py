@@ -122,9 +122,12 @@ def soak_kills(soak: Soak, command: list[str], tmp_path: Path) -> None:
         source, work = random.Random(seed), tmp_path / "work"
         work.mkdir()
         adversary = Adversary(soak, source, command, work, whole, duration)
-        for _ in range(source.randint(1, 5)):
-            act = source.choices([adversary.kill, adversary.damage, adversary.run_two], weights=[6, 2, 1])
-            act[0]()
+        for _ in range(source.randint(2, 6)):
+            adversary.kill()
+            if source.random() < 0.4:
+                adversary.damage()
+        if source.random() < 0.3:
+            adversary.run_two()
         adversary.complete()
         shutil.rmtree(work)
     soak.close(*ZEROS)
