@@ -152,11 +152,10 @@ class Journal:
             self._check_place(block, key)
             reports = [_report(values) for values in block["reports"]]
             formats = {x.name: LayerFormat(x.name, x.shape, self.pattern, x.block) for x in reports}
+            if left_over := [name for name in sorted(stored.keys()) if name.rpartition(".")[0] not in formats]:
+                raise ValueError(f"it holds {', '.join(left_over)}, of which it has no report")
             verify([path], Description(self.pattern, "float32", formats, {}))
             layers = [(self._layer(stored, report, device), report) for report in reports]
-            held = {f"{report.name}.{part}" for layer, report in layers for part in layer.state_dict()}
-            if left_over := set(stored.keys()) - held:
-                raise ValueError(f"it holds {', '.join(sorted(left_over))}, of which it has no report")
             return Finished(layers, float(block["seconds"]), _matched(block["matched"]))
 
     def _check_place(self, block: Mapping[str, Any], key: str) -> None:
