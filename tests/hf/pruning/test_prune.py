@@ -199,3 +199,10 @@ def test_a_dense_folder_is_not_loaded_as_pruned(tmp_path):
         load_pruned(tmp_path)
     with pytest.raises(NotPruned, match=r"no config\.json"):
         load_pruned(tmp_path / "nowhere")
+
+
+def test_one_token_without_shrinkage_never_ends_above_sparsegpt():
+    """A Gram matrix of rank one: rounding makes it indefinite, which minimizing would find out."""
+    report = prune_(tiny_model("llama"), random_tokens(1, 1), PruneConfig(shrinkage=0.0))
+    for layer in report.layers:
+        assert 0 <= layer.losses["armorfact"] <= layer.losses["sparsegpt"] + 1e-12
