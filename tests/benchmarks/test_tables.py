@@ -16,7 +16,15 @@ from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.one_pass import OnePass
 from benchmarks.evidence.plots import apart, drawing
 from benchmarks.evidence.proxies import PROXIES
-from benchmarks.evidence.tables import COLUMNS, Points, correlation, correlation_table, fact_table, ratio_table
+from benchmarks.evidence.tables import (
+    COLUMNS,
+    Points,
+    correlation,
+    correlation_table,
+    error_table,
+    fact_table,
+    ratio_table,
+)
 from benchmarks.evidence.tasks import above_chance, chance, mean_of, scores_table
 from benchmarks.evidence.whole import solved_by
 from tests.hf.models import tiny_model
@@ -85,6 +93,10 @@ def test_tables_have_a_line_each():
     assert {line.count("|") for line in lines} == {len(COLUMNS) + 2}
     assert len(correlation_table(figures, NAMES, less="H").splitlines()) == 1 + len(PROXIES)
     assert "| model.layers.0.q_proj | 0.500 | 0.250 | 0.750 |" in fact_table(figures)
+
+
+def test_an_exact_prediction_is_off_by_a_factor_of_one():
+    assert "| G-H | 1.00 | 1.00 |" in error_table(made_figures(), NAMES)
 
 
 def test_ratios_are_geometric_means_over_the_layers():
