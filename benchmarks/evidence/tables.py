@@ -117,7 +117,7 @@ def correlation_table(figures: Json, methods: Sequence[str], less: str | None = 
 
 
 def error_table(figures: Json, methods: Sequence[str]) -> str:
-    """How far off the predicted KL divergence is: the geometric mean of the true one over it, and the spread of that."""
+    """How far off the predicted KL is: the geometric mean of the true one over it, and its geometric deviation."""
     points = Points(figures, methods)
     rows = []
     for name in PROXIES:
