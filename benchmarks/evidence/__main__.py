@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.evidence.experiment import Budget, Experiment, Settings, Unfinished
 from benchmarks.evidence.methods import METHODS, OBJECTIVES, OURS, SWEEPS
 from benchmarks.evidence.plots import write_plots
-from benchmarks.evidence.tables import correlation_table, fact_table, ratio_table
+from benchmarks.evidence.tables import correlation_table, error_table, fact_table, ratio_table
 from benchmarks.evidence.tasks import task_table
 from benchmarks.evidence.whole import whole_table
 
@@ -58,7 +58,7 @@ def _show(what: str, figures: dict, plots: Path | None, name: str) -> None:
         print("\nEvery method, then what each correlation is above that of H:\n")
         print(correlation_table(figures, methods), correlation_table(figures, methods, less="H"), sep="\n\n")
         print("\nWithout magnitude pruning:\n")
-        print(correlation_table(figures, methods[1:]), fact_table(figures), sep="\n\n")
+        print(correlation_table(figures, methods[1:]), error_table(figures, methods), fact_table(figures), sep="\n\n")
         if plots is not None:
             write_plots(plots, name.removeprefix("demo-"), figures, methods)
 

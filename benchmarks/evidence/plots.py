@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from armorfact_hf.files import written_beside
-from armorfact_hf.report.plots import Frame, log_axis
+from armorfact_hf.report.plots import Frame, Tick, log_axis
 from benchmarks.evidence.tables import Points, kind
 
 SHOWN = ("H", "H~", "G-H", "G-H~")
@@ -47,4 +47,15 @@ def drawing(figures: dict[str, Any], methods: Sequence[str], scale: str) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("scatter.svg.j2")
-    return template.render(panels=panels, methods=methods, frame=FRAME, x=x, y=y, exact=exact)
+    return template.render(
+        panels=panels, methods=methods, frame=FRAME, x_ticks=apart(x.ticks), y_ticks=y.ticks, exact=exact
+    )
+
+
+def apart(ticks: Sequence[Tick], gap: float = 38) -> list[Tick]:
+    """The ticks whose labels have room beside those before them."""
+    kept: list[Tick] = []
+    for tick in ticks:
+        if not kept or tick.at - kept[-1].at >= gap:
+            kept.append(tick)
+    return kept

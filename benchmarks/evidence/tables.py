@@ -116,6 +116,17 @@ def correlation_table(figures: Json, methods: Sequence[str], less: str | None = 
     return table(["proxy", *(title for title, _, _ in COLUMNS)], rows)
 
 
+def error_table(figures: Json, methods: Sequence[str]) -> str:
+    """How far off the predicted KL is: the geometric mean of the true one over it, and its geometric deviation."""
+    points = Points(figures, methods)
+    rows = []
+    for name in PROXIES:
+        if name != "paper":  # its scales make it no estimate of anything in nats
+            logs = np.log(points.kl / points.predicted(name))
+            rows.append([name, f"{np.exp(logs.mean()):.2f}", f"{np.exp(logs.std()):.2f}"])
+    return table(["proxy", "KL over the predicted", "times or divided by"], rows)
+
+
 def ratio_table(figures: Json, methods: Sequence[str], base: str = OURS, proxy: str = "H") -> str:
     """A line a method: its KL divergence over that of ``base``, the geometric mean over layers and by kind of layer."""
     points = Points(figures, [base])

@@ -9,13 +9,22 @@ import numpy as np
 import pytest
 
 from armorfact_hf.pruning import layer as pruning
+from armorfact_hf.report.plots import Tick
 from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.experiment import Budget, Experiment, Settings, Unfinished, spread_layers
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.one_pass import OnePass
-from benchmarks.evidence.plots import drawing
+from benchmarks.evidence.plots import apart, drawing
 from benchmarks.evidence.proxies import PROXIES
-from benchmarks.evidence.tables import COLUMNS, Points, correlation, correlation_table, fact_table, ratio_table
+from benchmarks.evidence.tables import (
+    COLUMNS,
+    Points,
+    correlation,
+    correlation_table,
+    error_table,
+    fact_table,
+    ratio_table,
+)
 from benchmarks.evidence.tasks import above_chance, chance, mean_of, scores_table
 from benchmarks.evidence.whole import solved_by
 from tests.hf.models import tiny_model
@@ -86,6 +95,10 @@ def test_tables_have_a_line_each():
     assert "| model.layers.0.q_proj | 0.500 | 0.250 | 0.750 |" in fact_table(figures)
 
 
+def test_an_exact_prediction_is_off_by_a_factor_of_one():
+    assert "| G-H | 1.00 | 1.00 |" in error_table(made_figures(), NAMES)
+
+
 def test_ratios_are_geometric_means_over_the_layers():
     figures = made_figures()
     for points in figures["points"].values():
@@ -104,6 +117,11 @@ def test_a_drawing_holds_every_point_inside_its_frame(scale):
         assert len(dots) == 8 * len(NAMES)
         assert all(46 <= float(dot.get("cx")) <= 240 and 24 <= float(dot.get("cy")) <= 180 for dot in dots)
     assert len(root.findall(f"{name}g")) == 4
+
+
+def test_labels_that_would_overlap_are_left_out():
+    ticks = [Tick(at, str(at)) for at in (10, 30, 50, 120)]
+    assert [tick.at for tick in apart(ticks, 38)] == [10, 50, 120]
 
 
 def question(choices, gold):
