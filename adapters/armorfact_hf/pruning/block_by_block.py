@@ -97,7 +97,7 @@ class BlockByBlock:
     def _pass_by(self, index: int, layers: Sequence[Layer]) -> None:
         """Count a block without work as done, and move the dense model's states on through it while it is dense."""
         why = "is finished already" if layers else "has no layer to prune"
-        steps = self.job.matching.steps(len(self.job.tokens)) if layers and self.job.matching is not None else 0
+        steps = self.job.steps_a_block if layers else 0
         self.progress.tell(len(layers) + steps, f"decoder block {index + 1} {why}")
         for window in range(len(self.job.tokens)):
             if self.pruned is not None:
@@ -143,8 +143,7 @@ class BlockByBlock:
         """The layers of a block, tuned together towards the states of the dense model behind it."""
         if self.job.matching is None or self.dense is None or not pruned:
             return pruned, None
-        for _ in self._replace(pruned):
-            pass
+        self._replace(pruned)
         layers = {report.name: layer for layer, report in pruned}
         targets = cast(list[Tensor], self.dense.hidden)  # they stand behind the block
 
@@ -178,10 +177,11 @@ class BlockByBlock:
         if matched is not None:
             self.blocks.append(matched)
 
-    def _replace(self, pruned: Pruned) -> Iterator[LayerReport]:
+    def _replace(self, pruned: Pruned) -> list[LayerReport]:
+        """Put pruned layers into the model; their reports."""
         for layer, report in pruned:
             self.job.model.set_submodule(report.name, layer)
-            yield report
+        return [report for _, report in pruned]
 
     def _tell_window(self, index: int, window: int) -> None:
         self.progress.tell(1, f"decoder block {index + 1} of {len(self.job.blocks)}, window {window + 1}")
@@ -191,6 +191,5 @@ def _units(job: Job) -> int:
     """The units of work of a run: a layer, and a window through a block."""
     passes = (2 * job.follows_pruned + job.follows_dense) * (job.last_block + 1)
     passes -= job.follows_pruned and not job.config.head  # nothing needs what the last block makes of it
-    tuned = {layer.decoder_block for layer in job.layers} - {None} if job.matching is not None else ()
-    steps = 0 if job.matching is None else job.matching.steps(len(job.tokens))
-    return len(job.layers) + passes * len(job.tokens) + len(tuned) * steps
+    tuned = {layer.decoder_block for layer in job.layers} - {None}
+    return len(job.layers) + passes * len(job.tokens) + len(tuned) * job.steps_a_block

@@ -57,6 +57,11 @@ class Job:
         """How decoder blocks are tuned; of a single window none can be kept aside, so that none is."""
         return self.config.matching if len(self.tokens) > 1 else None
 
+    @property
+    def steps_a_block(self) -> int:
+        """How many windows go forward and back while a decoder block is tuned."""
+        return 0 if self.matching is None else self.matching.steps(len(self.tokens))
+
     @cached_property
     def last_block(self) -> int:
         """The index of the last decoder block that has to be run."""

@@ -71,14 +71,6 @@ class Plan:
         """Bytes of the wrappers over bytes of the dense layers."""
         return sum(layer.wrapper_bytes for layer in self.layers) / self.dense_bytes
 
-    def to_dict(self) -> dict[str, Any]:
-        """The totals, as plain JSON types."""
-        return {
-            "dense_bytes": self.dense_bytes,
-            "bytes": self.bytes,
-            "wrapper_overhead": self.wrapper_overhead,
-        }
-
 
 def make_plan(
     model: nn.Module,
@@ -183,7 +175,7 @@ def _estimated_seconds(job: Job) -> float:
 def _steps(job: Job) -> int:
     """Windows that go forward and back while blocks are tuned."""
     blocks = {layer.decoder_block for layer in job.layers} - {None}
-    return 0 if job.matching is None else len(blocks) * job.matching.steps(len(job.tokens))
+    return len(blocks) * job.steps_a_block
 
 
 def _flops(job: Job) -> float:
