@@ -54,12 +54,25 @@ class BlockStream:
 
         return self._until(block, run, tokens, index, hidden, gradients)
 
-    def head_input(self, head: nn.Module, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """What the head is given when the last block returns ``hidden``; with None, when the model is just run."""
+    def head_input(
+        self,
+        head: nn.Module,
+        tokens: Tensor,
+        hidden: Tensor | None = None,
+        first: int | None = None,
+        gradients: bool = False,
+    ) -> Tensor:
+        """What the head is given when block ``first`` is given ``hidden``; with None, when the model is just run.
+
+        Args:
+            first: the first block to be run; None is none of them, so that ``hidden`` is what the last one returned.
+            gradients: as for `run`.
+        """
         if hidden is not None:
-            return self._until(head, lambda x: x, tokens, len(self.blocks), hidden)
+            before = len(self.blocks) if first is None else first
+            return self._until(head, lambda x: x, tokens, before, hidden, gradients)
         with self.noting():
-            return self._until(head, lambda x: x, tokens, 0, None)
+            return self._until(head, lambda x: x, tokens, 0, None, gradients)
 
     @contextmanager
     def noting(self) -> Iterator[None]:

@@ -12,7 +12,9 @@ from torch import Tensor
 from armorfact_hf.model.moments import Inputs, Statistics
 from armorfact_hf.model.stream import BlockStream, frozen
 from armorfact_hf.model.structure import Layer
+from armorfact_hf.model.words import Speaker, WordsApart
 from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.aims import Aim, StateAim, WordAim
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Finished, Journal, Pruned
 from armorfact_hf.pruning.layer import LayerReport, with_tuned_loss
@@ -145,14 +147,9 @@ class BlockByBlock:
             return pruned, None
         self._replace(pruned)
         layers = {report.name: layer for layer, report in pruned}
-        targets = cast(list[Tensor], self.dense.hidden)  # they stand behind the block
-
-        def run(window: int) -> Tensor:
-            self.progress.tell(int(torch.is_grad_enabled()), f"decoder block {index + 1}, tuned as a whole")
-            return given.stream.run(index, given.windows[window], given.hidden[window], torch.is_grad_enabled())
-
         with frozen(self.job.model):
-            tuned, matched = match_block_(self.job.model, layers, run, targets, self.job.matching, index)
+            aim = self._aim(index, given, self.dense)
+            tuned, matched = match_block_(self.job.model, layers, aim, self.job.matching, index)
         if not matched.kept:
             return pruned, matched
         dense = {layer.name: layer for layer in self.job.layers_of(index)}
@@ -160,6 +157,25 @@ class BlockByBlock:
             (tuned[x.name], with_tuned_loss(x, dense[x.name], tuned[x.name], statistics.of(x.name), self.job.config))
             for _, x in pruned
         ], matched
+
+    def _aim(self, index: int, given: States, dense: States) -> Aim:
+        """The states of the dense model behind a block, where ``dense`` stands; behind the last block, its words."""
+        stream, tokens = given.stream, given.windows
+
+        def told(window: int) -> bool:
+            self.progress.tell(int(torch.is_grad_enabled()), f"decoder block {index + 1}, tuned as a whole")
+            return torch.is_grad_enabled()
+
+        if index < len(self.job.blocks) - 1:
+            targets = cast(list[Tensor], dense.hidden)
+            return StateAim(lambda k: stream.run(index, tokens[k], given.hidden[k], told(k)), targets)
+        speaker = Speaker(self.job.model, stream)
+        return WordAim(
+            lambda k: stream.head_input(speaker.head, tokens[k], given.hidden[k], index, told(k)),
+            self.job.tokens,
+            lambda k: stream.head_input(speaker.head, tokens[k], dense.hidden[k]),
+            WordsApart(speaker, speaker),
+        )
 
     def _finish(self, layers: Sequence[Layer], statistics: Statistics) -> Pruned:
         # A layer that no token reaches (of an expert, say) is left as it is.

@@ -1,14 +1,10 @@
-r"""Block matching: tune a pruned decoder block until it computes what the dense model computes there.
+"""Block matching: tune a pruned decoder block until it computes what the dense model computes there.
 
-After a block's layers are factorized one by one, their A, B and kept values of C are trained together, supports fixed:
-
-.. math:: \min\; \operatorname{mean}_t \; \|f(h_t) - y_t\|^2 / \|y_t\|^2
-
-where f is the pruned block, h_t a token's state as the pruned model hands it to the block, and y_t what the dense model
-makes of that token there. The target is the whole block's, so that one layer may make good what another lost, and what
-earlier blocks lost; relative, since a norm follows in every model and a few tokens with huge states would own a plain
-sum. (Aiming each *layer* at the dense output instead is a regression on noisy inputs: it shrinks, and shrinkage
-compounds; see docs/results.md.)
+After a block's layers are factorized one by one, their A, B and kept values of C are trained together, supports fixed,
+towards an aim (`armorfact_hf.pruning.aims`): the dense model's states behind the block, or its words behind the last.
+The block is given what the pruned model makes of the text. The target is the whole block's, so that one layer may make
+good what another lost, and what earlier blocks lost. (Aiming each *layer* at the dense output instead is a regression
+on noisy inputs: it shrinks, and shrinkage compounds; see docs/results.md.)
 
 Some windows are kept aside. If the error on them does not fall, measured with the factors as they are stored, the block
 keeps those it had.
@@ -17,7 +13,8 @@ keeps those it had.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 from armorfact import BlockDiagonal, Core, Factors
 from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.pruning.aims import Aim, StateAim
 from armorfact_hf.pruning.schedule import Matching, kept_aside
 
 BETAS = (0.9, 0.95)
@@ -41,10 +39,11 @@ class BlockReport:
 
     Args:
         decoder_block: its index.
-        before, after: mean of ||f(h) - y||^2 / ||y||^2 over the tokens kept aside, with the layers as factorized and as
-            tuned, in the dtype in which they are stored.
+        before, after: the distance from its aim, the mean over the windows kept aside, with the layers as factorized
+            and as tuned, in the dtype in which they are stored.
         kept: whether the tuned factors are what is stored.
         notes: what went wrong on the way.
+        unit: of the distance, see `armorfact_hf.pruning.aims`.
     """
 
     decoder_block: int
@@ -52,13 +51,13 @@ class BlockReport:
     after: float
     kept: bool
     notes: tuple[str, ...] = ()
+    unit: str = StateAim.unit
 
 
 def match_block_(
     model: nn.Module,
     layers: Layers,
-    run: Callable[[int], Tensor],
-    targets: Sequence[Tensor],
+    aim: Aim,
     matching: Matching,
     decoder_block: int,
 ) -> tuple[dict[str, FactorizedLinear], BlockReport]:
@@ -67,41 +66,32 @@ def match_block_(
     Args:
         model: holds the layers under their names; no parameter of it asks for gradients.
         layers: the pruned layers of the block by name, with wrappers or without.
-        run: what the block makes of a window by its number, (1, length, width), with gradients where they are enabled.
-        targets: y for each window, (1, length, width).
+        aim: what they are tuned towards.
         matching: the settings. decoder_block: the index of the block, which seeds the order of the windows.
 
     Returns:
         The layers that the model holds now, in the dtype of those given, and the report.
     """
-    aside = kept_aside(len(targets))
-    before = _error(run, targets, aside)
-    mixed = _runs_mixed(run, aside[0], targets[0].device.type)
+    before, mixed = _distance(aim), _runs_mixed(aim)
     if not mixed and any(layer.values.dtype != torch.float32 for layer in layers.values()):
-        return dict(layers), BlockReport(decoder_block, before, before, False, (NOT_MIXED,))
+        return dict(layers), BlockReport(decoder_block, before, before, False, (NOT_MIXED,), aim.unit)
     masters = {name: _master(layer) for name, layer in layers.items()}
     _put(model, masters)
-    notes = _train(masters, run, targets, matching, decoder_block, mixed)
+    notes = _train(masters, aim, matching, decoder_block, mixed)
     tuned = {name: _stored(masters[name], layer) for name, layer in layers.items()}
     _put(model, tuned)
-    after = _error(run, targets, aside)
+    after = _distance(aim)
     kept = after < before and len(notes) <= MOST_HALVINGS  # NaN is not smaller
     if not kept:
         _put(model, layers)
-    return dict(tuned if kept else layers), BlockReport(decoder_block, before, after, kept, tuple(notes))
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """The mean over tokens of ||output - target||^2 / ||target||^2, a scalar float32."""
-    output, target = output.float(), target.float()
-    energy = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((output - target).square().sum(-1) / energy).mean()
+    return dict(tuned if kept else layers), BlockReport(decoder_block, before, after, kept, tuple(notes), aim.unit)
 
 
 @torch.no_grad()
-def _error(run: Callable[[int], Tensor], targets: Sequence[Tensor], windows: Iterable[int]) -> float:
-    errors = [float(relative_error(run(window), targets[window])) for window in windows]
-    return sum(errors) / len(errors)
+def _distance(aim: Aim) -> float:
+    """The mean over the windows kept aside."""
+    distances = [aim.distance(aim.run(window), window) for window in kept_aside(aim.windows)]
+    return sum(distances) / len(distances)
 
 
 def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -146,24 +136,17 @@ class _Undo:
             parameter.copy_(value)
 
 
-def _train(
-    masters: Layers,
-    run: Callable[[int], Tensor],
-    targets: Sequence[Tensor],
-    matching: Matching,
-    seed: int,
-    mixed: bool,
-) -> list[str]:
+def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool) -> list[str]:
     """AdamW over the windows, one a step, in an order drawn from the seed; the notes of what had to be undone."""
     parameters = [parameter for master in masters.values() for parameter in master.parameters()]
-    order = _order(len(targets), matching.passes, seed)
+    order = _order(aim.windows, matching.passes, seed)
     undo = _Undo(parameters)
     notes: list[str] = []
     optimizer = torch.optim.AdamW(parameters, lr=matching.rate, betas=BETAS, weight_decay=0.0)
     for step, window in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = matching.rate_at(step, len(order)) / 2 ** len(notes)
-        if _backward(run, window, targets[window], parameters, mixed):
+        if _backward(aim, window, step, parameters, mixed):
             undo.remember()
             optimizer.step()
         else:
@@ -183,11 +166,12 @@ def _order(windows: int, passes: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def _runs_mixed(run: Callable[[int], Tensor], window: int, device: str) -> bool:
+def _runs_mixed(aim: Aim) -> bool:
     """Whether a block can be run in mixed precision: one that puts tensors together by hand may fail, as experts do."""
+    window = kept_aside(aim.windows)[0]
     try:
-        with torch.autocast(device, torch.bfloat16):
-            run(window)
+        with torch.autocast(aim.run(window).device.type, torch.bfloat16):
+            aim.run(window)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
@@ -196,18 +180,16 @@ def _runs_mixed(run: Callable[[int], Tensor], window: int, device: str) -> bool:
 
 
 @torch.enable_grad()
-def _backward(
-    run: Callable[[int], Tensor], window: int, target: Tensor, parameters: list[nn.Parameter], mixed: bool
-) -> bool:
-    """Gradients of the error on one window, in mixed precision if ``mixed``; whether all of them are finite."""
-    with torch.autocast(target.device.type, torch.bfloat16, enabled=mixed):
-        output = run(window)
+def _backward(aim: Aim, window: int, step: int, parameters: list[nn.Parameter], mixed: bool) -> bool:
+    """Gradients of the distance on one window, in mixed precision if ``mixed``; whether all of them are finite."""
+    with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=mixed):
+        output = aim.run(window)
     if not output.requires_grad:
         raise ValueError(
             "a decoder block passes no gradients on to its factors, so it cannot be tuned: prune with refine=None"
         )
-    loss = relative_error(output, target)
-    if not loss.isfinite():
+    distance, gradient = aim.gradient(output, window, step)
+    if not math.isfinite(distance):
         return False
-    loss.backward()
+    output.backward(gradient.to(output.dtype))
     return all(parameter.grad is None or bool(parameter.grad.isfinite().all()) for parameter in parameters)

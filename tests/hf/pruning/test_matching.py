@@ -9,7 +9,8 @@ from torch import nn
 from armorfact import factorize
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning import matching
-from armorfact_hf.pruning.matching import match_block_, relative_error
+from armorfact_hf.pruning.aims import StateAim, relative_error
+from armorfact_hf.pruning.matching import match_block_
 from armorfact_hf.pruning.schedule import Matching, kept_aside
 
 QUICK = Matching(passes=4, rate=5e-3)
@@ -67,7 +68,7 @@ def aside_error(block, states, layers, targets):
 def test_the_error_on_windows_kept_aside_falls_and_is_that_of_the_stored_layers(block_and_targets, states):
     block, layers, targets = block_and_targets
     before = aside_error(block, states, layers, targets)
-    tuned, report = match_block_(block, layers, run(block, states, layers), targets, QUICK, 0)
+    tuned, report = match_block_(block, layers, StateAim(run(block, states, layers), targets), QUICK, 0)
     assert report.before == before
     assert report.kept and report.after < before
     assert report.after == aside_error(block, states, layers, targets)
@@ -80,14 +81,14 @@ def test_the_error_on_windows_kept_aside_falls_and_is_that_of_the_stored_layers(
 
 def test_supports_stay(block_and_targets, states):
     block, layers, targets = block_and_targets
-    tuned, _ = match_block_(block, layers, run(block, states, layers), targets, QUICK, 0)
+    tuned, _ = match_block_(block, layers, StateAim(run(block, states, layers), targets), QUICK, 0)
     for name, layer in layers.items():
         assert torch.equal(tuned[name].positions, layer.positions)
 
 
 def test_columns_of_the_left_wrapper_and_rows_of_the_right_one_have_unit_norm(block_and_targets, states):
     block, layers, targets = block_and_targets
-    tuned, _ = match_block_(block, layers, run(block, states, layers), targets, QUICK, 0)
+    tuned, _ = match_block_(block, layers, StateAim(run(block, states, layers), targets), QUICK, 0)
     for layer in tuned.values():
         tolerance = {"rtol": 0, "atol": 1e-2 if layer.values.dtype == torch.bfloat16 else 1e-5}
         for norms in (layer.left.float().norm(dim=-2), layer.right.float().norm(dim=-1)):
@@ -96,10 +97,10 @@ def test_columns_of_the_left_wrapper_and_rows_of_the_right_one_have_unit_norm(bl
 
 def test_the_same_call_gives_the_same_bits(block_and_targets, states):
     block, layers, targets = block_and_targets
-    first, _ = match_block_(block, layers, run(block, states, layers), targets, QUICK, 3)
+    first, _ = match_block_(block, layers, StateAim(run(block, states, layers), targets), QUICK, 3)
     for name, layer in layers.items():
         block.set_submodule(name, layer)
-    second, _ = match_block_(block, layers, run(block, states, layers), targets, QUICK, 3)
+    second, _ = match_block_(block, layers, StateAim(run(block, states, layers), targets), QUICK, 3)
     for name in layers:
         for key, tensor in first[name].state_dict().items():
             assert torch.equal(tensor, second[name].state_dict()[key])
@@ -107,7 +108,7 @@ def test_the_same_call_gives_the_same_bits(block_and_targets, states):
 
 def test_a_rate_that_ruins_the_block_leaves_it_as_it_was(block_and_targets, states):
     block, layers, targets = block_and_targets
-    found, report = match_block_(block, layers, run(block, states, layers), targets, Matching(1, 10.0), 0)
+    found, report = match_block_(block, layers, StateAim(run(block, states, layers), targets), Matching(1, 10.0), 0)
     assert not report.kept and report.after > report.before
     assert all(found[name] is layer and getattr(block, name) is layer for name, layer in layers.items())
 
@@ -122,7 +123,7 @@ def test_a_step_that_is_not_finite_is_undone_at_half_the_rate(block_and_targets,
             calls.append(window)
         return runs(window) * (bad if torch.is_grad_enabled() and len(calls) == 5 else 1.0)
 
-    tuned, report = match_block_(block, layers, sometimes, targets, QUICK, 0)
+    tuned, report = match_block_(block, layers, StateAim(sometimes, targets), QUICK, 0)
     assert report.kept
     assert report.notes == ("step 5 of matching was not finite: the one before was undone, and the rate halved",)
     assert all(tensor.isfinite().all() for layer in tuned.values() for tensor in layer.parameters())
@@ -131,9 +132,11 @@ def test_a_step_that_is_not_finite_is_undone_at_half_the_rate(block_and_targets,
 def test_a_block_that_is_never_finite_is_left_as_it_was(block_and_targets, states):
     block, layers, targets = block_and_targets
     runs = run(block, states, layers)
-    found, report = match_block_(
-        block, layers, lambda window: runs(window) * (float("nan") if torch.is_grad_enabled() else 1), targets, QUICK, 0
-    )
+
+    def never(window):
+        return runs(window) * (float("nan") if torch.is_grad_enabled() else 1)
+
+    found, report = match_block_(block, layers, StateAim(never, targets), QUICK, 0)
     assert not report.kept and len(report.notes) == matching.MOST_HALVINGS + 1
     assert found == layers
 
@@ -147,7 +150,7 @@ def test_layers_without_wrappers_are_tuned_too(states):
         held = pruned(getattr(dense, name), states, torch.float32)
         layers[name] = FactorizedLinear.of(held.core, bias=held.bias)
     block = Block(**layers)
-    _, report = match_block_(block, layers, run(block, states, layers), targets, QUICK, 0)
+    _, report = match_block_(block, layers, StateAim(run(block, states, layers), targets), QUICK, 0)
     assert report.kept
 
 
@@ -160,7 +163,7 @@ def test_a_block_that_takes_no_mixed_precision_is_tuned_without_or_left_alone(bl
             raise RuntimeError("index_put wants one dtype")
         return runs(window)
 
-    found, report = match_block_(block, layers, by_hand, targets, QUICK, 0)
+    found, report = match_block_(block, layers, StateAim(by_hand, targets), QUICK, 0)
     if layers["up"].values.dtype == torch.float32:
         assert report.kept and report.notes == ()
     else:

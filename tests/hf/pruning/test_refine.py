@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from armorfact_hf.pruning import aims
+from armorfact_hf.pruning.aims import StateAim, WordAim, relative_error
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.matching import relative_error
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.schedule import kept_aside
-from tests.hf.models import BLOCKS, random_tokens, tiny_model
+from tests.hf.models import BLOCKS, VOCABULARY, random_tokens, tiny_model
 from tests.hf.pruning.test_prune import QUICK, grams_seen
 
 
@@ -35,14 +36,33 @@ def test_blocks_are_matched_to_the_dense_models_states_and_the_error_is_the_stor
     model = tiny_model("llama")
     report = prune_(model, tokens, PruneConfig(**QUICK, propagate=propagate))
     assert [block.decoder_block for block in report.blocks] == list(range(BLOCKS))
+    assert [block.unit for block in report.blocks] == [StateAim.unit] * (BLOCKS - 1) + [WordAim.unit]
     assert all(block.after < block.before for block in report.blocks if block.kept)
     assert any(block.kept for block in report.blocks)
     # The first block is given the same in both models, and with propagate="pruned" the others what is before them.
-    checked = report.blocks if propagate == "pruned" else report.blocks[:1]
+    checked = report.blocks[:-1] if propagate == "pruned" else report.blocks[:1]
     for block, state, target in zip(checked, block_states(model, tokens), dense, strict=False):
         aside = kept_aside(9)
         error = relative_error(state[aside], target[aside])
         assert error == pytest.approx(block.after if block.kept else block.before, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "falcon"])
+@pytest.mark.parametrize("logits", [2**26, 16 * VOCABULARY])
+def test_the_last_block_is_tuned_towards_the_words_of_the_dense_model(family, logits, monkeypatch):
+    monkeypatch.setattr(aims, "LOGITS_A_STEP", logits)
+    model, dense, tokens = tiny_model(family), tiny_model(family), random_tokens(9)
+    last = prune_(model, tokens, PruneConfig(**QUICK)).blocks[-1]
+    assert last.kept and last.unit == WordAim.unit
+    aside, every = tokens[kept_aside(9)], -(-tokens.shape[1] * VOCABULARY // logits)
+    with torch.no_grad():
+        p, q = (x.eval()(input_ids=aside).logits[:, ::every].log_softmax(-1) for x in (dense, model))
+    assert last.after == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+
+
+def test_a_last_block_that_is_not_pruned_leaves_the_others_to_the_states():
+    report = prune_(tiny_model("llama"), random_tokens(9), PruneConfig(**QUICK, ignore=(r"re:.*layers\.2\.",)))
+    assert [block.unit for block in report.blocks] == [StateAim.unit] * (BLOCKS - 1)
 
 
 def test_the_loss_of_a_tuned_layer_is_that_of_what_is_stored(monkeypatch):

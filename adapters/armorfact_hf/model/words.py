@@ -1,0 +1,106 @@
+r"""How far the words of one model are from those of another, and the gradient of that at what its head is given.
+
+.. math:: D = \operatorname{mean}_t \; \sum_w p_t(w) \log\bigl(p_t(w) / q_t(w)\bigr)
+
+over positions t of a window, p what the dense model (the teacher) says there, q what the pruned one (the student) does.
+The logits of a whole window never stand in memory: the head is run on a few positions at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from armorfact_hf.model.stream import BlockStream
+from armorfact_hf.model.structure import decoder_blocks
+
+# Positions whose logits stand in memory at a time: with 262k words in the vocabulary, 0.13 GB in float32, a few times.
+POSITIONS_AT_ONCE = 128
+
+
+class Speaker:
+    """A causal language model in two parts: the body, and the head that makes words of its states.
+
+    Args:
+        stream: one that the blocks were run by already, or None.
+    """
+
+    def __init__(self, model: Any, stream: BlockStream | None = None) -> None:
+        self.model, self.head = model, model.get_output_embeddings()
+        self.stream = stream or BlockStream(model, decoder_blocks(model)[1])
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings
+
+    def states(self, window: Tensor) -> Tensor:
+        """What the head is given, (1, length, width); without gradients."""
+        return self.stream.head_input(self.head, window[None].to(self.model.device))
+
+    def words(self, window: Tensor, states: Tensor) -> Tensor:
+        """The logarithms of the probabilities, (positions, vocabulary), float32 or float64.
+
+        Args:
+            window: (positions,) token numbers, without influence. states: (1, positions, width) that the head is given.
+        """
+        logits = self.stream.logits(self.head, window[None], states)[0]
+        return functional.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+@dataclass(frozen=True)
+class WordsApart:
+    """D of a student from a teacher, of states that their heads are given; the two may be one and the same.
+
+    Args:
+        student, teacher: of one vocabulary.
+    """
+
+    student: Speaker
+    teacher: Speaker
+
+    @torch.no_grad()
+    def of(self, window: Tensor, states: Tensor, taught: Tensor, every: int = 1) -> float:
+        """D on a window.
+
+        Args:
+            window: (length,) token numbers. states, taught: (1, length, width) of the student and of the teacher.
+            every: look at each so-manieth position only.
+        """
+        count = len(range(0, len(window), every))
+        parts = [self._part(window, part, states[:, part], taught, count) for part in _parts(window, 0, every)]
+        return float(sum(part.double() for part in parts))
+
+    @torch.enable_grad()
+    def gradient(
+        self, window: Tensor, states: Tensor, taught: Tensor, every: int = 1, first: int = 0
+    ) -> tuple[float, Tensor]:
+        """D on a window, products of the student in bfloat16, and its gradient at ``states``.
+
+        Gradients at the parameters of the student's head are added to those that ask for them.
+
+        Args:
+            window, states, taught, every: as in `of`. first: the first position that is looked at.
+        """
+        total, gradients, count = 0.0, torch.zeros_like(states), len(range(first, len(window), every))
+        for part in _parts(window, first, every):
+            piece = states[:, part].detach().requires_grad_()
+            with torch.autocast(self.student.model.device.type, torch.bfloat16):
+                divergence = self._part(window, part, piece, taught, count)
+            divergence.backward()
+            gradients[:, part] = piece.grad
+            total += float(divergence.detach())
+        return total, gradients
+
+    def _part(self, window: Tensor, part: slice, states: Tensor, taught: Tensor, count: int) -> Tensor:
+        """What some of ``count`` positions add to D."""
+        with torch.no_grad(), torch.autocast(self.teacher.model.device.type, enabled=False):
+            wanted = self.teacher.words(window[part], taught[:, part]).to(states.device)
+        said = self.student.words(window[part], states)
+        return functional.kl_div(said, wanted, reduction="sum", log_target=True) / count
+
+
+def _parts(window: Tensor, first: int, every: int) -> Iterator[slice]:
+    for lo in range(first, len(window), POSITIONS_AT_ONCE * every):
+        yield slice(lo, min(lo + POSITIONS_AT_ONCE * every, len(window)), every)

@@ -1,0 +1,123 @@
+r"""What a pruned decoder block is tuned towards: the dense model's states behind it or, behind the last, its words.
+
+States y_t, from f(h_t), what the pruned block makes of a token:
+
+.. math:: \operatorname{mean}_t \; \|f(h_t) - y_t\|^2 / \|y_t\|^2
+
+relative, since a norm follows in every model and a few tokens with huge states would own a plain sum. Nothing follows
+the last block but a norm and the head, so there the divergence of the words can be had at once
+(`armorfact_hf.model.words`), and it is what the whole work is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from armorfact_hf.model.words import WordsApart
+
+LOGITS_A_STEP = 2**26  # of one window; of longer windows and larger vocabularies, some positions are looked at
+
+
+class Aim(Protocol):
+    """A distance to bring down.
+
+    Attributes:
+        unit: what the distance is measured in.
+    """
+
+    unit: ClassVar[str]
+
+    @property
+    def run(self) -> Callable[[int], Tensor]:
+        """Gives what the model makes of a window by its number, with gradients where they are enabled."""
+
+    @property
+    def windows(self) -> int:
+        """How many there are."""
+
+    def distance(self, output: Tensor, window: int) -> float:
+        """How far the ``output`` of a window is from where it should be."""
+
+    def gradient(self, output: Tensor, window: int, step: int) -> tuple[float, Tensor]:
+        """That distance, or an estimate of it for this step, and its gradient at ``output``."""
+
+
+@dataclass(frozen=True)
+class StateAim:
+    """The states of the dense model behind the block.
+
+    Args:
+        run: gives the states behind the pruned block, (1, length, width).
+        targets: y, the same shape, one a window.
+    """
+
+    run: Callable[[int], Tensor]
+    targets: Sequence[Tensor]
+    unit: ClassVar[str] = "relative error"
+
+    @property
+    def windows(self) -> int:
+        """How many there are."""
+        return len(self.targets)
+
+    def distance(self, output: Tensor, window: int) -> float:
+        """The relative error, the mean over tokens."""
+        return float(relative_error(output, self.targets[window]))
+
+    def gradient(self, output: Tensor, window: int, step: int) -> tuple[float, Tensor]:
+        """The relative error and its gradient."""
+        with torch.enable_grad():
+            given = output.detach().float().requires_grad_()
+            error = relative_error(given, self.targets[window])
+            return float(error.detach()), torch.autograd.grad(error, given)[0]
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """The mean over tokens of ||output - target||^2 / ||target||^2, a scalar float32."""
+    output, target = output.float(), target.float()
+    energy = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((output - target).square().sum(-1) / energy).mean()
+
+
+@dataclass(frozen=True)
+class WordAim:
+    """The words of the dense model.
+
+    Args:
+        run: gives what the head is given for a window, (1, length, width).
+        tokens: (windows, length).
+        taught: what the head is given by the dense model, the same shape as ``run`` returns.
+        apart: compares them.
+    """
+
+    run: Callable[[int], Tensor]
+    tokens: Tensor
+    taught: Callable[[int], Tensor]
+    apart: WordsApart
+    unit: ClassVar[str] = "nats a token"
+
+    @property
+    def windows(self) -> int:
+        """How many there are."""
+        return len(self.tokens)
+
+    @property
+    def every(self) -> int:
+        """One position in so many is looked at."""
+        logits = self.tokens.shape[1] * self.apart.student.vocabulary
+        return -(-logits // LOGITS_A_STEP)
+
+    def distance(self, output: Tensor, window: int) -> float:
+        """The divergence, the mean over positions."""
+        return self.apart.of(self.tokens[window], output, self.taught(window), self.every)
+
+    def gradient(self, output: Tensor, window: int, step: int) -> tuple[float, Tensor]:
+        """The divergence at other positions from step to step, and its gradient."""
+        return self.apart.gradient(
+            self.tokens[window], output.detach(), self.taught(window), self.every, step % self.every
+        )
