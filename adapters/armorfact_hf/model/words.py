@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class WordsApart:
             with torch.autocast(self.student.model.device.type, torch.bfloat16):
                 divergence = self._part(window, part, piece, taught, count)
             divergence.backward()
-            gradients[:, part] = piece.grad
+            gradients[:, part] = cast(Tensor, piece.grad)
             total += float(divergence.detach())
         return total, gradients
 
