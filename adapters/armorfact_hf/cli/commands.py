@@ -64,6 +64,9 @@ def prune(  # typer reads options from the signature: it is as long as there are
         int, typer.Option(help="Passes over the calibration windows while a block is tuned.")
     ] = DEFAULTS.passes,
     rate: Annotated[float, typer.Option(help="Learning rate of that.")] = DEFAULTS.rate,
+    tail: Annotated[
+        int, typer.Option(help="The last blocks, so many, are tuned towards the dense model's words.")
+    ] = DEFAULTS.tail,
     include: Annotated[
         list[str], typer.Option(help="Layers to prune: last parts of their names, or re:EXPRESSION; repeatable.")
     ] = list(DEFAULTS.include),  # noqa: B006 (typer reads it, nothing changes it)
@@ -114,6 +117,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
             refine=None if refine == "none" else refine,
             passes=passes,
             rate=rate,
+            tail=tail,
             include=tuple(include),
             ignore=tuple(ignore),
             head=head,

@@ -68,11 +68,9 @@ class BlockStream:
             first: the first block to be run; None is none of them, so that ``hidden`` is what the last one returned.
             gradients: as for `run`.
         """
-        if hidden is not None:
-            before = len(self.blocks) if first is None else first
-            return self._until(head, lambda x: x, tokens, before, hidden, gradients)
+        before = 0 if hidden is None else len(self.blocks) if first is None else first
         with self.noting():
-            return self._until(head, lambda x: x, tokens, 0, None, gradients)
+            return self._until(head, lambda x: x, tokens, before, hidden, gradients)
 
     @contextmanager
     def noting(self) -> Iterator[None]:

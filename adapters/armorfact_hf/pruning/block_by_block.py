@@ -99,7 +99,7 @@ class BlockByBlock:
     def _pass_by(self, index: int, layers: Sequence[Layer]) -> None:
         """Count a block without work as done, and move the dense model's states on through it while it is dense."""
         why = "is finished already" if layers else "has no layer to prune"
-        steps = self.job.steps_a_block if layers else 0
+        steps = self.job.tuning_steps.get(index, 0)
         self.progress.tell(len(layers) + steps, f"decoder block {index + 1} {why}")
         for window in range(len(self.job.tokens)):
             if self.pruned is not None:
@@ -159,21 +159,21 @@ class BlockByBlock:
         ], matched
 
     def _aim(self, index: int, given: States, dense: States) -> Aim:
-        """The states of the dense model behind a block, where ``dense`` stands; behind the last block, its words."""
+        """The states of the dense model behind a block, where ``dense`` stands; for the last blocks, its words."""
         stream, tokens = given.stream, given.windows
 
         def told(window: int) -> bool:
             self.progress.tell(int(torch.is_grad_enabled()), f"decoder block {index + 1}, tuned as a whole")
             return torch.is_grad_enabled()
 
-        if index < len(self.job.blocks) - 1:
+        if not self.job.speaks(index):
             targets = cast(list[Tensor], dense.hidden)
             return StateAim(lambda k: stream.run(index, tokens[k], given.hidden[k], told(k)), targets)
         speaker = Speaker(self.job.model, stream)
         return WordAim(
             lambda k: stream.head_input(speaker.head, tokens[k], given.hidden[k], index, told(k)),
             self.job.tokens,
-            lambda k: stream.head_input(speaker.head, tokens[k], dense.hidden[k]),
+            lambda k: stream.head_input(speaker.head, tokens[k], dense.hidden[k], index + 1),
             WordsApart(speaker, speaker),
         )
 
@@ -207,5 +207,4 @@ def _units(job: Job) -> int:
     """The units of work of a run: a layer, and a window through a block."""
     passes = (2 * job.follows_pruned + job.follows_dense) * (job.last_block + 1)
     passes -= job.follows_pruned and not job.config.head  # nothing needs what the last block makes of it
-    tuned = {layer.decoder_block for layer in job.layers} - {None}
-    return len(job.layers) + passes * len(job.tokens) + len(tuned) * job.steps_a_block
+    return len(job.layers) + passes * len(job.tokens) + sum(job.tuning_steps.values())

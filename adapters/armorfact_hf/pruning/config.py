@@ -41,8 +41,10 @@ class PruneConfig:
         refine: "block" tunes the factors of a whole decoder block, once its layers are factorized, towards what the
             dense model computes there (`armorfact_hf.pruning.matching`); None keeps them as factorized. It is for the
             method "armorfact", and takes two windows of calibration or more: some are kept aside.
-        passes: over the calibration windows while a block is tuned.
+        passes: over the calibration windows while a block is tuned; four times as many for the first block.
         rate: the learning rate of its kept values and wrappers.
+        tail: the last so many blocks are tuned towards the words of the dense model, the blocks between a block and the
+            head still being dense; all others towards its states behind the block.
         include: which linear layers of the decoder blocks: module names or their last parts ("q_proj",
             "mlp.down_proj"), or regular expressions after "re:" that match from the start of the name.
         ignore: layers to leave dense all the same, written like ``include``.
@@ -66,8 +68,9 @@ class PruneConfig:
     sweeps: int = 20
     rtol: float = 1e-3
     refine: str | None = "block"
-    passes: int = 4
+    passes: int = 3
     rate: float = 5e-4
+    tail: int = 4
     include: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] = ()
     head: bool = False
@@ -98,11 +101,14 @@ class PruneConfig:
             raise ValueError(f"expected sweeps >= 0 and 0 <= rtol < 1, got sweeps={self.sweeps}, rtol={self.rtol}")
         self._set("passes", _whole("passes must be a whole number", self.passes))
         self._set("rate", _real("rate", self.rate))
+        self._set("tail", _whole("tail must be a whole number of decoder blocks", self.tail))
         if self.passes < 1 or not 0 < self.rate < float("inf"):
             raise ValueError(
                 f"expected passes >= 1 and a finite rate > 0, got passes={self.passes}, rate={self.rate}; "
                 "refine=None leaves blocks as factorized"
             )
+        if self.tail < 0:
+            raise ValueError(f"tail must be a whole number of decoder blocks, 0 or more, got {self.tail}")
         if self.shrinkage is not None:
             self._set("shrinkage", _real("shrinkage", self.shrinkage))
             if not 0 <= self.shrinkage < float("inf"):
@@ -134,7 +140,7 @@ class PruneConfig:
     def matching(self) -> Matching | None:
         """How decoder blocks are tuned, or None where they are kept as factorized."""
         wanted = self.method == "armorfact" and self.refine == "block"
-        return Matching(self.passes, self.rate) if wanted else None
+        return Matching(self.passes, self.rate, self.tail) if wanted else None
 
     @property
     def needs_correlations(self) -> bool:

@@ -57,10 +57,21 @@ class Job:
         """How decoder blocks are tuned; of a single window none can be kept aside, so that none is."""
         return self.config.matching if len(self.tokens) > 1 else None
 
-    @property
-    def steps_a_block(self) -> int:
-        """How many windows go forward and back while a decoder block is tuned."""
-        return 0 if self.matching is None else self.matching.steps(len(self.tokens))
+    @cached_property
+    def tuning_steps(self) -> dict[int, int]:
+        """How many windows go forward and back while a decoder block is tuned, for each that is."""
+        pruned = {layer.decoder_block for layer in self.layers if layer.decoder_block is not None}
+        if self.matching is None:
+            return {}
+        return {block: self.matching.steps(block, len(self.tokens)) for block in sorted(pruned)}
+
+    def speaks(self, block: int) -> bool:
+        """Whether a decoder block is tuned towards words."""
+        return self.matching is not None and block >= len(self.blocks) - self.matching.tail
+
+    def blocks_behind(self, block: int) -> int:
+        """How many decoder blocks are run behind the one that is tuned, to come to the words."""
+        return len(self.blocks) - 1 - block if self.speaks(block) else 0
 
     @cached_property
     def last_block(self) -> int:

@@ -136,10 +136,10 @@ class _Undo:
             parameter.copy_(value)
 
 
-def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool) -> list[str]:
+def _train(masters: Layers, aim: Aim, matching: Matching, decoder_block: int, mixed: bool) -> list[str]:
     """AdamW over the windows, one a step, in an order drawn from the seed; the notes of what had to be undone."""
     parameters = [parameter for master in masters.values() for parameter in master.parameters()]
-    order = _order(aim.windows, matching.passes, seed)
+    order = _order(aim.windows, matching.passes_of(decoder_block), decoder_block)
     undo = _Undo(parameters)
     notes: list[str] = []
     optimizer = torch.optim.AdamW(parameters, lr=matching.rate, betas=BETAS, weight_decay=0.0)

@@ -15,6 +15,7 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.moments import Statistics
 from armorfact_hf.model.stream import BlockStream, evaluating
 from armorfact_hf.model.structure import DenseLayer, Layer, Select
+from armorfact_hf.pruning.aims import LOGITS_A_STEP
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.layer import prune_layer
@@ -137,7 +138,8 @@ def _peak_bytes(job: Job, model_bytes: int) -> int:
 def _tuning_bytes(job: Job) -> int:
     """Factors in float32 with gradient, Adam's two moments and a copy to undo with; what one window leaves to go back.
 
-    An estimate: every layer keeps its input and output in 16 bits, and as much again lies between the layers.
+    An estimate: every layer keeps its input and output in 16 bits, and as much again lies between the layers; the
+    blocks behind one that is tuned towards words keep as much.
     """
     if job.matching is None:
         return 0
@@ -147,7 +149,8 @@ def _tuning_bytes(job: Job) -> int:
         (b_out, b_in) = layer.block or (0, 0)
         factors = d_out * d_in * pattern.keep // pattern.group + b_out * d_out + b_in * d_in
         dense = 2 * d_out * d_in  # W, formed anew for every step, and its gradient
-        passing = 4 * job.tokens.shape[1] * (d_out + d_in)
+        behind = 0 if layer.decoder_block is None else job.blocks_behind(layer.decoder_block)
+        passing = 4 * job.tokens.shape[1] * (d_out + d_in) * (1 + behind)
         by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + 20 * factors + 4 * dense + passing
     return max(by_block.values())
 
@@ -169,13 +172,19 @@ def _estimated_seconds(job: Job) -> float:
     solving = _seconds_a_flop(reached[0], statistics, job.config) * _flops(job) if reached else 0.0
     passes = job.follows_pruned + job.follows_dense * job.follows_pruned
     flowing = len(job.tokens) * (job.last_block + 1) * (gathering + passes * plain)
-    return flowing + solving + plain * BACKWARD * _steps(job)
+    return flowing + solving + plain * _tuning_passes(job)
 
 
-def _steps(job: Job) -> int:
-    """Windows that go forward and back while blocks are tuned."""
-    blocks = {layer.decoder_block for layer in job.layers} - {None}
-    return len(blocks) * job.steps_a_block
+def _tuning_passes(job: Job) -> float:
+    """What tuning costs, in passes of a window through a decoder block."""
+    length, embedding = job.tokens.shape[1], job.model.get_input_embeddings()
+    logits = min(length * embedding.num_embeddings, LOGITS_A_STEP)
+    weights = max(sum(parameter.numel() for parameter in block.parameters()) for block in job.blocks)
+    head = 4 * logits * embedding.embedding_dim / (length * weights)  # run twice, and back
+    return sum(
+        steps * (BACKWARD * (1 + job.blocks_behind(block)) + head * job.speaks(block))
+        for block, steps in job.tuning_steps.items()
+    )
 
 
 def _flops(job: Job) -> float:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from armorfact_hf.model.structure import decoder_blocks
+from armorfact_hf.observer import Observer
 from armorfact_hf.pruning import aims
 from armorfact_hf.pruning.aims import StateAim, WordAim, relative_error
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
-from armorfact_hf.pruning.schedule import kept_aside
+from armorfact_hf.pruning.schedule import FIRST, kept_aside
 from tests.hf.models import BLOCKS, VOCABULARY, random_tokens, tiny_model
 from tests.hf.pruning.test_prune import QUICK, grams_seen
 
@@ -34,7 +36,7 @@ def test_blocks_are_matched_to_the_dense_models_states_and_the_error_is_the_stor
     tokens = random_tokens(9)
     dense = block_states(tiny_model("llama"), tokens)
     model = tiny_model("llama")
-    report = prune_(model, tokens, PruneConfig(**QUICK, propagate=propagate))
+    report = prune_(model, tokens, PruneConfig(**QUICK, propagate=propagate, tail=1))
     assert [block.decoder_block for block in report.blocks] == list(range(BLOCKS))
     assert [block.unit for block in report.blocks] == [StateAim.unit] * (BLOCKS - 1) + [WordAim.unit]
     assert all(block.after < block.before for block in report.blocks if block.kept)
@@ -44,25 +46,57 @@ def test_blocks_are_matched_to_the_dense_models_states_and_the_error_is_the_stor
     for block, state, target in zip(checked, block_states(model, tokens), dense, strict=False):
         aside = kept_aside(9)
         error = relative_error(state[aside], target[aside])
-        assert error == pytest.approx(block.after if block.kept else block.before, rel=1e-4)
+        assert error == pytest.approx(stored(block), rel=1e-4)
+
+
+def stored(block):
+    """The distance of what is stored from its aim."""
+    return block.after if block.kept else block.before
+
+
+def divergence(dense, model, tokens, every):
+    with torch.no_grad():
+        p, q = (x.eval()(input_ids=tokens).logits[:, ::every].log_softmax(-1) for x in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "falcon"])
 @pytest.mark.parametrize("logits", [2**26, 16 * VOCABULARY])
-def test_the_last_block_is_tuned_towards_the_words_of_the_dense_model(family, logits, monkeypatch):
+def test_the_last_blocks_are_tuned_towards_the_words_of_the_dense_model(family, logits, monkeypatch):
     monkeypatch.setattr(aims, "LOGITS_A_STEP", logits)
     model, dense, tokens = tiny_model(family), tiny_model(family), random_tokens(9)
-    last = prune_(model, tokens, PruneConfig(**QUICK)).blocks[-1]
-    assert last.kept and last.unit == WordAim.unit
+    first, middle, last = prune_(model, tokens, PruneConfig(**QUICK, tail=2)).blocks
+    assert (first.unit, middle.unit, last.unit) == (StateAim.unit, WordAim.unit, WordAim.unit)
+    assert middle.kept or last.kept
     aside, every = tokens[kept_aside(9)], -(-tokens.shape[1] * VOCABULARY // logits)
-    with torch.no_grad():
-        p, q = (x.eval()(input_ids=aside).logits[:, ::every].log_softmax(-1) for x in (dense, model))
-    assert last.after == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert stored(last) == pytest.approx(divergence(dense, model, aside, every), rel=1e-3)
+    prefix, blocks = decoder_blocks(dense)
+    model.set_submodule(f"{prefix}.{BLOCKS - 1}", blocks[-1])  # as it was while the one before was tuned
+    assert stored(middle) == pytest.approx(divergence(dense, model, aside, every), rel=1e-3)
+
+
+def test_a_model_that_is_all_tail_is_tuned_towards_words_throughout():
+    report = prune_(tiny_model("llama"), random_tokens(9), PruneConfig(**QUICK, tail=9))
+    assert [block.unit for block in report.blocks] == [WordAim.unit] * BLOCKS
+    assert any(block.kept for block in report.blocks)
 
 
 def test_a_last_block_that_is_not_pruned_leaves_the_others_to_the_states():
-    report = prune_(tiny_model("llama"), random_tokens(9), PruneConfig(**QUICK, ignore=(r"re:.*layers\.2\.",)))
+    config = PruneConfig(**QUICK, tail=1, ignore=(r"re:.*layers\.2\.",))
+    report = prune_(tiny_model("llama"), random_tokens(9), config)
     assert [block.unit for block in report.blocks] == [StateAim.unit] * (BLOCKS - 1)
+
+
+def test_the_first_block_is_tuned_longer():
+    model, seen = tiny_model("llama"), []
+
+    class Counting(Observer):
+        def step(self, step):
+            seen.append(step.doing)
+
+    prune_(model, random_tokens(9), PruneConfig(**QUICK, passes=1), observer=Counting())
+    tuned = [sum(f"block {k + 1}, tuned" in doing for doing in seen) for k in range(BLOCKS)]
+    assert tuned[0] - tuned[1] == (FIRST - 1) * 8 and tuned[1] == tuned[2]
 
 
 def test_the_loss_of_a_tuned_layer_is_that_of_what_is_stored(monkeypatch):
