@@ -65,7 +65,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
     ] = DEFAULTS.passes,
     rate: Annotated[float, typer.Option(help="Learning rate of that.")] = DEFAULTS.rate,
     tail: Annotated[
-        int, typer.Option(help="The last blocks, so many, are tuned towards the dense model's words.")
+        int, typer.Option(help="Blocks at the end that are tuned once more, together, towards the dense words.")
     ] = DEFAULTS.tail,
     include: Annotated[
         list[str], typer.Option(help="Layers to prune: last parts of their names, or re:EXPRESSION; repeatable.")

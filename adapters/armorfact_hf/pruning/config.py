@@ -43,8 +43,7 @@ class PruneConfig:
             method "armorfact", and takes two windows of calibration or more: some are kept aside.
         passes: over the calibration windows while a block is tuned; four times as many for the first block.
         rate: the learning rate of its kept values and wrappers.
-        tail: the last so many blocks are tuned towards the words of the dense model, the blocks between a block and the
-            head still being dense; all others towards its states behind the block.
+        tail: the last so many blocks are tuned once more, together, towards the words of the dense model.
         include: which linear layers of the decoder blocks: module names or their last parts ("q_proj",
             "mlp.down_proj"), or regular expressions after "re:" that match from the start of the name.
         ignore: layers to leave dense all the same, written like ``include``.
@@ -140,7 +139,7 @@ class PruneConfig:
     def matching(self) -> Matching | None:
         """How decoder blocks are tuned, or None where they are kept as factorized."""
         wanted = self.method == "armorfact" and self.refine == "block"
-        return Matching(self.passes, self.rate, self.tail) if wanted else None
+        return Matching(self.passes, self.rate) if wanted else None
 
     @property
     def needs_correlations(self) -> bool:

@@ -59,19 +59,23 @@ class Job:
 
     @cached_property
     def tuning_steps(self) -> dict[int, int]:
-        """How many windows go forward and back while a decoder block is tuned, for each that is."""
+        """How many windows go forward and back while a decoder block is tuned by itself, for each that is."""
         pruned = {layer.decoder_block for layer in self.layers if layer.decoder_block is not None}
         if self.matching is None:
             return {}
-        return {block: self.matching.steps(block, len(self.tokens)) for block in sorted(pruned)}
+        return {block: self.matching.of(block).steps(len(self.tokens)) for block in sorted(pruned)}
 
-    def speaks(self, block: int) -> bool:
-        """Whether a decoder block is tuned towards words."""
-        return self.matching is not None and block >= len(self.blocks) - self.matching.tail
+    @cached_property
+    def tail(self) -> range:
+        """The last decoder blocks, which are tuned together towards words: none, unless the last one is pruned."""
+        count = len(self.blocks)
+        ends = self.matching is not None and any(layer.decoder_block == count - 1 for layer in self.layers)
+        return range(max(count - self.config.tail, 0), count) if ends else range(0)
 
-    def blocks_behind(self, block: int) -> int:
-        """How many decoder blocks are run behind the one that is tuned, to come to the words."""
-        return len(self.blocks) - 1 - block if self.speaks(block) else 0
+    @property
+    def tail_steps(self) -> int:
+        """How many windows go forward and back while they are."""
+        return self.matching.of_tail.steps(len(self.tokens)) if self.matching and self.tail else 0
 
     @cached_property
     def last_block(self) -> int:

@@ -36,7 +36,7 @@ from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.seal import BLANK, check_seal, seal
 
 MANIFEST = "manifest.json"
-BLOCK = re.compile(r"(head|state|[a-z]+-\d{4,})\.safetensors")  # names of files that hold finished work
+BLOCK = re.compile(r"(head|tail|state|[a-z]+-\d{4,})\.safetensors")  # names of files that hold finished work
 DAMAGE = (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError)
 Pruned = list[tuple[FactorizedLinear, LayerReport]]
 
@@ -109,7 +109,7 @@ class Journal:
         _clear(self.folder)
 
     def write(self, key: str, finished: Finished) -> None:
-        """Store a finished block under ``key``: "head", or a word and a number such as "block-0003".
+        """Store a finished block under ``key``: "head", "tail", or a word and a number such as "block-0003".
 
         Raises:
             DiskFull: the disk has no room for it.

@@ -106,7 +106,8 @@ def with_tuned_loss(
     """
     target = _target(layer.weight.float(), moments, config)
     losses = layer_losses(target, tuned, moments.gram, replace(config, baselines=()), layer)
-    return replace(report, losses=report.losses | losses, factorized_loss=report.losses[config.method])
+    before = report.losses[config.method] if report.factorized_loss is None else report.factorized_loss
+    return replace(report, losses=report.losses | losses, factorized_loss=before)
 
 
 def _bias(layer: Layer) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Block matching: tune a pruned decoder block until it computes what the dense model computes there.
 
 After a block's layers are factorized one by one, their A, B and kept values of C are trained together, supports fixed,
-towards an aim (`armorfact_hf.pruning.aims`): the dense model's states behind the block, or its words behind the last.
+towards an aim (`armorfact_hf.pruning.aims`): the dense model's states behind the block. At the end the last few blocks
+are trained once more, together, towards its words.
 The block is given what the pruned model makes of the text. The target is the whole block's, so that one layer may make
 good what another lost, and what earlier blocks lost. (Aiming each *layer* at the dense output instead is a regression
 on noisy inputs: it shrinks, and shrinkage compounds; see docs/results.md.)
@@ -44,6 +45,7 @@ class BlockReport:
         kept: whether the tuned factors are what is stored.
         notes: what went wrong on the way.
         unit: of the distance, see `armorfact_hf.pruning.aims`.
+        through: the last of several decoder blocks that were tuned together, or None.
     """
 
     decoder_block: int
@@ -52,6 +54,7 @@ class BlockReport:
     kept: bool
     notes: tuple[str, ...] = ()
     unit: str = StateAim.unit
+    through: int | None = None
 
 
 def match_block_(
@@ -136,10 +139,10 @@ class _Undo:
             parameter.copy_(value)
 
 
-def _train(masters: Layers, aim: Aim, matching: Matching, decoder_block: int, mixed: bool) -> list[str]:
+def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool) -> list[str]:
     """AdamW over the windows, one a step, in an order drawn from the seed; the notes of what had to be undone."""
     parameters = [parameter for master in masters.values() for parameter in master.parameters()]
-    order = _order(aim.windows, matching.passes_of(decoder_block), decoder_block)
+    order = _order(aim.windows, matching.passes, seed)
     undo = _Undo(parameters)
     notes: list[str] = []
     optimizer = torch.optim.AdamW(parameters, lr=matching.rate, betas=BETAS, weight_decay=0.0)

@@ -120,10 +120,10 @@ def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
 
 
 def _peak_bytes(job: Job, model_bytes: int) -> int:
-    """Weights, hidden states, the second moments of the largest block, and the work space of the largest layer."""
+    """Weights, hidden states, second moments (of the largest block, or the last ones), and the largest work space."""
     width = job.model.get_input_embeddings().embedding_dim
     copies = job.follows_pruned + job.follows_dense
-    states = job.tokens.numel() * width * job.layers[0].weight.element_size() * copies
+    states = job.tokens.numel() * width * job.layers[0].weight.element_size() * (copies + bool(job.tail))
     by_block: dict[int | None, int] = {}
     for layer in job.layers:
         d_in = layer.shape[1]
@@ -132,14 +132,14 @@ def _peak_bytes(job: Job, model_bytes: int) -> int:
     sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in job.layers))
     at_once = torch.get_num_threads() if job.layers[0].weight.device.type == "cpu" else 1
     solving = SOLVER_COPIES * sum(sizes[-at_once:])
-    return int(model_bytes + states + max(by_block.values()) + max(solving, _tuning_bytes(job)))
+    moments = max(max(by_block.values()), sum(by_block.get(block, 0) for block in job.tail))
+    return int(model_bytes + states + moments + max(solving, _tuning_bytes(job)))
 
 
 def _tuning_bytes(job: Job) -> int:
     """Factors in float32 with gradient, Adam's two moments and a copy to undo with; what one window leaves to go back.
 
-    An estimate: every layer keeps its input and output in 16 bits, and as much again lies between the layers; the
-    blocks behind one that is tuned towards words keep as much.
+    An estimate: every layer keeps its input and output in 16 bits, and as much again lies between the layers.
     """
     if job.matching is None:
         return 0
@@ -149,10 +149,9 @@ def _tuning_bytes(job: Job) -> int:
         (b_out, b_in) = layer.block or (0, 0)
         factors = d_out * d_in * pattern.keep // pattern.group + b_out * d_out + b_in * d_in
         dense = 2 * d_out * d_in  # W, formed anew for every step, and its gradient
-        behind = 0 if layer.decoder_block is None else job.blocks_behind(layer.decoder_block)
-        passing = 4 * job.tokens.shape[1] * (d_out + d_in) * (1 + behind)
+        passing = 4 * job.tokens.shape[1] * (d_out + d_in)
         by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + 20 * factors + 4 * dense + passing
-    return max(by_block.values())
+    return max(max(by_block.values()), sum(by_block.get(block, 0) for block in job.tail))
 
 
 def _estimated_seconds(job: Job) -> float:
@@ -181,10 +180,8 @@ def _tuning_passes(job: Job) -> float:
     logits = min(length * embedding.num_embeddings, LOGITS_A_STEP)
     weights = max(sum(parameter.numel() for parameter in block.parameters()) for block in job.blocks)
     head = 4 * logits * embedding.embedding_dim / (length * weights)  # run twice, and back
-    return sum(
-        steps * (BACKWARD * (1 + job.blocks_behind(block)) + head * job.speaks(block))
-        for block, steps in job.tuning_steps.items()
-    )
+    towards_words = job.tail_steps * (BACKWARD * len(job.tail) + head)
+    return BACKWARD * sum(job.tuning_steps.values()) + towards_words
 
 
 def _flops(job: Job) -> float:

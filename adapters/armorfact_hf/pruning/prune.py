@@ -107,7 +107,7 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
     job.model.eval()
     run = BlockByBlock.of(job, journal, observer)
     with damping_noted():
-        reports = tuple(run.reports())
+        reports = run.reports()
     describe_(job.model, job.config, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]

@@ -1,11 +1,12 @@
-"""How long and how fast a decoder block is tuned, and on which calibration windows."""
+"""How long and how fast decoder blocks are tuned, and on which calibration windows."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-FIRST = 4  # times as many passes over the first block: what it is given is exact, and all others inherit its error
+FIRST = 4  # times as many passes for the first block: what it is given is exact, and all others inherit its error
+TAIL = 0.6  # of the rate, while the last blocks are tuned together
 KEPT_ASIDE = 8  # one window in so many
 WARM_UP = 5  # steps over which the rate rises; then it falls as a cosine, to LEAST of itself
 LEAST = 0.1
@@ -13,25 +14,28 @@ LEAST = 0.1
 
 @dataclass(frozen=True)
 class Matching:
-    """How the factors of a block are tuned (`armorfact_hf.pruning.matching`).
+    """How factors are tuned (`armorfact_hf.pruning.matching`).
 
     Args:
-        passes: over the windows that are not kept aside, one window a step; for the first block `FIRST` times as many.
+        passes: over the windows that are not kept aside, one window a step.
         rate: the largest learning rate.
-        tail: the last so many blocks are tuned towards words.
     """
 
     passes: int
     rate: float
-    tail: int = 0
 
-    def passes_of(self, decoder_block: int) -> int:
-        """Over the windows, while a block is tuned."""
-        return self.passes * (1 if decoder_block else FIRST)
+    def of(self, decoder_block: int) -> Matching:
+        """How those of one block are."""
+        return self if decoder_block else Matching(FIRST * self.passes, self.rate)
 
-    def steps(self, decoder_block: int, windows: int) -> int:
+    @property
+    def of_tail(self) -> Matching:
+        """How those of the last blocks are, together."""
+        return Matching(self.passes, TAIL * self.rate)
+
+    def steps(self, windows: int) -> int:
         """How many windows train, every pass counted."""
-        return self.passes_of(decoder_block) * (windows - len(kept_aside(windows)))
+        return self.passes * (windows - len(kept_aside(windows)))
 
     def rate_at(self, step: int, steps: int) -> float:
         """The learning rate of a step: warm-up, then a cosine."""

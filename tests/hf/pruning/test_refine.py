@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from armorfact_hf.model.structure import decoder_blocks
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning import aims
+from armorfact_hf.pruning import aims, block_by_block
 from armorfact_hf.pruning.aims import StateAim, WordAim, relative_error
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
@@ -36,13 +35,13 @@ def test_blocks_are_matched_to_the_dense_models_states_and_the_error_is_the_stor
     tokens = random_tokens(9)
     dense = block_states(tiny_model("llama"), tokens)
     model = tiny_model("llama")
-    report = prune_(model, tokens, PruneConfig(**QUICK, propagate=propagate, tail=1))
+    report = prune_(model, tokens, PruneConfig(**QUICK, propagate=propagate, tail=0))
     assert [block.decoder_block for block in report.blocks] == list(range(BLOCKS))
-    assert [block.unit for block in report.blocks] == [StateAim.unit] * (BLOCKS - 1) + [WordAim.unit]
+    assert {block.unit for block in report.blocks} == {StateAim.unit}
     assert all(block.after < block.before for block in report.blocks if block.kept)
     assert any(block.kept for block in report.blocks)
     # The first block is given the same in both models, and with propagate="pruned" the others what is before them.
-    checked = report.blocks[:-1] if propagate == "pruned" else report.blocks[:1]
+    checked = report.blocks if propagate == "pruned" else report.blocks[:1]
     for block, state, target in zip(checked, block_states(model, tokens), dense, strict=False):
         aside = kept_aside(9)
         error = relative_error(state[aside], target[aside])
@@ -65,20 +64,62 @@ def divergence(dense, model, tokens, every):
 def test_the_last_blocks_are_tuned_towards_the_words_of_the_dense_model(family, logits, monkeypatch):
     monkeypatch.setattr(aims, "LOGITS_A_STEP", logits)
     model, dense, tokens = tiny_model(family), tiny_model(family), random_tokens(9)
-    first, middle, last = prune_(model, tokens, PruneConfig(**QUICK, tail=2)).blocks
-    assert (first.unit, middle.unit, last.unit) == (StateAim.unit, WordAim.unit, WordAim.unit)
-    assert middle.kept or last.kept
-    aside, every = tokens[kept_aside(9)], -(-tokens.shape[1] * VOCABULARY // logits)
-    assert stored(last) == pytest.approx(divergence(dense, model, aside, every), rel=1e-3)
-    prefix, blocks = decoder_blocks(dense)
-    model.set_submodule(f"{prefix}.{BLOCKS - 1}", blocks[-1])  # as it was while the one before was tuned
-    assert stored(middle) == pytest.approx(divergence(dense, model, aside, every), rel=1e-3)
+    *blocks, tail = prune_(model, tokens, PruneConfig(**QUICK, tail=2)).blocks
+    assert [block.decoder_block for block in blocks] == list(range(BLOCKS))
+    assert (tail.decoder_block, tail.through, tail.unit) == (BLOCKS - 2, BLOCKS - 1, WordAim.unit)
+    every = -(-tokens.shape[1] * VOCABULARY // logits)
+    assert stored(tail) == pytest.approx(divergence(dense, model, tokens[kept_aside(9)], every), rel=1e-3)
+    assert tail.kept == (tail.after < tail.before)
 
 
-def test_a_model_that_is_all_tail_is_tuned_towards_words_throughout():
-    report = prune_(tiny_model("llama"), random_tokens(9), PruneConfig(**QUICK, tail=9))
-    assert [block.unit for block in report.blocks] == [WordAim.unit] * BLOCKS
-    assert any(block.kept for block in report.blocks)
+def test_the_last_blocks_end_nearer_to_the_words_than_without():
+    dense, tokens = tiny_model("llama"), random_tokens(9)
+    found = {}
+    for tail in (0, 2, 9):
+        prune_(model := tiny_model("llama"), tokens, PruneConfig(**QUICK, tail=tail))
+        found[tail] = divergence(dense, model, tokens[kept_aside(9)], 1)
+    assert found[2] < found[0] and found[9] < found[0]
+
+
+@pytest.mark.parametrize("tail", [2, 9])
+def test_a_run_that_is_killed_while_the_last_blocks_wait_ends_with_the_same_bits(tail, tmp_path, monkeypatch):
+    config, tokens = PruneConfig(**QUICK, tail=tail), random_tokens(9)
+    whole, report = tiny_model("llama"), prune_(tiny_model("llama"), tokens, config)
+    prune_(whole, tokens, config)
+    killed = block_by_block.match_block_
+
+    def kill(*args):
+        if isinstance(args[2], WordAim):
+            raise KeyboardInterrupt
+        return killed(*args)
+
+    monkeypatch.setattr(block_by_block, "match_block_", kill)
+    with pytest.raises(KeyboardInterrupt):
+        prune_(tiny_model("llama"), tokens, config, journal=tmp_path / "journal")
+    monkeypatch.undo()
+    for _ in range(2):  # the second time, all of it is finished
+        again = prune_(model := tiny_model("llama"), tokens, config, journal=tmp_path / "journal")
+        assert again.blocks == report.blocks
+        assert [layer.losses for layer in again.layers] == [layer.losses for layer in report.layers]
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("tail", [0, 2])
+def test_a_pruned_head_is_given_what_the_tuned_blocks_make(tail, monkeypatch):
+    model, tokens, seen = tiny_model("llama"), random_tokens(9), {}
+    work = block_by_block.prune_layers
+
+    def prune_layers(given, *args):
+        seen.update({layer.name: moments.gram for layer, moments in given})
+        return work(given, *args)
+
+    monkeypatch.setattr(block_by_block, "prune_layers", prune_layers)
+    report = prune_(model, tokens, PruneConfig(**QUICK, tail=tail, head=True))
+    assert report.blocks[-1].kept
+    with torch.no_grad():
+        x = model.model(input_ids=tokens).last_hidden_state.flatten(0, 1)
+    torch.testing.assert_close(seen["lm_head"].float(), x.T @ x, rtol=1e-4, atol=1e-3)
 
 
 def test_a_last_block_that_is_not_pruned_leaves_the_others_to_the_states():
