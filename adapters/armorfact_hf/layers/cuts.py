@@ -73,7 +73,10 @@ class Share:
                 layer, the numbers and the way out.
         """
         if layer.shape != self.whole:
-            raise ValueError(f"{layer.name}: expected shape {list(self.whole)}, got {list(layer.shape)}")
+            raise ValueError(
+                f"{layer.name}: the model has shape {list(self.whole)} there, config.json says {list(layer.shape)}: "
+                "copy or download config.json again"
+            )
         if reason := self.refusal(layer):
             raise ValueError(f"{layer.name}: {reason}: {WAY_OUT.format(ranks=self.ranks)}")
         return replace(layer, shape=self.shape)
@@ -112,6 +115,14 @@ class Share:
     def _rows(self, tensor: Tensor, unit: int = 1) -> Tensor:
         found = [tensor[rows.start // unit : rows.stop // unit] for rows in self.rows]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def refusal_to_cut(layer: LayerFormat, ranks: int) -> str | None:
+    """Why a pruned layer cannot be shared by so many ranks, in either of the two ways."""
+    if any(size % ranks for size in layer.shape):
+        return f"{layer.shape[0]}x{layer.shape[1]} cannot be cut into {ranks} equal parts both ways"
+    cuts = Share.of_rows(layer.shape, 0, ranks), Share.of_columns(layer.shape, 0, ranks)  # the other ranks' are alike
+    return next((reason for cut in cuts if (reason := cut.refusal(layer))), None)
 
 
 def part_of(whole: range, rank: int, ranks: int) -> range:

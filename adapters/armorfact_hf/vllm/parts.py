@@ -44,10 +44,8 @@ class Part:
             ValueError: the module has no such tensor, or one of another shape or dtype, or it is damaged.
         """
         self._check(part, tensor)
-        if self.layer is None:
-            held = self.share.of_weight(tensor)
-        else:
-            held = self.share.of_factor(self.layer, part, tensor)
+        whole, share = self.layer, self.share
+        held = share.of_weight(tensor) if whole is None else share.of_factor(whole, part, tensor)
         getattr(self.module, part).copy_(held)
         self.missing.discard(part)
 
@@ -59,8 +57,8 @@ class Part:
         if found != self.shapes[part] or tensor.is_floating_point() == (part == "positions"):
             expected = "bytes" if part == "positions" else "floating numbers"
             raise ValueError(
-                f"{where}: expected {expected} of shape {list(self.shapes[part])}, got {tensor.dtype} of {list(found)}: "
-                f"{AGAIN}"
+                f"{where}: expected {expected} of shape {list(self.shapes[part])}, got {tensor.dtype} of "
+                f"{list(found)}: {AGAIN}"
             )
         if self.layer is not None:
             with torch.device(tensor.device):  # vLLM sets another one to build its model on

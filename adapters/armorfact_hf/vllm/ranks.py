@@ -42,6 +42,8 @@ def _shares(layer: LinearBase, parts: int) -> list[Share]:
     if parts == len(outputs):
         return [Share.of_rows((rows, d_in), rank, ranks) for rows, rank, ranks in outputs]
     whole = pieces([rows for rows, *_ in outputs])
+    if layer.tp_size == 1:
+        return [Share.all_of((whole[-1].stop, d_in))]
     held = tuple(part_of(piece, rank, ranks) for piece, (_, rank, ranks) in zip(whole, outputs, strict=True))
     return [Share((whole[-1].stop, d_in), held, range(d_in), layer.tp_size)]
 

@@ -32,8 +32,7 @@ def part_number(shard: object, parts: int, layer: str) -> int:
     number = 0 if shard is None and parts == 1 else SHARDS.get(shard, shard) if isinstance(shard, str) else shard
     if type(number) is not int or not 0 <= number < parts:
         raise ValueError(
-            f"{layer}: vLLM's model loads part {shard!r} of it, and it has {parts} in the checkpoint: this model cannot "
-            f"be served pruned; {ignoring(layer)}"
+            f"{layer}: vLLM's model loads part {shard!r} of it, and it has {parts} in the checkpoint: {ignoring(layer)}"
         )
     return number
 
@@ -46,4 +45,6 @@ def refusal(name: str, found: str) -> str:
 def ignoring(name: str) -> str:
     """The way out for a layer that has to stay dense."""
     last = name.rpartition(".")[2]
-    return f"leave it dense: prune the dense model again with `armorfact prune --ignore {last}` (a head: without --head)"
+    return (
+        f"leave it dense: prune the dense model again with `armorfact prune --ignore {last}` (a head: without --head)"
+    )

@@ -87,7 +87,8 @@ def _launch_threads() -> None:
     """numba's pool, once: it may share OpenMP with PyTorch, and then sets the number of threads for both."""
     wanted = torch.get_num_threads()
     numba.get_num_threads()
-    torch.set_num_threads(wanted)
+    if torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
 
 
 def _take_threads() -> None:
