@@ -29,13 +29,13 @@ def fitting_block(shape: tuple[int, int], config: PruneConfig) -> tuple[tuple[in
     if reason := _odd_core(shape, config):
         return None, reason
     d_out, d_in = shape[0] // ranks, shape[1] // ranks
-    held = f"{d_out}x{d_in}" + (f", what a rank of {ranks} holds of {shape[0]}x{shape[1]}" if ranks > 1 else "")
+    of_rank = f", what one of {ranks} ranks holds of {shape[0]}x{shape[1]}" if ranks > 1 else ""
     if config.block == "auto":
         block = auto_block((d_out, d_in), pattern, MOST_OVERHEAD * ranks)  # in shares of the whole layer
-        return block, "" if block else f"no block of up to {MAX_AUTO_BLOCK} divides both sizes of {held}"
+        return block, "" if block else f"no block of up to {MAX_AUTO_BLOCK} divides {d_out} and {d_in}{of_rank}"
     size, these = int(config.block), fitting(math.gcd(d_out, d_in), pattern.group)
     if d_out % size or d_in % size or size % pattern.group:
-        return None, f"block {size} does not fit {held}; these do: {these or 'none'}"
+        return None, f"block {size} does not fit {d_out}x{d_in}{of_rank}; these do: {these or 'none'}"
     return (size, size), ""
 
 
