@@ -3,7 +3,7 @@
     python -m benchmarks.serving pruned
     python -m benchmarks.serving pruned --dense ./my-model --concurrency 1 --rounds 1
 
-In the environment that `make test-vllm` makes, with vLLM's own benchmark client. Both servers run for the whole time, on
+In the environment that `make test-vllm` makes, with vLLM's own benchmark client. Both servers run all the time, on
 all cores; the client asks one and then the other, several rounds of both at each number of concurrent requests. Figures
 are medians over rounds of tokens written a second; the ratio is that of the medians.
 """

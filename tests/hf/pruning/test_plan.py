@@ -34,7 +34,7 @@ def test_wrapper_overhead():
 
 
 def test_blocks_that_no_cut_goes_through_and_what_they_cost():
-    model = tiny_model("llama", hidden_size=128, intermediate_size=192)
+    model = tiny_model("llama", hidden_size=256, intermediate_size=480)
     alone, shared = (
         make_plan(model, random_tokens(), PruneConfig(tensor_parallel=ranks), measure=False) for ranks in (1, 4)
     )
