@@ -29,7 +29,8 @@ class Placeholder(nn.Parameter):
     its dimension of outputs. The factors know no such order.
     """
 
-    layer_name = ""
+    layer_name: str
+    weight_loader: Callable[..., None]
 
     @property
     def output_dim(self) -> int:

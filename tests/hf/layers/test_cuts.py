@@ -69,7 +69,7 @@ def test_a_layer_of_several_outputs_is_cut_in_each():
         (Share.of_rows((24, 64), 1, 2), (8, 16), r"rows 12 to 24 of 24, which cuts a block of A of 8 rows"),
         (Share.of_columns((24, 96), 0, 4), (8, 16), r"columns 0 to 24 of 96, which cuts a block of B of 16 columns"),
         (Share.of_columns((24, 24), 1, 4), None, r"columns 6 to 12 of 24, which cuts a group of 4 columns"),
-        (Share.of_columns((24, 24), 0, 2), None, r"columns 0 to 12 of 24, which cuts a byte of positions in two .4 bits"),
+        (Share.of_columns((24, 24), 0, 2), None, r"columns 0 to 12 of 24, which cuts a byte of positions in two"),
     ],
 )
 def test_a_cut_that_does_not_fit_is_refused_with_the_way_out(share, block, message):
