@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from armorfact_hf.checkpoint.contents import AGAIN
 from armorfact_hf.checkpoint.folder import describe_folder, local_folder
@@ -24,18 +24,18 @@ def stored_names(model: str, revision: str | None, whole: bool) -> frozenset[str
     """
     folder = local_folder(model, revision)
     description = describe_folder(folder)
-    names = verify_folder(folder, description).names if whole else check_headers(folder, description)
-    if missing := missing_tensors(description.sha256, names):
+    shapes = verify_folder(folder, description).shapes if whole else check_headers(folder, description)
+    if missing := missing_tensors(description.sha256, shapes):
         raise ValueError(f"{folder} lacks {', '.join(missing[:5])} ({len(missing)} in all): {AGAIN}")
-    return names
+    return frozenset(shapes)
 
 
-def missing_tensors(sha256: Mapping[str, str], stored: Collection[str]) -> list[str]:
-    """The tensors that have a digest and are not stored; a head that is tied to the embedding is stored as that.
+def missing_tensors(sha256: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The tensors that have a digest and are not stored, unless an equal matrix is: a tied head is the embedding.
 
     Where a stored tensor has no digest, transformers renamed some when it saved, and none can be said to be missing.
     """
-    if not set(stored) <= set(sha256):
+    if not set(shapes) <= set(sha256):
         return []
-    held = {sha256[name] for name in stored}
-    return sorted(name for name, digest in sha256.items() if name not in stored and digest not in held)
+    matrices = {sha256[name] for name, shape in shapes.items() if len(shape) > 1}
+    return sorted(name for name, digest in sha256.items() if name not in shapes and digest not in matrices)
