@@ -52,13 +52,13 @@ def dense_folder(pruned: Path) -> str:
 
 
 @contextmanager
-def served(model: str, dtype: str, eager: bool) -> Iterator[str]:
-    """The address of a server of the model, until the block ends."""
+def served(model: str, dtype: str, length: int, eager: bool) -> Iterator[str]:
+    """The address of a server of the model, for requests of so many tokens, until the block ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", dtype]
-    command += ["--port", str(port), "--max-model-len", "2048", "--max-num-seqs", "16", "--no-enable-prefix-caching"]
+    command += ["--port", str(port), "--max-model-len", str(length), "--no-enable-prefix-caching"]
     command += ["--enforce-eager"] * eager
     with tempfile.TemporaryFile("w+") as log:
         started = subprocess.Popen(
@@ -123,7 +123,9 @@ def main() -> None:
     print("| requests at a time | dense, tokens/s | pruned, tokens/s | pruned / dense |\n|---|---|---|---|")
     with ExitStack() as stack:
         serve = {
-            name: stack.enter_context(served(model, arguments.dtype, not arguments.compile))
+            name: stack.enter_context(
+                served(model, arguments.dtype, 2 * (arguments.prompt + arguments.new), not arguments.compile)
+            )
             for name, model in models.items()
         }
         for requests in arguments.concurrency:

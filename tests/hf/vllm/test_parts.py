@@ -47,7 +47,9 @@ def test_a_part_that_is_not_there_is_refused(shard, parts):
 
 
 def test_a_head_is_refused_with_the_way_out():
-    assert "lm_head is pruned" in refusal("lm_head", "a ParallelLMHead") and "without --head" in refusal("lm_head", "")
+    assert "lm_head is pruned" in refusal("lm_head", "a ParallelLMHead") and "without --head" in refusal(
+        "lm_head", "a head"
+    )
 
 
 def test_a_part_takes_the_share_of_its_rank():
