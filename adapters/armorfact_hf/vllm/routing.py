@@ -46,6 +46,6 @@ def ignoring(name: str) -> str:
     """The way out for a layer that has to stay dense."""
     last = name.rpartition(".")[2]
     return (
-        f"leave it dense: prune the dense model again with `armorfact prune --ignore {last}`, or without --head if it is "
-        "the output head"
+        f"leave it dense: prune the dense model again with `armorfact prune --ignore {last}`, or without --head if it "
+        "is the output head"
     )
