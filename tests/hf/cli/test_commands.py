@@ -119,6 +119,7 @@ def test_every_option_reaches_the_settings(model_folder, text_file, out):
         "--method": "armorfact",
         "--pattern": "1:4",
         "--block": "8",
+        "--tensor-parallel": "2",
         "--shrinkage": "0.5",
         "--target": "output",
         "--init": "nowag",
@@ -130,8 +131,16 @@ def test_every_option_reaches_the_settings(model_folder, text_file, out):
     }
     armorfact(*pruning(model_folder, out, text_file, "--no-eval", "--head", *sum(options.items(), ())))
     config = Report.read(out).config.to_dict()
-    shown = {f"--{key}".removesuffix("s") if key == "baselines" else f"--{key}": config[key] for key in config}
-    expected = options | {"--block": 8, "--shrinkage": 0.5, "--sweeps": 0, "--rtol": 0.25, "--head": True}
+    names = {key: f"--{key.replace('_', '-')}" for key in config} | {"baselines": "--baseline"}
+    shown = {names[key]: config[key] for key in config}
+    expected = options | {
+        "--block": 8,
+        "--tensor-parallel": 2,
+        "--shrinkage": 0.5,
+        "--sweeps": 0,
+        "--rtol": 0.25,
+        "--head": True,
+    }
     expected |= {key: [options[key]] for key in ("--include", "--ignore", "--baseline")}
     assert {key: shown[key] for key in expected} == expected
 
