@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import armorfact_hf
+from armorfact import Pattern
+from armorfact_hf.layers.format import LayerFormat
 from tests.hf.vllm.folders import changed, expected_tokens, pruned
 
 pytest.importorskip("vllm", reason="vLLM takes an environment of its own: `make test-vllm` makes it and runs this")
@@ -101,6 +103,19 @@ def test_tokens_are_those_of_transformers(found, folders, name):
 )
 def test_what_cannot_be_served_right_is_refused_at_the_start(found, name, message):
     assert message in found[name].get("error", "no error"), found[name]
+
+
+@pytest.mark.filterwarnings("ignore")  # of what vLLM imports
+def test_what_latent_attention_absorbs_is_refused():
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    from armorfact_hf.vllm.quantization import ArmorfactQuantization
+
+    name = f"{ATTENTION}.kv_b_proj"
+    config = ArmorfactQuantization({})
+    config.formats, config.stored = {name: LayerFormat(name, (32, 64), Pattern(2, 4), None)}, frozenset()
+    with pytest.raises(ValueError, match=rf"{name} is pruned, .* --ignore kv_b_proj"):
+        config.get_quant_method(object.__new__(ColumnParallelLinear), name)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks take two cores")
