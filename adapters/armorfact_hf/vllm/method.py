@@ -98,6 +98,8 @@ class PrunedLinearMethod(LinearMethodBase):
             delattr(layer, name)
         layer.parts = nn.ModuleList(part.module for part in self.parts)
         use_measured_(layer.parts, Path(get_current_vllm_config().model_config.model))
+        for part in self.parts:
+            part.warm()
 
     def _check_complete(self, part: Part, layer: LinearBase) -> None:
         if missing := sorted(f"{part.name}.{name}" for name in part.missing):
