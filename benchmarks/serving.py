@@ -100,7 +100,9 @@ def throughput(address: str, model: str, requests: int, prompt: int, new: int) -
         to = ["--backend", "openai", "--base-url", address, "--model", model, "--dataset-name", "random"]
         output = ["--disable-tqdm", "--save-result", "--result-dir", folder, "--result-filename", "result.json"]
         command = [sys.executable, "-c", CLIENT, *to, *sizes, *amount, *output, "--temperature", "0"]
-        subprocess.run(command, env=os.environ | ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+        asked = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+        if asked.returncode:
+            raise RuntimeError(f"vLLM's benchmark client failed:\n{asked.stderr[-4000:]}")
         found = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
     if found["completed"] != 2 * requests:
         raise RuntimeError(f"{found['completed']} of {2 * requests} requests were answered: {found.get('errors')}")
