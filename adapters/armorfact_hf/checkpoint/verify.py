@@ -34,11 +34,13 @@ class Verified:
         bytes: of the tensors of each pruned module, its bias left out.
         dtypes: of the floating tensors of each pruned module.
         digests: whether `config.json` has digests, with which every tensor that has one agreed.
+        shapes: of all tensors, by name.
     """
 
     bytes: dict[str, int]
     dtypes: dict[str, torch.dtype]
     digests: bool
+    shapes: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,18 @@ def verify_folder(folder: Path, description: Description) -> Verified:
     return _verify(_folder_headers(folder), description)
 
 
-def check_headers(folder: Path, description: Description) -> None:
+def check_headers(folder: Path, description: Description) -> dict[str, tuple[int, ...]]:
     """The part of `verify_folder` that reads no tensors, but only which there are and how large; in milliseconds.
+
+    Returns:
+        The shapes of all tensors, by name.
 
     Raises:
         ValueError: see `verify_folder`.
     """
-    _described(_folder_headers(folder), description)
+    tensors = _folder_headers(folder)
+    _described(tensors, description)
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def verify(files: Sequence[Path], description: Description) -> Verified:
@@ -142,6 +149,7 @@ def _verify(tensors: dict[str, _Stored], description: Description) -> Verified:
         {name: sum(tensor.nbytes for part, tensor in held.items() if part != "bias") for name, held in modules.items()},
         {name: FLOATS[held["values"].dtype] for name, held in modules.items()},
         bool(description.sha256),
+        {name: tensor.shape for name, tensor in tensors.items()},
     )
 
 

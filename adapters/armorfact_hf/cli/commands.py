@@ -44,6 +44,9 @@ def prune(  # typer reads options from the signature: it is as long as there are
     method: Annotated[str, typer.Option(help=f"One of {', '.join(settings.METHODS)}.")] = DEFAULTS.method,
     pattern: Annotated[str, typer.Option(help="N:M, at most N non-zeros of M.")] = DEFAULTS.pattern,
     block: Annotated[str, typer.Option(help="Size of the wrappers' blocks, or auto.")] = str(DEFAULTS.block),
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Ranks of a server that will share each layer: chooses blocks that no cut goes through.")
+    ] = DEFAULTS.tensor_parallel,
     objective: Annotated[str, typer.Option(help="gram, diagonal, or nowag (the ARMOR paper's).")] = DEFAULTS.objective,
     shrinkage: Annotated[
         float | None, typer.Option(help="λ of H + λ diag(H), for the objective gram [default: 1.0].")
@@ -107,6 +110,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
             method=method,
             pattern=pattern,
             block=int(block) if block.isdecimal() else block,
+            tensor_parallel=tensor_parallel,
             objective=objective,
             shrinkage=shrinkage,
             propagate=propagate,

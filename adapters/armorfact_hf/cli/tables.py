@@ -21,9 +21,25 @@ def plan_lines(plan: Any) -> Iterator[str]:
         f"{plan.dense_bytes / 1e6:,.1f} MB become {plan.bytes / 1e6:,.1f} MB ({ratio:.3f} of dense, "
         f"{100 * plan.wrapper_overhead:.1f}% of it for wrappers); about {plan.peak_bytes / 1e9:.1f} GB of memory"
     )
+    if plan.tensor_parallel > 1:
+        yield from _for_ranks(plan)
     yield from _left_dense(plan.dense_layers)
     if plan.seconds is not None:
         yield f"Estimated time, from a measured first layer: {_about(plan.seconds)}"
+
+
+def _for_ranks(plan: Any) -> Iterator[str]:
+    """What it costs that ranks of a server will share the layers."""
+    ranks = plan.tensor_parallel
+    yield (
+        f"For {ranks} ranks: each holds at most {plan.rank_bytes / 1e6:,.1f} MB of these layers, "
+        f"{ranks * plan.rank_bytes / plan.bytes:.3f} times its part: wrappers on one side of a cut are on every rank"
+    )
+    for (without, chosen), names in plan.recut.items():
+        yield (
+            f"For {ranks} ranks: blocks of {chosen[0]}x{chosen[1]} instead of {without[0]}x{without[1]}, which a cut "
+            f"would go through: {_some(names)}"
+        )
 
 
 def _left_dense(layers: Rows) -> Iterator[str]:
@@ -32,8 +48,12 @@ def _left_dense(layers: Rows) -> Iterator[str]:
     for layer in layers:
         by_reason.setdefault(layer.reason, []).append(layer.name)
     for reason, names in by_reason.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"Left dense, {reason}: {', '.join(names[:3])}{more}"
+        yield f"Left dense, {reason}: {_some(names)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _about(seconds: float) -> str:

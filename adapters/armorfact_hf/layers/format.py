@@ -5,7 +5,10 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
+
+import torch
 
 from armorfact import Pattern
 
@@ -61,6 +64,10 @@ class LayerFormat:
             (b_out, b_in) = self.block
             shapes |= {"left": (d_out // b_out, b_out, b_out), "right": (d_in // b_in, b_in, b_in)}
         return shapes
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all tensors but the bias, the floating ones in ``dtype``."""
+        return sum(prod(shape) * (1 if part == "positions" else dtype.itemsize) for part, shape in self.tensors.items())
 
     @classmethod
     def from_dict(cls, entry: Any, place: int, pattern: Pattern) -> LayerFormat:

@@ -27,6 +27,8 @@ class PruneConfig:
         pattern: "N:M", at most N non-zeros in M consecutive inputs.
         block: size of the wrappers' blocks, which has to divide d_out and d_in; "auto" takes the largest up to 128
             whose wrappers add at most an eighth to the layer.
+        tensor_parallel: how many ranks of a server will share each layer: blocks are chosen that no cut goes through,
+            and a layer that cannot be cut into so many parts stays dense. 1 asks nothing.
         objective: "gram" minimizes ||(W - ACB) X||^2 with the full Gram matrix H = X X'; "diagonal" sees only diag(H);
             "nowag" sees diag(H) and W normalized by rows and columns, which is the objective of the ARMOR paper.
         shrinkage: λ in H + λ diag(H), for the objective "gram" (None is 1.0): a finite sample of tokens overstates how
@@ -59,6 +61,7 @@ class PruneConfig:
     method: str = "armorfact"
     pattern: str = "2:4"
     block: int | str = "auto"
+    tensor_parallel: int = 1
     objective: str = "gram"
     shrinkage: float | None = None
     propagate: str = "pruned"
@@ -98,6 +101,9 @@ class PruneConfig:
             self._set("block", size)
         if self.sweeps < 0 or not 0 <= self.rtol < 1:
             raise ValueError(f"expected sweeps >= 0 and 0 <= rtol < 1, got sweeps={self.sweeps}, rtol={self.rtol}")
+        self._set("tensor_parallel", _whole("tensor_parallel must be a whole number of ranks", self.tensor_parallel))
+        if self.tensor_parallel < 1:
+            raise ValueError(f"tensor_parallel must be at least 1 rank, got {self.tensor_parallel}")
         self._set("passes", _whole("passes must be a whole number", self.passes))
         self._set("rate", _real("rate", self.rate))
         self._set("tail", _whole("tail must be a whole number of decoder blocks", self.tail))

@@ -10,6 +10,8 @@ import torch
 from armorfact import Pattern, auto_block
 from armorfact.sizes import MAX_AUTO_BLOCK, fitting
 from armorfact_hf.checkpoint.description import DTYPES
+from armorfact_hf.layers.cuts import refusal_to_cut
+from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, chosen_layers
 from armorfact_hf.pruning.config import PruneConfig
@@ -19,23 +21,30 @@ DTYPES_HELP = ", ".join(DTYPES)
 
 
 def fitting_block(shape: tuple[int, int], config: PruneConfig) -> tuple[tuple[int, int] | None, str]:
-    """The blocks (block_out, block_in) of wrappers around a layer; without any, None and the reason why."""
-    d_out, d_in = shape
-    pattern = Pattern.parse(config.pattern)
-    if reason := _odd_width(d_in, pattern):
+    """The blocks (block_out, block_in) of wrappers around a layer; without any, None and the reason why.
+
+    They fit the part of the layer that each of ``config.tensor_parallel`` ranks holds, whichever way it is cut.
+    """
+    pattern, ranks = Pattern.parse(config.pattern), config.tensor_parallel
+    if reason := _odd_core(shape, config):
         return None, reason
+    d_out, d_in = shape[0] // ranks, shape[1] // ranks
+    of_rank = f", what one of {ranks} ranks holds of {shape[0]}x{shape[1]}" if ranks > 1 else ""
     if config.block == "auto":
-        block = auto_block(shape, pattern, MOST_OVERHEAD)
-        return block, "" if block else f"no block of up to {MAX_AUTO_BLOCK} divides {d_out} and {d_in}"
+        block = auto_block((d_out, d_in), pattern, MOST_OVERHEAD * ranks)  # in shares of the whole layer
+        return block, "" if block else f"no block of up to {MAX_AUTO_BLOCK} divides {d_out} and {d_in}{of_rank}"
     size, these = int(config.block), fitting(math.gcd(d_out, d_in), pattern.group)
     if d_out % size or d_in % size or size % pattern.group:
-        return None, f"block {size} does not fit {d_out}x{d_in}; these do: {these or 'none'}"
+        return None, f"block {size} does not fit {d_out}x{d_in}{of_rank}; these do: {these or 'none'}"
     return (size, size), ""
 
 
-def _odd_width(d_in: int, pattern: Pattern) -> str:
-    """Why no core of the pattern is so wide, or nothing."""
-    return f"d_in = {d_in} is not a multiple of the pattern's group of {pattern.group}" if d_in % pattern.group else ""
+def _odd_core(shape: tuple[int, int], config: PruneConfig) -> str:
+    """Why no core of the pattern is of such a shape, or can be cut among the ranks; nothing if it can."""
+    pattern = Pattern.parse(config.pattern)
+    if shape[1] % pattern.group:
+        return f"d_in = {shape[1]} is not a multiple of the pattern's group of {pattern.group}"
+    return refusal_to_cut(LayerFormat("core", shape, pattern, None), config.tensor_parallel) or ""
 
 
 def fitted(layer: Layer, config: PruneConfig) -> Layer:
@@ -55,7 +64,7 @@ def reason_to_stay_dense(layer: Layer, config: PruneConfig, dtype: torch.dtype) 
         return f"its weight is in {_name(found)}, the model in {_name(dtype)}; pruned layers share one of {DTYPES_HELP}"
     if config.method == "armorfact":
         return layer.unfit
-    return _odd_width(layer.shape[1], Pattern.parse(config.pattern))  # without wrappers, nothing else has to fit
+    return _odd_core(layer.shape, config)  # without wrappers, nothing else has to fit
 
 
 def _name(dtype: torch.dtype) -> str:

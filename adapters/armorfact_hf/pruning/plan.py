@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from armorfact import Pattern
-from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.cuts import Share
+from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.model.moments import Statistics
 from armorfact_hf.model.stream import BlockStream, evaluating
 from armorfact_hf.model.structure import DenseLayer, Layer, Select
 from armorfact_hf.pruning.aims import LOGITS_A_STEP
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.fitting import fitting_block
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.layer import prune_layer
 from armorfact_hf.pruning.side_by_side import layer_flops
@@ -28,7 +30,12 @@ SOLVER_COPIES = 6.5  # a generous estimate of one factorization's peak, in float
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer, its wrappers' blocks (None without wrappers), and its bytes before and after."""
+    """A layer, its wrappers' blocks (None without wrappers), and its bytes before and after.
+
+    Args:
+        uncut_block: the blocks that it would have if no ranks were to share it.
+        rank_bytes: the most that one of the ranks holds of it.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -36,6 +43,8 @@ class PlannedLayer:
     dense_bytes: int
     bytes: int
     wrapper_bytes: int
+    uncut_block: tuple[int, int] | None
+    rank_bytes: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Plan:
 
     Args:
         layers, dense_layers: what is pruned, and what stays dense and why.
+        tensor_parallel: how many ranks the layers are made for.
         parameters: of the whole model.
         model_bytes: of the whole model, before.
         peak_bytes: an estimate of the memory that pruning takes at most, the model included.
@@ -52,6 +62,7 @@ class Plan:
 
     layers: tuple[PlannedLayer, ...]
     dense_layers: tuple[DenseLayer, ...]
+    tensor_parallel: int
     parameters: int
     model_bytes: int
     peak_bytes: int
@@ -66,6 +77,20 @@ class Plan:
     def bytes(self) -> int:
         """Bytes of the chosen layers after."""
         return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def rank_bytes(self) -> int:
+        """Bytes of the chosen layers on one rank, at most: each holds the wrappers on one side of a cut as a whole."""
+        return sum(layer.rank_bytes for layer in self.layers)
+
+    @property
+    def recut(self) -> dict[tuple[tuple[int, int], tuple[int, int]], list[str]]:
+        """The layers whose blocks are others for the sake of the ranks, by their blocks without and with them."""
+        found: dict[tuple[tuple[int, int], tuple[int, int]], list[str]] = {}
+        for layer in self.layers:
+            if layer.uncut_block is not None and layer.block is not None and layer.uncut_block != layer.block:
+                found.setdefault((layer.uncut_block, layer.block), []).append(layer.name)
+        return found
 
     @property
     def wrapper_overhead(self) -> float:
@@ -103,6 +128,7 @@ def plan_job(job: Job, *, measure: bool = True) -> Plan:
     return Plan(
         layers=tuple(_planned(layer, job.config) for layer in job.layers),
         dense_layers=job.dense_layers,
+        tensor_parallel=job.config.tensor_parallel,
         parameters=sum(parameter.numel() for parameter in job.model.parameters()),
         model_bytes=model_bytes,
         peak_bytes=_peak_bytes(job, model_bytes),
@@ -111,12 +137,20 @@ def plan_job(job: Job, *, measure: bool = True) -> Plan:
 
 
 def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
-    block = layer.block if config.method == "armorfact" else None
-    stand_in = FactorizedLinear(
-        *layer.shape, Pattern.parse(config.pattern), block, dtype=layer.weight.dtype, device="meta"
+    wrapped, ranks, dtype = config.method == "armorfact", config.tensor_parallel, layer.weight.dtype
+    stored = LayerFormat(layer.name, layer.shape, Pattern.parse(config.pattern), layer.block if wrapped else None)
+    cuts = Share.of_rows(layer.shape, 0, ranks), Share.of_columns(layer.shape, 0, ranks)
+    whole = stored.nbytes(dtype)
+    return PlannedLayer(
+        layer.name,
+        layer.shape,
+        stored.block,
+        layer.weight.nbytes,
+        whole,
+        whole - replace(stored, block=None).nbytes(dtype),
+        fitting_block(layer.shape, replace(config, tensor_parallel=1))[0] if wrapped else None,
+        max(cut.of_format(stored).nbytes(dtype) for cut in cuts),
     )
-    wrappers = sum(wrapper.nbytes for wrapper in (stand_in.left, stand_in.right) if wrapper is not None)
-    return PlannedLayer(layer.name, layer.shape, block, layer.weight.nbytes, stand_in.nbytes, wrappers)
 
 
 def _peak_bytes(job: Job, model_bytes: int) -> int:

@@ -96,6 +96,15 @@ def test_the_command_prunes_compares_and_reuses(model_folder, text_file, out):
     assert [row(again, name) for name in ("dense", "wanda", "armorfact")] == [dense, wanda, ours]
 
 
+def test_the_plan_says_what_ranks_cost(model_folder, text_file, out):
+    ranks = ("--tensor-parallel", 2, "--method", "armorfact", "--dry-run", "--sweeps", 1)
+    output = in_words(armorfact(*pruning(model_folder, out, text_file, *ranks)))
+    assert re.search(r"For 2 ranks: each holds at most [\d.]+ MB of these layers, 1\.\d+ times its part", output)
+    ranks = ("--tensor-parallel", 3, "--dry-run")
+    output = in_words(armorfact(*pruning(model_folder, out, text_file, *ranks), code=1))
+    assert "cannot be cut into 3 equal parts" in output
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(model_folder, text_file, out, tmp_path):
     before = files_below(tmp_path)
     output = armorfact(*pruning(model_folder, out, text_file, "--dry-run", "--ignore", "down_proj"))
@@ -110,6 +119,7 @@ def test_every_option_reaches_the_settings(model_folder, text_file, out):
         "--method": "armorfact",
         "--pattern": "1:4",
         "--block": "8",
+        "--tensor-parallel": "2",
         "--shrinkage": "0.5",
         "--target": "output",
         "--init": "nowag",
@@ -121,8 +131,16 @@ def test_every_option_reaches_the_settings(model_folder, text_file, out):
     }
     armorfact(*pruning(model_folder, out, text_file, "--no-eval", "--head", *sum(options.items(), ())))
     config = Report.read(out).config.to_dict()
-    shown = {f"--{key}".removesuffix("s") if key == "baselines" else f"--{key}": config[key] for key in config}
-    expected = options | {"--block": 8, "--shrinkage": 0.5, "--sweeps": 0, "--rtol": 0.25, "--head": True}
+    names = {key: f"--{key.replace('_', '-')}" for key in config} | {"baselines": "--baseline"}
+    shown = {names[key]: config[key] for key in config}
+    expected = options | {
+        "--block": 8,
+        "--tensor-parallel": 2,
+        "--shrinkage": 0.5,
+        "--sweeps": 0,
+        "--rtol": 0.25,
+        "--head": True,
+    }
     expected |= {key: [options[key]] for key in ("--include", "--ignore", "--baseline")}
     assert {key: shown[key] for key in expected} == expected
 

@@ -14,7 +14,7 @@ from armorfact_hf.pruning.config import PruneConfig
 
 
 def test_settings_survive_json():
-    config = PruneConfig(block=64, include=("q_proj", "re:.*mlp.*"), shrinkage=0.5, baselines=())
+    config = PruneConfig(block=64, tensor_parallel=4, include=("q_proj", "re:.*mlp.*"), shrinkage=0.5, baselines=())
     assert PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -38,6 +38,9 @@ def test_settings_of_another_version_are_refused():
         ({"pattern": "4:2"}, ValueError, "1 <= N < M"),
         ({"block": 0}, ValueError, "positive number"),
         ({"block": "big"}, ValueError, "'auto', got 'big'"),
+        ({"tensor_parallel": 0}, ValueError, "at least 1 rank, got 0"),
+        ({"tensor_parallel": 2.0}, ValueError, "whole number of ranks, got 2.0"),
+        ({"tensor_parallel": "two"}, ValueError, "whole number of ranks, got 'two'"),
         ({"block": True}, ValueError, "positive number"),
         ({"objective": "hessian"}, ValueError, "gram, diagonal, nowag"),
         ({"propagate": "both"}, ValueError, "pruned, dense"),

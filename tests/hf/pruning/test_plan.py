@@ -33,6 +33,29 @@ def test_wrapper_overhead():
     assert len(plan.dense_layers) == 6 * BLOCKS
 
 
+def test_blocks_that_no_cut_goes_through_and_what_they_cost():
+    model = tiny_model("llama", hidden_size=256, intermediate_size=480)
+    alone, shared = (
+        make_plan(model, random_tokens(), PruneConfig(tensor_parallel=ranks), measure=False) for ranks in (1, 4)
+    )
+    assert alone.recut == {} and alone.rank_bytes == alone.bytes
+    assert all(layer.uncut_block == before.block for layer, before in zip(shared.layers, alone.layers, strict=True))
+    assert shared.recut and set(shared.recut) == {
+        (layer.uncut_block, layer.block) for layer in shared.layers if layer.uncut_block != layer.block
+    }
+    for layer in shared.layers:
+        assert all(size // 4 % block == 0 for size, block in zip(layer.shape, layer.block, strict=True))
+    assert shared.bytes / 4 < shared.rank_bytes < shared.bytes / 2
+
+
+def test_a_layer_that_cannot_be_cut_stays_dense_with_the_reason():
+    model = tiny_model("llama", hidden_size=32, intermediate_size=72)
+    plan = make_plan(model, random_tokens(), PruneConfig(tensor_parallel=2), measure=False)
+    reasons = {layer.reason for layer in plan.dense_layers if layer.name.endswith("down_proj")}
+    assert len(reasons) == 1 and "a byte of positions" in reasons.pop()
+    assert all(not layer.name.endswith("down_proj") for layer in plan.layers)
+
+
 def test_a_plan_of_later_blocks_runs_those_before_first():
     config = PruneConfig(include=(f"re:model.layers.{BLOCKS - 1}",), sweeps=1)
     assert make_plan(tiny_model("llama"), random_tokens(), config).seconds > 0

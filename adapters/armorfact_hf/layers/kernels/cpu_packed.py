@@ -8,7 +8,7 @@ from functools import cache
 import numba
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, set_num_threads  # as it is now: a server may put one in its place that does nothing
 
 from armorfact_hf.layers.kernels import cpu as kernels
 
@@ -87,7 +87,8 @@ def _launch_threads() -> None:
     """numba's pool, once: it may share OpenMP with PyTorch, and then sets the number of threads for both."""
     wanted = torch.get_num_threads()
     numba.get_num_threads()
-    torch.set_num_threads(wanted)
+    if torch.get_num_threads() != wanted:
+        set_num_threads(wanted)
 
 
 def _take_threads() -> None:
