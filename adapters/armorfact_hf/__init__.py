@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from armorfact_hf.recovery.recover import recover_ as recover_
     from armorfact_hf.recovery.report import Recovery as Recovery
     from armorfact_hf.recovery.settings import RecoverySettings as RecoverySettings
+    from armorfact_hf.recovery.trainable import train_factors_ as train_factors_
     from armorfact_hf.runs.compare import compare as compare
     from armorfact_hf.runs.compare import evaluate_folder as evaluate_folder
     from armorfact_hf.runs.export import export_dense as export_dense
@@ -89,6 +90,7 @@ _HOMES = {
     "time_layers": "bench.layers",
     "to_dense_": "checkpoint.dense",
     "tokenize": "data.tokens",
+    "train_factors_": "recovery.trainable",
     "verify_folder": "checkpoint.verify",
     "windows": "data.tokens",
 }
