@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from armorfact_hf.checkpoint.folder import describe_folder
@@ -14,6 +16,8 @@ from armorfact_hf.data.load_model import Log
 from armorfact_hf.data.origin import CARD
 from armorfact_hf.files import DRAFT
 from armorfact_hf.report.card import write_card
+
+HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of whichever HTTP library this huggingface_hub is built on
 
 
 def push_to_hub(
@@ -56,10 +60,22 @@ def push_to_hub(
     if not (folder / CARD).exists():
         write_card(folder)
     api = HfApi(token=token)
-    place = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
-    log(f"Sending {folder} to {place}.")
-    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=[f".*{DRAFT}*"])
+    with _unreachable_told(api.endpoint):
+        place = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
+        log(f"Sending {folder} to {place}.")
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=[f".*{DRAFT}*"])
     return str(place)
+
+
+@contextmanager
+def _unreachable_told(endpoint: str) -> Iterator[None]:
+    """Errors of the HTTP library, which are of no kind that Python knows, become one; the hub's own are let through."""
+    try:
+        yield
+    except HTTP_ERROR as error:
+        if isinstance(error, HfHubHTTPError):
+            raise
+        raise OSError(f"cannot reach {endpoint} ({error}): try again, what arrived is not sent twice") from error
 
 
 def _check_name(repo: str) -> None:

@@ -15,7 +15,7 @@ from tests.hf.models import VOCABULARY
 from tests.hf.runs.folders import OURS, prune, saved
 
 pytest.importorskip("lm_eval")
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore::Warning:lm_eval")]
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore")]
 
 TASK = """
 task: wordy

@@ -69,6 +69,12 @@ def test_a_name_that_the_hub_does_not_take_is_told(tmp_path, repo):
         push_to_hub(tmp_path, repo, token="hf_x", log=silent)
 
 
+def test_a_hub_that_cannot_be_reached_is_an_error_with_a_sentence(folder, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(OSError, match=r"cannot reach http://127.0.0.1:1 \(.*\): try again"):
+        push_to_hub(folder, "me/tiny", token="hf_x", log=silent)
+
+
 def test_a_dense_folder_is_not_pushed(model_folder, hub):
     with pytest.raises(NotPruned, match="holds no model pruned by armorfact"):
         push_to_hub(model_folder, "me/tiny", token="hf_x", log=silent)
