@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -17,7 +18,8 @@ from armorfact_hf.data.origin import CARD
 from armorfact_hf.files import DRAFT
 from armorfact_hf.report.card import write_card
 
-HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of whichever HTTP library this huggingface_hub is built on
+# The base of all errors of the HTTP library, whichever this huggingface_hub is built on.
+HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 
 def push_to_hub(
