@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from armorfact_hf.checkpoint.dense import to_dense_ as to_dense_
     from armorfact_hf.checkpoint.description import NotPruned as NotPruned
     from armorfact_hf.checkpoint.folder import load_pruned as load_pruned
-    from armorfact_hf.checkpoint.folder import save_pruned as save_pruned
     from armorfact_hf.checkpoint.verify import verify_folder as verify_folder
     from armorfact_hf.data.load_model import load_model as load_model
     from armorfact_hf.data.tokens import tokenize as tokenize
@@ -43,13 +42,16 @@ if TYPE_CHECKING:
     from armorfact_hf.recovery.recover import recover_ as recover_
     from armorfact_hf.recovery.report import Recovery as Recovery
     from armorfact_hf.recovery.settings import RecoverySettings as RecoverySettings
+    from armorfact_hf.recovery.trainable import train_factors_ as train_factors_
     from armorfact_hf.runs.compare import compare as compare
     from armorfact_hf.runs.compare import evaluate_folder as evaluate_folder
     from armorfact_hf.runs.export import export_dense as export_dense
     from armorfact_hf.runs.inspect import inspect_folder as inspect_folder
     from armorfact_hf.runs.prune_to_folder import Calibration as Calibration
     from armorfact_hf.runs.prune_to_folder import prune_to_folder as prune_to_folder
+    from armorfact_hf.runs.push import push_to_hub as push_to_hub
     from armorfact_hf.runs.recover import recover_to_folder as recover_to_folder
+    from armorfact_hf.runs.save import save_pruned as save_pruned
 
 # Where each name is defined; the imports above say the same to type checkers (tests compare the two).
 _HOMES = {
@@ -81,12 +83,14 @@ _HOMES = {
     "make_plan": "pruning.plan",
     "prune_": "pruning.prune",
     "prune_to_folder": "runs.prune_to_folder",
+    "push_to_hub": "runs.push",
     "recover_": "recovery.recover",
     "recover_to_folder": "runs.recover",
-    "save_pruned": "checkpoint.folder",
+    "save_pruned": "runs.save",
     "time_layers": "bench.layers",
     "to_dense_": "checkpoint.dense",
     "tokenize": "data.tokens",
+    "train_factors_": "recovery.trainable",
     "verify_folder": "checkpoint.verify",
     "windows": "data.tokens",
 }

@@ -12,10 +12,19 @@ from armorfact_hf.model.causal_lm import CausalLM
 
 
 def to_dense_(model: CausalLM) -> CausalLM:
-    """Replace every pruned layer by an ordinary one with the weight A C B, in place; any tool can use the result."""
+    """Replace every pruned layer by an ordinary one with the weight A C B, in place; any tool can use the result.
+
+    Raises:
+        ValueError: adapters are around pruned layers.
+    """
     pruned = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
     with torch.device("meta"):
         dense = dict(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).named_modules())
+    if wrapped := [name for name in pruned if name not in dense]:
+        raise ValueError(
+            f"{wrapped[0]} is inside of an adapter: take it out first, with `unload()` of the PEFT model, or load the "
+            "folder anew"
+        )
     for name, layer in pruned.items():
         model.set_submodule(name, _dense_linear(dense[name], layer))
     if hasattr(model, "hf_quantizer"):

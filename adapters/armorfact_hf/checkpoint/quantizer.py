@@ -51,6 +51,7 @@ class ArmorfactQuantizer(HfQuantizer):
     """Puts a `FactorizedLinear` in the place of every pruned layer, after the files were found whole."""
 
     requires_calibration = True
+    trains_factors = False
     quantization_config: ArmorfactConfig
 
     def is_serializable(self) -> bool:
@@ -59,8 +60,13 @@ class ArmorfactQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The factors ask for no gradients."""
-        return False
+        """Gradients pass through the layers: to adapters, and to the factors themselves."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether `train_factors_` opened the factors; else a trainer without adapters would find nothing to train."""
+        return self.trains_factors
 
     @property
     def is_compileable(self) -> bool:

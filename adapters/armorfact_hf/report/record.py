@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
+from armorfact_hf.data.origin import Origin
 from armorfact_hf.files import written_beside
 from armorfact_hf.layers.format import shown
 from armorfact_hf.model.structure import DenseLayer
@@ -27,7 +28,10 @@ FILE, PAGE = "report.json", "report.html"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The dense model: its name for `load_model`, class, dtype, numbers of parameters and bytes, and fingerprint."""
+    """The dense model: its name for `load_model`, class, dtype, numbers of parameters and bytes, and fingerprint.
+
+    ``origin`` is what the hub knows of it; files written before there were model cards lack it.
+    """
 
     name: str
     architecture: str = field(metadata={"json": "class"})
@@ -35,6 +39,7 @@ class ModelFacts:
     parameters: int
     bytes: int
     fingerprint: str
+    origin: Origin = field(default_factory=Origin)
 
 
 @dataclass(frozen=True)

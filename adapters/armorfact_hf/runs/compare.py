@@ -8,12 +8,14 @@ from pathlib import Path
 
 from armorfact_hf.checkpoint.folder import stored_tensors
 from armorfact_hf.data.load_model import Loaded, Log, load_model
+from armorfact_hf.data.origin import CARD
 from armorfact_hf.data.texts import evaluation_source
 from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, perplexity_of
 from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 
@@ -49,7 +51,7 @@ def evaluate_folder(
     beside: Sequence[Path] = (),
     observer: Observer | None = None,
 ) -> Report:
-    """Measure a finished folder beside its dense model, and write the figures into its report.
+    """Measure a finished folder beside its dense model, and write the figures into its report and its model card.
 
     Figures of other methods on the same texts stay there. One model is in memory at a time.
 
@@ -77,6 +79,8 @@ def evaluate_folder(
         ],
     )
     report.write(folder)
+    if not write_card(folder):
+        observer.say(f"{folder / CARD} was edited by hand: it is left as it is, without the new figures.")
     return report
 
 

@@ -14,11 +14,12 @@ from armorfact_hf.checkpoint.verify import check_headers, verify_folder
 from armorfact_hf.files import flush, room_for, workshop
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.pruning.journal import DifferentRun, Journal
+from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import Report
 
 
 def finish(model: CausalLM, tokenizer: Any, report: Report, out: Path, journal: Journal) -> None:
-    """Write the pruned model, its tokenizer and its report to ``out``, and remove the journal.
+    """Write the pruned model, its tokenizer, its report and its model card to ``out``, and remove the journal.
 
     Raises:
         DiskFull: there is no room. OSError: what was written is not what is in memory. DifferentRun: somebody else made
@@ -30,6 +31,7 @@ def finish(model: CausalLM, tokenizer: Any, report: Report, out: Path, journal: 
         report.write(draft)
         flush(draft)
         _check_written(draft, model, out)
+        write_card(draft)
         if out.exists():
             raise DifferentRun(f"{out} was made by somebody else meanwhile: remove it, and the same call writes it")
         draft.rename(out)

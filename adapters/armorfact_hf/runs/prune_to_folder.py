@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 import armorfact
-from armorfact_hf.data.load_model import DEMO, Loaded, Log, load_model
+from armorfact_hf.data.load_model import Loaded, Log, load_model
+from armorfact_hf.data.origin import DEMO, origin_of
 from armorfact_hf.data.texts import calibration_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
 from armorfact_hf.files import check_room
@@ -122,6 +123,7 @@ def _model_facts(loaded: Loaded, job: Job) -> ModelFacts:
         parameters=sum(parameter.numel() for parameter in parameters),
         bytes=sum(parameter.nbytes for parameter in parameters),
         fingerprint=job.fingerprint,
+        origin=origin_of(loaded.name),
     )
 
 

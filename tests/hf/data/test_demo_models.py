@@ -41,7 +41,7 @@ def index(monkeypatch):
 def tiny(monkeypatch, tmp_path, index):
     """A demo model "tiny" whose conversion only copies the GGUF; the folder of its cache."""
     monkeypatch.setenv("ARMORFACT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(DEMO_MODELS, "tiny", DemoModel("A tiny model", "CC0", SHA256, PARTS))
+    monkeypatch.setitem(DEMO_MODELS, "tiny", DemoModel("A tiny model", "me/tiny", "CC0", "cc0-1.0", SHA256, PARTS))
     monkeypatch.setattr(demo_models, "require_converters", lambda: None)
     monkeypatch.setattr(
         demo_models, "convert_gguf", lambda gguf, folder: (folder.mkdir(), gguf.rename(folder / "weights"))

@@ -39,6 +39,7 @@ RESUMED = {
     "output": replace(OURS, target="output", head=True),
 }
 FINISHED = {
+    "README.md",
     "config.json",
     "generation_config.json",
     "model.safetensors",

@@ -1,0 +1,1 @@
+"""Pruned layers inside of PEFT: imported only where PEFT itself is."""

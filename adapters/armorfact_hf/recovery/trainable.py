@@ -1,0 +1,39 @@
+"""The stored factors themselves, opened for any trainer."""
+
+from __future__ import annotations
+
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.recovery.settings import TRAINED
+
+
+def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
+    """Let the factors of a pruned model's layers ask for gradients, and nothing else; then Trainer takes it.
+
+    The positions of the kept values are no parameters: whatever a trainer does, at most N of M stay non-zero. A small
+    step is lost in 16 bits, so load the model in float32 to train it, and cast it before it is saved.
+
+    Args:
+        model: pruned; changed in place. A choice of `FactorizedLinear.use_` ends, since it may keep a copy of the
+            weight that training would leave behind.
+        train: "factors" for A, B, the kept values of C and the biases of pruned layers; "wrappers" for A and B alone.
+
+    Raises:
+        ValueError: an unknown choice, a model without pruned layers, or without any of the factors.
+    """
+    if train not in TRAINED:
+        raise ValueError(f"train must be one of {', '.join(TRAINED)}, got {train!r}")
+    layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    factors = [tensor for layer in layers for part in TRAINED[train] if (tensor := getattr(layer, part)) is not None]
+    if not factors:
+        raise ValueError(
+            f"the model has no {'wrappers' if layers else 'pruned layers'} to train: load a folder that "
+            "`armorfact prune` wrote with wrappers"
+        )
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.use_(None)
+    for factor in factors:
+        factor.requires_grad_(True)
+    model.hf_quantizer.trains_factors = True
+    return model
