@@ -1,0 +1,157 @@
+"""The command `armorfact prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from armorfact_hf.cli import tables
+from armorfact_hf.cli.options import MODEL_HELP, Device, Dtype, Length, Texts, Windows, evaluations_of
+from armorfact_hf.cli.terminal import errors_as_sentences, say, show, show_plan, shown_progress
+from armorfact_hf.pruning import config as settings
+
+if TYPE_CHECKING:
+    from armorfact_hf.evaluation.measure import Evaluation
+    from armorfact_hf.runs.prune_to_folder import Calibration
+
+DEFAULTS = settings.PruneConfig()
+
+
+def prune(  # typer reads options from the signature: it is as long as there are settings
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(settings.METHODS)}.")] = DEFAULTS.method,
+    pattern: Annotated[str, typer.Option(help="N:M, at most N non-zeros of M.")] = DEFAULTS.pattern,
+    block: Annotated[str, typer.Option(help="Size of the wrappers' blocks, or auto.")] = str(DEFAULTS.block),
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Ranks of a server that will share each layer: chooses blocks that no cut goes through.")
+    ] = DEFAULTS.tensor_parallel,
+    objective: Annotated[str, typer.Option(help="gram, diagonal, or nowag (the ARMOR paper's).")] = DEFAULTS.objective,
+    shrinkage: Annotated[
+        float | None, typer.Option(help="λ of H + λ diag(H), for the objective gram [default: 1.0].")
+    ] = DEFAULTS.shrinkage,
+    propagate: Annotated[
+        str, typer.Option(help="Inputs from the blocks before as they are: pruned, or dense.")
+    ] = DEFAULTS.propagate,
+    target: Annotated[
+        str, typer.Option(help="Aim at weight (W X, X as pruned) or output (what the dense model computes).")
+    ] = DEFAULTS.target,
+    init: Annotated[str, typer.Option(help="Where the factorization starts.")] = DEFAULTS.init,
+    sweeps: Annotated[int, typer.Option(help="Sweeps of the solver over a layer, at most.")] = DEFAULTS.sweeps,
+    rtol: Annotated[float, typer.Option(help="A layer ends when sweeps gain less than this share.")] = DEFAULTS.rtol,
+    refine: Annotated[
+        str, typer.Option(help="Tune each decoder block as a whole once it is factorized: block, or none.")
+    ] = str(DEFAULTS.refine),
+    passes: Annotated[
+        int, typer.Option(help="Passes over the calibration windows while a block is tuned.")
+    ] = DEFAULTS.passes,
+    rate: Annotated[float, typer.Option(help="Learning rate of that.")] = DEFAULTS.rate,
+    tail: Annotated[
+        int, typer.Option(help="Blocks at the end that are tuned once more, together, towards the dense words.")
+    ] = DEFAULTS.tail,
+    include: Annotated[
+        list[str], typer.Option(help="Layers to prune: last parts of their names, or re:EXPRESSION; repeatable.")
+    ] = list(DEFAULTS.include),  # noqa: B006 (typer reads it, nothing changes it)
+    ignore: Annotated[list[str], typer.Option(help="Layers to leave dense, written like --include.")] = [],  # noqa: B006
+    head: Annotated[bool, typer.Option("--head", help="Prune the output head too.")] = False,
+    baseline: Annotated[
+        list[str], typer.Option(help=f"Losses to show beside in the report: {', '.join(settings.BASELINES)}; or none.")
+    ] = list(DEFAULTS.baselines),  # noqa: B006
+    calibration: Annotated[
+        str, typer.Option(help="A file of plain text, or demo:gensim-enwiki.")
+    ] = "demo:gensim-enwiki",
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 16,
+    length: Length = 2048,
+    compare: Annotated[
+        str, typer.Option(help="Methods to prune by as well, into OUT-METHOD, and to show beside: wanda,sparsegpt.")
+    ] = "",
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Measure perplexity before and after.")] = True,
+    text: Texts = ["demo:gensim-enwiki"],  # noqa: B006
+    windows: Windows = 6,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with a time estimate, and stop.")] = False,
+) -> None:
+    """Prune a model, save it with a report, and show what it cost in perplexity.
+
+    A run that is killed continues when the same command is given again.
+
+    Examples:
+
+    `armorfact prune demo:smollm2 --out pruned`
+
+    `armorfact prune ./llama --out pruned --include 're:.*mlp.*' --dtype bfloat16 --calibration text.txt`
+
+    `armorfact prune demo:smollm2 --out pruned --compare wanda,sparsegpt`
+    """
+    with errors_as_sentences():
+        chosen = settings.PruneConfig(
+            method=method,
+            pattern=pattern,
+            block=int(block) if block.isdecimal() else block,
+            tensor_parallel=tensor_parallel,
+            objective=objective,
+            shrinkage=shrinkage,
+            propagate=propagate,
+            target=target,
+            init=init,
+            sweeps=sweeps,
+            rtol=rtol,
+            refine=None if refine == "none" else refine,
+            passes=passes,
+            rate=rate,
+            tail=tail,
+            include=tuple(include),
+            ignore=tuple(ignore),
+            head=head,
+            baselines=() if baseline == ["none"] else tuple(baseline),
+        )
+        _prune(
+            model,
+            out,
+            chosen,
+            _calibration(calibration, samples, length),
+            methods=[name.strip() for name in compare.split(",") if name.strip()],
+            evaluations=evaluations_of(text, windows, length) if evaluate else [],
+            dtype=dtype,
+            device=device,
+            dry_run=dry_run,
+        )
+
+
+def _calibration(text: str, samples: int, length: int) -> Calibration:
+    from armorfact_hf.runs.prune_to_folder import Calibration
+
+    return Calibration(text, samples, length)
+
+
+def _prune(
+    model: str,
+    out: Path,
+    config: settings.PruneConfig,
+    calibration: Calibration,
+    *,
+    methods: list[str],
+    evaluations: list[Evaluation],
+    dtype: str,
+    device: str | None,
+    dry_run: bool,
+) -> None:
+    from armorfact_hf.data.load_model import load_model
+    from armorfact_hf.pruning import plan
+    from armorfact_hf.runs.compare import compare
+
+    for method in methods:
+        settings.PruneConfig(method=method)
+    if dry_run:
+        loaded = load_model(model, dtype, device, say)
+        show_plan(plan.make_plan(loaded.model, calibration.tokens(loaded, say), config))
+        return
+    with shown_progress() as observer:
+        rows = compare(
+            model, out, config, methods, calibration, evaluations, dtype=dtype, device=device, observer=observer
+        )
+    show(tables.compared(rows))
+    say(f"Report: {out / 'report.html'}")
