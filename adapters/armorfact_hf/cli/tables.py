@@ -24,6 +24,8 @@ def plan_lines(plan: Any) -> Iterator[str]:
     if plan.tensor_parallel > 1:
         yield from _for_ranks(plan)
     yield from _left_dense(plan.dense_layers)
+    if plan.stays_dense >= 0.001:
+        yield f"Of the weights in the decoder blocks {100 * plan.stays_dense:.1f}% stay dense"
     if plan.seconds is not None:
         yield f"Estimated time, from a measured first layer: {_about(plan.seconds)}"
 

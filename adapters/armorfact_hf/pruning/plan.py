@@ -35,6 +35,7 @@ class PlannedLayer:
     Args:
         uncut_block: the blocks that it would have if no ranks were to share it.
         rank_bytes: the most that one of the ranks holds of it.
+        in_block: whether it is in a decoder block: the output head is not.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PlannedLayer:
     wrapper_bytes: int
     uncut_block: tuple[int, int] | None
     rank_bytes: int
+    in_block: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Plan:
         layers, dense_layers: what is pruned, and what stays dense and why.
         tensor_parallel: how many ranks the layers are made for.
         parameters: of the whole model.
+        weights: parameters in the matrices of the decoder blocks, those of stacked experts among them.
         model_bytes: of the whole model, before.
         peak_bytes: an estimate of the memory that pruning takes at most, the model included.
         seconds: an estimate from running the first decoder block and pruning one layer, or None.
@@ -64,9 +67,16 @@ class Plan:
     dense_layers: tuple[DenseLayer, ...]
     tensor_parallel: int
     parameters: int
+    weights: int
     model_bytes: int
     peak_bytes: int
     seconds: float | None
+
+    @property
+    def stays_dense(self) -> float:
+        """The share of those weights that no chosen layer holds."""
+        inside = sum(layer.shape[0] * layer.shape[1] for layer in self.layers if layer.in_block)
+        return 1 - inside / self.weights if self.weights else 0.0
 
     @property
     def dense_bytes(self) -> int:
@@ -130,6 +140,7 @@ def plan_job(job: Job, *, measure: bool = True) -> Plan:
         dense_layers=job.dense_layers,
         tensor_parallel=job.config.tensor_parallel,
         parameters=sum(parameter.numel() for parameter in job.model.parameters()),
+        weights=sum(weight.numel() for block in job.blocks for weight in block.parameters() if weight.ndim > 1),
         model_bytes=model_bytes,
         peak_bytes=_peak_bytes(job, model_bytes),
         seconds=_estimated_seconds(job) if measure else None,
@@ -150,6 +161,7 @@ def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
         whole - replace(stored, block=None).nbytes(dtype),
         fitting_block(layer.shape, replace(config, tensor_parallel=1))[0] if wrapped else None,
         max(cut.of_format(stored).nbytes(dtype) for cut in cuts),
+        layer.decoder_block is not None,
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
+from armorfact_hf.cli.tables import plan_lines
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_
-from tests.hf.models import BLOCKS, random_tokens, tiny_model
+from tests.hf.models import BLOCKS, COMMON, GROUPED, TOKENS, random_tokens, tiny_model
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "wanda"}, {"block": 8, "pattern": "1:4"}, {"head": True}])
@@ -54,6 +56,24 @@ def test_a_layer_that_cannot_be_cut_stays_dense_with_the_reason():
     reasons = {layer.reason for layer in plan.dense_layers if layer.name.endswith("down_proj")}
     assert len(reasons) == 1 and "a byte of positions" in reasons.pop()
     assert all(not layer.name.endswith("down_proj") for layer in plan.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_share_of_the_blocks_weights_that_stays_dense(family):
+    whole = make_plan(tiny_model(family), random_tokens(2), measure=False)
+    assert whole.stays_dense == 0.0 and "stay dense" not in " ".join(plan_lines(whole))
+    some = make_plan(tiny_model(family), random_tokens(2), PruneConfig(include=(r"re:.*\.0\..*",)), measure=False)
+    assert some.stays_dense == pytest.approx(1 - 1 / BLOCKS)
+
+
+def test_experts_in_one_tensor_are_counted_as_staying_dense():
+    torch.manual_seed(0)
+    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    config = transformers.Qwen3MoeConfig(**COMMON, **TOKENS, **GROUPED, **sizes)
+    plan = make_plan(transformers.AutoModelForCausalLM.from_config(config), random_tokens(2), measure=False)
+    attention, experts, router = 32 * 32 * 2 + 32 * 16 * 2, 4 * 3 * 32 * 16, 4 * 32
+    assert plan.stays_dense == pytest.approx((experts + router) / (attention + experts + router))
+    assert f"Of the weights in the decoder blocks {100 * plan.stays_dense:.1f}% stay dense" in list(plan_lines(plan))
 
 
 def test_a_plan_of_later_blocks_runs_those_before_first():
