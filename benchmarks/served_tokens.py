@@ -20,19 +20,8 @@ from transformers import AutoTokenizer
 from armorfact_hf import load_pruned
 from benchmarks.serving import served
 
-SUBJECTS = (
-    *(
-        "the city of Rome",
-        "a river in spring",
-        "the number zero",
-        "glass",
-        "the violin",
-        "a long winter",
-        "tea",
-        "wolves",
-    ),
-    *("the printing press", "the moon", "a bakery", "chess", "copper", "an old bridge", "the harbour", "bread"),
-)
+PLACES = ("Rome", "Lima", "Oslo", "Cairo", "Delhi", "Kyoto", "Paris", "Accra")
+PROMPTS = [f"{start} {place}" for start in ("A short history of", "The weather in") for place in PLACES]
 
 
 def from_server(address: str, model: str, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
@@ -64,16 +53,16 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=100, help="tokens written after a prompt")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.pruned)
-    prompts = [tokenizer(f"A short text about {subject}.").input_ids for subject in SUBJECTS]
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     with served(arguments.pruned, "float32", 2 * arguments.new + 64, eager=True) as address:
         answers = from_server(address, arguments.pruned, prompts, arguments.new)
     expected = list(from_transformers(arguments.pruned, prompts, arguments.new))
     equal = sum(found == wanted for found, wanted in zip(answers, expected, strict=True))
     print(f"{equal} of {len(prompts)} answers of up to {arguments.new} tokens are equal")
-    for subject, found, wanted in zip(SUBJECTS, answers, expected, strict=True):
+    for prompt, found, wanted in zip(PROMPTS, answers, expected, strict=True):
         if found != wanted:
             place = next((k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(wanted))
-            print(f"{subject}: they part at token {place + 1}")
+            print(f"{prompt}: they part at token {place + 1}")
 
 
 if __name__ == "__main__":
