@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-vllm soak lint docs bench clean
+.PHONY: demo test test-vllm soak lint docs bench gpu clean
 
 .venv/hf-ready: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -50,6 +50,9 @@ bench: .venv/ready  ## the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.first_sweep
 	$(BIN)/python -m benchmarks.adam
 	$(BIN)/python -m benchmarks.execution
+
+gpu:  ## what a CUDA device can tell in eight minutes, with the PyTorch of $(PYTHON); installs nothing
+	PYTHONPATH=.:adapters $(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv .venv-vllm docs/_build

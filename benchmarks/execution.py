@@ -26,11 +26,14 @@ SPARSE = {"bf16 packed": ("packed", torch.bfloat16), "bf16 unpacked": ("unpacked
 SPARSE |= {"fp32 packed": ("packed", torch.float32), "fp32 unpacked": ("unpacked", torch.float32)}
 
 
-def random_layer(d_out: int, d_in: int, block: int, dtype: torch.dtype) -> FactorizedLinear:
+def random_layer(
+    d_out: int, d_in: int, block: int, dtype: torch.dtype, device: torch.device | None = None
+) -> FactorizedLinear:
     """A layer of random factors."""
-    weight = torch.randn(d_out, d_in)
+    weight = torch.randn(d_out, d_in, device=device)
     core = Core.from_dense((weight * PAIR.top_mask(weight.abs())).to(dtype), PAIR)
-    left, right = (BlockDiagonal((torch.randn(d // block, block, block) / block**0.5).to(dtype)) for d in (d_out, d_in))
+    wrappers = (torch.randn(d // block, block, block, device=device) / block**0.5 for d in (d_out, d_in))
+    left, right = (BlockDiagonal(blocks.to(dtype)) for blocks in wrappers)
     return FactorizedLinear.of(core, left, right)
 
 
@@ -38,16 +41,21 @@ def copies(layer: FactorizedLinear, count: int, execution: Execution) -> list[nn
     """So many layers, each with memory of its own."""
     made = []
     for _ in range(count):
-        block = layer.block
-        other = FactorizedLinear(layer.out_features, layer.in_features, PAIR, block, dtype=layer.values.dtype)
+        block, like = layer.block, layer.values
+        other = FactorizedLinear(
+            layer.out_features, layer.in_features, PAIR, block, dtype=like.dtype, device=like.device
+        )
         other.load_state_dict(layer.state_dict())
         made.append(other.use_(execution))
     return made
 
 
-def dense_layers(d_out: int, d_in: int, count: int, dtype: torch.dtype) -> list[nn.Module]:
+def dense_layers(
+    d_out: int, d_in: int, count: int, dtype: torch.dtype, device: torch.device | None = None
+) -> list[nn.Module]:
     """So many dense layers, each with memory of its own."""
-    return [nn.Linear(d_in, d_out, bias=False, dtype=dtype).requires_grad_(False) for _ in range(count)]
+    made = (nn.Linear(d_in, d_out, bias=False, dtype=dtype, device=device) for _ in range(count))
+    return [layer.requires_grad_(False) for layer in made]
 
 
 @torch.inference_mode()

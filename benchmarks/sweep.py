@@ -24,12 +24,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from armorfact import Pattern, Problem, blocks, factorize, sparsegpt
 from armorfact.gram import FullGram
 from armorfact.solvers.exact import sweep
+
+Array = Any
+Clock = Callable[[Callable[[], object]], float]
 
 BLOCK = 128
 LARGE, SMALL = 2.5, 13
@@ -50,10 +54,10 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def products_seconds(weight: np.ndarray, gram: np.ndarray, wrapper: np.ndarray) -> float:
+def products_seconds(weight: Array, gram: Array, wrapper: Array, seconds: Clock = seconds) -> float:
     """The time of the products alone: one of each kind, times how often it occurs."""
     large = seconds(lambda: weight @ gram)
-    small = seconds(lambda: wrapper @ blocks.split_rows(weight, BLOCK))
+    small = seconds(lambda: wrapper @ blocks.split_rows(weight, wrapper.shape[-1]))
     return LARGE * large + SMALL * small
 
 
