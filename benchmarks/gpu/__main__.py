@@ -36,7 +36,10 @@ def main(given: list[str] | None = None) -> None:
     """Measure and print, or print the tables of an earlier run."""
     arguments = _arguments(given)
     if arguments.table is not None:
-        print(tables(Report.read(arguments.table)))
+        try:
+            print(tables(Report.read(arguments.table)))
+        except (OSError, ValueError) as error:
+            sys.exit(str(error))
         return
     setup = small(arguments.device) if arguments.small else Setup(arguments.device)
     report = Report(arguments.out, machine(setup.device), asdict(setup))

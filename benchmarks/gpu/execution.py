@@ -13,11 +13,12 @@ from armorfact_hf.layers.execution import STRATEGIES, Execution
 from armorfact_hf.layers.strategy import PAIR, Kind
 from benchmarks.execution import copies, dense_layers, random_layer
 from benchmarks.gpu.parts import Item
-from benchmarks.gpu.report import Skipped, Values
+from benchmarks.gpu.report import Labels, Skipped, Values
 from benchmarks.gpu.setup import Setup, Shape, shape_name
 from benchmarks.gpu.timer import Work, medians, timer_of
 
 GRAPH_TOKENS = 64  # beyond, a GPU works longer on a layer than Python on its calls
+LINEAR = "nn.Linear"
 Forms = dict[str, list[nn.Module]]
 
 
@@ -26,7 +27,7 @@ def eager(strategy: str, setup: Setup) -> Iterator[Item]:
     for dtype, shape in product(setup.dtypes, setup.shapes):
         made = _made(setup, strategy, dtype, shape)
         for tokens in setup.tokens:
-            labels = {"layer": shape_name(shape), "dtype": dtype, "tokens": tokens}
+            labels: Labels = {"layer": shape_name(shape), "dtype": dtype, "tokens": tokens}
             yield labels, partial(_times, setup, made, tokens, lambda work: work)
 
 
@@ -36,7 +37,7 @@ def graphs(setup: Setup) -> Iterator[Item]:
     for strategy, dtype, shape in product(strategies, setup.dtypes[:1], setup.shapes):
         made = _made(setup, strategy, dtype, shape)
         for tokens in (count for count in setup.tokens if count <= GRAPH_TOKENS):
-            labels = {"strategy": strategy, "layer": shape_name(shape), "dtype": dtype, "tokens": tokens}
+            labels: Labels = {"strategy": strategy, "layer": shape_name(shape), "dtype": dtype, "tokens": tokens}
             yield labels, partial(_times, setup, made, tokens, _captured)
 
 
@@ -53,7 +54,7 @@ def _forms(setup: Setup, strategy: str, dtype: torch.dtype, shape: Shape) -> For
     count = max(2, setup.weights_bytes // (4 * shape[0] * shape[1]))
     layer = random_layer(*shape, setup.wrapper, dtype, device)
     return {
-        "nn.Linear": dense_layers(*shape, count, dtype, device),
+        LINEAR: dense_layers(*shape, count, dtype, device),
         strategy: copies(layer, count, Execution.always(strategy)),
     }
 
@@ -62,8 +63,9 @@ def _forms(setup: Setup, strategy: str, dtype: torch.dtype, shape: Shape) -> For
 def _times(setup: Setup, made: Callable[[], Forms], tokens: int, as_run: Callable[[Work], Work]) -> Values:
     """Microseconds a layer, and how many times as fast as nn.Linear the pruned one is."""
     forms = made()
-    layers = next(iter(forms.values()))
-    x = torch.randn(tokens, layers[0].in_features, device=setup.device).to(layers[0].weight.dtype)
+    layers = forms[LINEAR]
+    weight = layers[0].get_parameter("weight")  # (d_out, d_in)
+    x = torch.randn(tokens, weight.shape[1], device=setup.device).to(weight.dtype)
     works: dict[str, Work] = {name: partial(_pass, group, x) for name, group in forms.items()}
     for work in works.values():
         work()  # compiles kernels, which no graph can hold

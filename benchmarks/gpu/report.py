@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 MEASURED, SKIPPED, FAILED, STOPPED = "measured", "skipped", "failed", "stopped"
 
-Labels = dict[str, str | int]
+Labels = Mapping[str, str | int]
 Values = dict[str, float]
 
 

@@ -65,13 +65,13 @@ def _warm_sweep(setup: Setup, convert: Callable[[Tensor], Any]) -> None:
 
 def _problem(setup: Setup, shape: Shape, convert: Callable[[Tensor], Any]) -> tuple[Callable[[], object], tuple]:
     """A sweep to be run, and its weight, Gram matrix and left wrapper."""
-    weight, gram = map(convert, random_layer(shape, setup.device))
+    weight, gram = map(convert, random_problem(shape, setup.device))
     problem = Problem(weight, FullGram(gram), Pattern(2, 4), setup.wrapper, setup.wrapper)
     factors = problem.identity_wrapped(magnitude(weight))
     return partial(sweep, problem, factors), (weight, gram, factors.left)
 
 
-def random_layer(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
+def random_problem(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
     """A random weight (d_out, d_in) and the Gram matrix (d_in, d_in) of correlated inputs, float32."""
     d_out, d_in = shape
     generator = torch.Generator(device).manual_seed(0)
@@ -89,7 +89,7 @@ def _products(measure: Callable[[], float]) -> float:
 def _greedy(setup: Setup, size: int) -> Values:
     timer = timer_of(setup.device)
     _warm_greedy(setup)
-    weight, gram = random_layer((size, size), setup.device)
+    weight, gram = random_problem((size, size), setup.device)
     pruned = timer.seconds(lambda: sparsegpt(weight, gram))
     products = _products(lambda: _greedy_products(timer, weight, gram, setup.wrapper))
     return {"SparseGPT s": pruned, "its products s": products, "ratio": pruned / products}
@@ -97,7 +97,7 @@ def _greedy(setup: Setup, size: int) -> Values:
 
 @cache
 def _warm_greedy(setup: Setup) -> None:
-    sparsegpt(*random_layer(WARM, setup.device))
+    sparsegpt(*random_problem(WARM, setup.device))
 
 
 def _greedy_products(timer: Timer, weight: Tensor, gram: Tensor, size: int) -> float:

@@ -61,7 +61,7 @@ def swept_block(report: Report) -> Prediction | None:
     without, least = report.value((BLOCK,), 0, "block s"), _sweep_seconds(report, square)
     if without is None or least is None:
         return None
-    total, assumed = without, []
+    total, assumed = without, list[str]()
     for shape, count in setup.linear_layers.items():
         found = _sweep_seconds(report, shape)
         if found is None:

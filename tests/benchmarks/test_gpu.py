@@ -119,7 +119,7 @@ def test_a_lost_device_ends_its_part(items, monkeypatch):
 
 
 def test_figures_come_out_of_a_process_of_their_own_and_a_killed_one_is_told():
-    figures = isolated("packed", small("cpu"), 120)
+    figures = isolated("packed", replace(small("cpu"), seconds=0.5), 600)  # the rest takes seconds
     assert next(figures).part == "packed"
     (child,) = multiprocessing.active_children()
     child.kill()
@@ -181,6 +181,9 @@ def test_another_file_is_refused(tmp_path):
     other.write_text("[]")
     with pytest.raises(ValueError, match="expected figures that `make gpu` wrote"):
         Report.read(other)
+    for path, message in ((other, "expected figures"), (tmp_path / "missing.json", "No such file")):
+        with pytest.raises(SystemExit, match=message):
+            command.main(["--table", str(path)])
 
 
 def test_a_block_is_extrapolated_from_what_was_measured_and_says_what_was_not(tmp_path):
@@ -192,9 +195,8 @@ def test_a_block_is_extrapolated_from_what_was_measured_and_says_what_was_not(tm
     assert extrapolation(report).endswith("Not measured: a sweep of 11008x4096, 4096x11008.")
     report.add(sweep("11008x4096", 5.0, "large sweep"))
     report.add(sweep("4096x11008", 9.0, "large sweep"))
-    assert swept_block(report).seconds == pytest.approx(60 + 20 * (4 * 3 + 2 * 5 + 9)) and "at least" not in tables(
-        report
-    )
+    assert swept_block(report).seconds == pytest.approx(60 + 20 * (4 * 3 + 2 * 5 + 9))
+    assert "at least" not in tables(report)
 
 
 def test_a_block_that_would_outlast_the_seconds_is_not_begun(tmp_path, capsys):
@@ -218,7 +220,3 @@ def test_make_gpu_names_the_command():
         ["make", "-n", "gpu", "PYTHON=python3"], cwd=checks.ROOT, capture_output=True, text=True, check=True
     )
     assert shown.stdout.strip() == "PYTHONPATH=.:adapters python3 -m benchmarks.gpu"
-
-
-def test_small_sizes_keep_every_setting_of_the_full_ones():
-    assert replace(Setup(), device="cpu").dtypes == small("cpu").dtypes
