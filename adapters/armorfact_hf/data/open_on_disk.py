@@ -7,13 +7,13 @@ files, and renames them as for a model in memory. What it would have to make ane
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, remove_hook_from_submodules
+from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -25,8 +25,10 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     rename_source_key,
 )
+from transformers.integrations.accelerate import accelerate_disk_offload
 
 from armorfact_hf.checkpoint.shards import shards
+from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import HEAD, Key, OnDisk, Piece
 from armorfact_hf.model.structure import decoder_blocks
@@ -49,25 +51,31 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
         NotStreamable: transformers makes one of its tensors from others, or keeps it in another dtype.
         ValueError: a file or a tensor is missing or damaged.
     """
-    files = tuple(shards(folder))
+    files = _files_by_tensor(folder)
     empty = _empty(folder)
     _refuse_conversions(empty, files)
-    prefix, blocks = decoder_blocks(empty)
+    _index(empty, folder, files)
+    prefix, _ = decoder_blocks(empty)
     head = _own_head(empty)
     with _quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             device_map=_places(empty, prefix, head, device),
-            output_loading_info=True,
         )
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{folder} lacks the tensors {', '.join(missing[:5])} ({len(missing)} in all): copy or "
-                         "download it again")
     _refuse_other_dtypes(model)
-    return _without_hooks(model, prefix, head, device, files)
+    stored = OffloadedWeightsLoader(index=_index(model, folder, files))
+    _remove_hooks(model)
+    return OnDisk(
+        model.eval(),
+        decoder_blocks(model)[1],
+        device,
+        tuple(dict.fromkeys(files.values())),
+        stored,
+        _pieces(model, prefix, head),
+        cache_folder() / "digests",
+    )
 
 
 def _empty(folder: Path) -> CausalLM:
@@ -93,12 +101,12 @@ def _places(model: nn.Module, prefix: str, head: str | None, device: torch.devic
     return {name: "disk" if name in (prefix, head) else str(device) for name in beside}
 
 
-def _refuse_conversions(model: CausalLM, files: tuple[Path, ...]) -> None:
+def _refuse_conversions(model: CausalLM, files: Mapping[str, Path]) -> None:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     wanted = model.state_dict()
-    for name in _names(files) if converters else ():
+    for name in files if converters else ():
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
         if pattern is not None and name not in wanted:
             raise NotStreamable(
@@ -108,13 +116,33 @@ def _refuse_conversions(model: CausalLM, files: tuple[Path, ...]) -> None:
             )
 
 
-def _names(files: tuple[Path, ...]) -> Iterator[str]:
-    for path in files:
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    """The file of every tensor, from their headers."""
+    found: dict[str, Path] = {}
+    for path in shards(folder):
         try:
             with safe_open(path, "pt") as stored:
-                yield from stored.keys()
+                found |= dict.fromkeys(stored.keys(), path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
+    return found
+
+
+def _index(model: CausalLM, folder: Path, files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """Where each tensor of the model is, in accelerate's form.
+
+    Raises:
+        ValueError: one is in no file.
+    """
+    names = {"weight_map": {name: path.name for name, path in files.items()}}
+    paths = [str(path) for path in files.values()]
+    index = accelerate_disk_offload(model, None, paths, {"": "disk"}, names, get_model_conversion_mapping(model))
+    lacking = [name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in index]
+    if lacking:
+        raise ValueError(
+            f"{folder} lacks the tensors {', '.join(lacking[:5])} ({len(lacking)} in all): copy or download it again"
+        )
+    return index
 
 
 def _refuse_other_dtypes(model: CausalLM) -> None:
@@ -126,21 +154,17 @@ def _refuse_other_dtypes(model: CausalLM) -> None:
             raise NotStreamable(f"transformers keeps {name} in another dtype than {tensor.dtype}: {IN_MEMORY}")
 
 
-def _without_hooks(
-    model: CausalLM, prefix: str, head: str | None, device: torch.device, files: tuple[Path, ...]
-) -> OnDisk:
-    """The model as its class made it, and accelerate's loader by itself."""
-    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
-    maps = [hook.weights_map for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload]
+def _remove_hooks(model: CausalLM) -> None:
+    """Leave the model as its class made it."""
     remove_hook_from_submodules(model)
     for leftover in ("hf_device_map", "to", "cuda"):  # accelerate replaces methods by ones that warn
         model.__dict__.pop(leftover, None)
-    _, blocks = decoder_blocks(model)
-    pieces: dict[Key, Piece] = {k: _piece(f"{prefix}.{k}", block) for k, block in enumerate(blocks)}
-    if head is not None:
-        pieces[HEAD] = _piece(head, model.get_submodule(head))
-    stored = OffloadedWeightsLoader(index=maps[0].dataset.index)
-    return OnDisk(model.eval(), blocks, device, files, stored, pieces)
+
+
+def _pieces(model: CausalLM, prefix: str, head: str | None) -> dict[Key, Piece]:
+    blocks = enumerate(model.get_submodule(prefix).children())
+    pieces: dict[Key, Piece] = {index: _piece(f"{prefix}.{index}", block) for index, block in blocks}
+    return pieces if head is None else pieces | {HEAD: _piece(head, model.get_submodule(head))}
 
 
 def _piece(name: str, whole: nn.Module) -> Piece:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,6 +99,7 @@ class OnDisk:
         files: the safetensors files that it is read from.
         stored: reads a tensor by its name in the model, on the CPU and in the dtype of the model.
         pieces: the decoder blocks by index, and the head under None if it has a weight of its own.
+        known: a folder in which digests of the files may be kept.
     """
 
     model: CausalLM
@@ -106,7 +107,8 @@ class OnDisk:
     device: torch.device
     files: tuple[Path, ...]
     stored: Mapping[str, Tensor]
-    pieces: Mapping[Key, Piece] = field(default_factory=dict)
+    pieces: Mapping[Key, Piece]
+    known: Path
 
     @contextmanager
     def held(self, *keys: Key) -> Iterator[None]:
@@ -155,7 +157,7 @@ class OnDisk:
             yield
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the dense model by its name, on the CPU or, where it is not on disk alone, as it is in memory."""
+        """A tensor of the dense model by its name, on the CPU; one that is in no file, as it is in memory."""
         return self.stored[name] if name in self.stored else self.model.state_dict()[name]
 
     @contextmanager

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from armorfact import Pattern
-from armorfact_hf.checkpoint.description import Description, tensor_digest
+from armorfact_hf.checkpoint.description import Description, digests, tensor_digest
 from armorfact_hf.checkpoint.verify import verify
 from armorfact_hf.files import is_draft, remove, room_for, written_beside
 from armorfact_hf.layers.format import LayerFormat
@@ -290,10 +290,13 @@ def flat_manifest(config: Mapping[str, Any], **others: Any) -> dict[str, Any]:
 
 def model_fingerprint(model: nn.Module) -> str:
     """The sha256, in hexadecimal, over names, dtypes, shapes and bytes of all tensors of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor_digest(tensor)}\n".encode())
-    return digest.hexdigest()
+    return fingerprint_of(digests(model.state_dict()))
+
+
+def fingerprint_of(tensors: Mapping[str, str]) -> str:
+    """The same, from the `tensor_digest` of each tensor."""
+    lines = (f"{name} {digest}\n" for name, digest in sorted(tensors.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def tokens_fingerprint(tokens: Tensor) -> str:
