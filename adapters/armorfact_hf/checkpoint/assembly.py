@@ -1,4 +1,4 @@
-"""Write the folder of a pruned model that is not in memory, file by file the same as transformers writes it from there."""
+"""Write the folder of a pruned model that is not in memory, the same bytes as transformers writes from there."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Write a safetensors file tensor by tensor, so that no more than one of them is in memory; byte for byte as safetensors
-writes it from a dictionary of all."""
+"""Write a safetensors file tensor by tensor, the same bytes as safetensors writes from a dictionary of all."""
 
 from __future__ import annotations
 

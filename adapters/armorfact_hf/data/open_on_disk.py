@@ -157,6 +157,9 @@ def _refuse_other_dtypes(model: CausalLM) -> None:
 def _remove_hooks(model: CausalLM) -> None:
     """Leave the model as its class made it."""
     remove_hook_from_submodules(model)
+    for module in model.modules():  # what it puts back is the class's own method, on the object
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
     for leftover in ("hf_device_map", "to", "cuda"):  # accelerate replaces methods by ones that warn
         model.__dict__.pop(leftover, None)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from armorfact_hf.model.moments import Inputs, Moments, Statistics
+from armorfact_hf.model.on_disk import HEAD
 from armorfact_hf.model.stream import BlockStream, frozen
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.observer import Observer
@@ -53,11 +55,11 @@ class BlockByBlock:
     tail: Tail = field(default_factory=Tail)
 
     @classmethod
-    def of(cls, job: Job, journal: Journal | None, observer: Observer) -> BlockByBlock:
+    def of(cls, job: Job, journal: Journal | None, observer: Observer, folder: Path | None = None) -> BlockByBlock:
         """The loop of a job, before its first block."""
         stream, windows = BlockStream(job.model, job.blocks), job.tokens.split(1)
         pruned, dense = (
-            States.before_the_first(stream, job.prefix, windows) if followed else None
+            States.before_the_first(stream, job.prefix, windows, folder) if followed else None
             for followed in (job.follows_pruned, job.follows_dense)
         )
         return cls(job, journal, pruned, dense, Progress(observer, _units(job)), Clock())
@@ -66,9 +68,11 @@ class BlockByBlock:
         """Prune every block, tune the last ones once more, and prune the head; the reports of their layers."""
         found: dict[str, LayerReport] = {}
         for index in range(self.job.last_block + 1):
-            found |= self._prune_block(index, self.job.layers_of(index))
-        found |= self._tune_tail()
-        found |= self._prune_head(self.job.layers_of(None))
+            with self.job.weights.held(index):
+                found |= self._prune_block(index, self.job.layers_of(index))
+        with self.job.weights.held(*self.job.tail, HEAD):
+            found |= self._tune_tail()
+            found |= self._prune_head(self.job.layers_of(None))
         self.progress.tell(0, "done")
         return tuple(found.values())
 
@@ -101,6 +105,7 @@ class BlockByBlock:
         if not self.job.tail:
             return {}
         if self.tail.finished is None:
+            self._replace(self.tail.pruned)
             finished = self._matched_tail()
             pruned = self._kept("tail", *finished)
         else:
@@ -177,7 +182,7 @@ class BlockByBlock:
     def _given(self) -> States:
         """The states that the next block is given, kept where those of the dense model are about to move on."""
         first = self._followed[0]
-        return replace(first, hidden=list(first.hidden))
+        return replace(first, hidden=first.hidden.copy())
 
     def _matched(
         self, index: int, given: States, pruned: Pruned, statistics: Statistics
@@ -186,7 +191,7 @@ class BlockByBlock:
         if self.job.matching is None or self.dense is None or not pruned:
             return pruned, None
         self._replace(pruned)
-        stream, tokens, targets = given.stream, given.windows, cast(list[Tensor], self.dense.hidden)
+        stream, tokens, targets = given.stream, given.windows, cast(Sequence[Tensor], self.dense.hidden)
 
         def run(window: int) -> Tensor:
             return stream.run(index, tokens[window], given.hidden[window], self._told(f"decoder block {index + 1}"))

@@ -11,14 +11,19 @@ from typing import Any
 from torch import Tensor, nn
 
 import armorfact
+from armorfact_hf.free_memory import available
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
 from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
-from armorfact_hf.pruning.checks import check_model, checked_tokens
+from armorfact_hf.pruning.checks import check_model, check_states, checked_tokens
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.fingerprint import disk_fingerprint
 from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.journal import flat_manifest, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.schedule import Matching
+
+SPILL_ABOVE = 1 / 4  # of the memory that is free: states that take more wait on disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,9 @@ class Job:
         prefix, blocks: the name of the list that holds the decoder blocks, and the blocks in order.
         layers: what is pruned, in the order of the model, each with its wrappers' blocks.
         dense_layers: what stays dense, and why.
+        weights: makes those of decoder blocks available while they are worked with.
+        states: where those of the calibration windows wait between decoder blocks: "memory", "disk", or "auto", which
+            is the disk if they would take more than a quarter of the memory that is free.
     """
 
     model: CausalLM
@@ -41,6 +49,31 @@ class Job:
     blocks: tuple[nn.Module, ...]
     layers: tuple[Layer, ...]
     dense_layers: tuple[DenseLayer, ...]
+    weights: Weights
+    states: str = "auto"
+
+    @property
+    def window_bytes(self) -> int:
+        """Of the states of one window."""
+        width = self.model.get_input_embeddings().embedding_dim
+        return self.tokens.shape[1] * width * self.layers[0].weight.element_size()
+
+    @property
+    def copies_of_states(self) -> int:
+        """How many states of every window are kept at a time."""
+        return self.follows_pruned + self.follows_dense + bool(self.tail)
+
+    @property
+    def states_bytes(self) -> int:
+        """Of the states of all windows, in every copy."""
+        return len(self.tokens) * self.window_bytes * self.copies_of_states
+
+    @cached_property
+    def spilled(self) -> bool:
+        """Whether states wait on disk."""
+        if self.states == "auto":
+            return SPILL_ABOVE * available(self.weights.device) < self.states_bytes
+        return self.states == "disk"
 
     @property
     def follows_pruned(self) -> bool:
@@ -90,7 +123,7 @@ class Job:
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 of the model, read once: ask for it, or for `manifest`, before the work changes the model."""
-        return model_fingerprint(self.model)
+        return disk_fingerprint(self.weights) if isinstance(self.weights, OnDisk) else model_fingerprint(self.model)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -111,22 +144,33 @@ def _summary(layers: Sequence[Layer]) -> str:
 
 
 def make_job(
-    model: nn.Module, calibration: Any, config: PruneConfig | None = None, select: Select | None = None
+    model: nn.Module,
+    calibration: Any,
+    config: PruneConfig | None = None,
+    select: Select | None = None,
+    *,
+    weights: Weights | None = None,
+    states: str = "auto",
 ) -> Job:
     """Check what `prune_` is given, and choose the layers.
 
     Args:
         model, calibration, config, select: as for `prune_`.
+        weights: of the model, where they are not in memory.
+        states: see `Job`.
 
     Raises:
         ValueError: whatever can be found wrong with the arguments before the work starts.
     """
     config = PruneConfig() if config is None else config
-    check_model(model)
+    weights = InMemory(model) if weights is None else weights
+    check_states(states)
+    check_model(model, on_disk=isinstance(weights, OnDisk))
     tokens = checked_tokens(model, calibration)
     prefix, blocks = decoder_blocks(model)
     layers, dense = fitting_layers(model, config, select)
-    inputs = rehearse(model, blocks, layers, tokens)
+    with weights.rehearsing():
+        inputs = rehearse(model, blocks, layers, tokens)
     if config.target == "output":
         refuse_routed(inputs, tokens)
-    return Job(model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense))
+    return Job(model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense), weights, states)

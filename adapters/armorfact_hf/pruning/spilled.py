@@ -7,10 +7,9 @@ model, and those before the last blocks. Here each is a file, which copies of th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkstemp
 from typing import Protocol
 
 import torch
@@ -46,11 +45,12 @@ class _Stored:
     device: torch.device
 
     @classmethod
-    def of(cls, path: Path, states: Tensor) -> _Stored:
-        stored = cls(path, states.detach().to("meta"), states.device)
-        weakref.finalize(stored, path.unlink, missing_ok=True)
-        with room_for(path, states.nbytes):
-            path.write_bytes(raw_bytes(states))
+    def of(cls, folder: Path, states: Tensor) -> _Stored:
+        handle, name = mkstemp(".states", dir=folder)
+        stored = cls(Path(name), states.detach().to("meta"), states.device)
+        weakref.finalize(stored, stored.path.unlink, missing_ok=True)
+        with room_for(stored.path, states.nbytes), open(handle, "wb") as file:
+            file.write(raw_bytes(states))
         return stored
 
     def read(self) -> Tensor:
@@ -68,12 +68,10 @@ class Spilled:
     Args:
         folder: exists, and is removed by whoever made it.
         held: by window.
-        numbers: of the files, shared by all copies.
     """
 
     folder: Path
     held: list[_Stored | None]
-    numbers: Iterator[int] = field(default_factory=count)
 
     def __len__(self) -> int:
         return len(self.held)
@@ -83,12 +81,11 @@ class Spilled:
         return None if stored is None else stored.read()
 
     def __setitem__(self, window: int, states: Tensor | None) -> None:
-        path = self.folder / f"{next(self.numbers)}.states"
-        self.held[window] = None if states is None else _Stored.of(path, states)
+        self.held[window] = None if states is None else _Stored.of(self.folder, states)
 
     def copy(self) -> Spilled:
         """Another list of the same files."""
-        return Spilled(self.folder, list(self.held), self.numbers)
+        return Spilled(self.folder, list(self.held))
 
 
 def nowhere(windows: int, folder: Path | None) -> Hidden:
