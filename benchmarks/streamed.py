@@ -3,9 +3,9 @@
     python -m benchmarks.streamed --gb 8
     python -m benchmarks.streamed --gb 0.5 --hidden 1024 --inner 2816 --heads 16 --compare
 
-The model is a random Llama in bfloat16. With --compare it is pruned in memory as well, and the sha256 of every tensor is
-compared. It is written shard by shard, never whole in memory, pruned by a process of its own, and deleted. Every decoder
-block is read and run. So that it ends soon, only some layers of each block are pruned (--include), by one sweep of
+The model is a random Llama in bfloat16. It is written shard by shard, never whole in memory, pruned by a process of its
+own, and deleted. With --compare it is pruned in memory as well, and the sha256 of every tensor is compared. Every
+decoder block is read and run; so that this ends soon, only some layers of each are pruned (--include), by one sweep of
 SparseGPT, from a few tokens. What the process held before it opened the model is left out of its peak.
 """
 

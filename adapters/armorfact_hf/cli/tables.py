@@ -42,8 +42,8 @@ def _room(plan: Any) -> Iterator[str]:
         f"{memory.statistics / 1e9:.2f} GB of statistics, {memory.states / 1e9:.2f} GB of windows' states, "
         f"{memory.work / 1e9:.2f} GB to work in"
     )
-    states = f", {plan.states_bytes / 1e9:.2f} GB of windows' states among them" if plan.states_bytes else ""
-    yield f"Disk, at most: {plan.disk_bytes / 1e9:.2f} GB{states}"
+    waiting = f", {plan.waiting_bytes / 1e9:.2f} GB of it for what waits between blocks" if plan.waiting_bytes else ""
+    yield f"Disk, at most: {plan.disk_bytes / 1e9:.2f} GB{waiting}"
 
 
 def _for_ranks(plan: Any) -> Iterator[str]:

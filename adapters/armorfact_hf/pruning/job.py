@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,8 +38,10 @@ class Job:
         layers: what is pruned, in the order of the model, each with its wrappers' blocks.
         dense_layers: what stays dense, and why.
         weights: makes those of decoder blocks available while they are worked with.
-        states: where those of the calibration windows wait between decoder blocks: "memory", "disk", or "auto", which
-            is the disk if they would take more than a quarter of the memory that is free.
+        leader: for layers that a rehearsal called, the first one that is given the same input.
+        states: where those of the calibration windows, and statistics of the last blocks, wait: "memory", "disk", or
+            "auto", which is the disk for a model on disk, and for states that would take more than a quarter of the
+            memory that is free.
     """
 
     model: CausalLM
@@ -50,6 +52,7 @@ class Job:
     layers: tuple[Layer, ...]
     dense_layers: tuple[DenseLayer, ...]
     weights: Weights
+    leader: Mapping[str, str]
     states: str = "auto"
 
     @property
@@ -72,7 +75,8 @@ class Job:
     def spilled(self) -> bool:
         """Whether states wait on disk."""
         if self.states == "auto":
-            return SPILL_ABOVE * available(self.weights.device) < self.states_bytes
+            large = self.states_bytes > SPILL_ABOVE * available(self.weights.device)
+            return large or isinstance(self.weights, OnDisk)
         return self.states == "disk"
 
     @property
@@ -119,6 +123,18 @@ class Job:
     def layers_of(self, block: int | None) -> list[Layer]:
         """The layers to prune in a decoder block; with None, the head if it is among them."""
         return [layer for layer in self.layers if layer.decoder_block == block]
+
+    def leads(self, layer: Layer) -> bool:
+        """Whether a layer has statistics of its own: others of its block are given the same input, and follow it."""
+        return self._inside(layer.name) not in self._followers
+
+    @cached_property
+    def _followers(self) -> set[str]:
+        return {self._inside(name) for name, leader in self.leader.items() if name != leader}
+
+    def _inside(self, name: str) -> str:
+        """The name of a layer in its decoder block: all blocks of a kind are alike, and one was called."""
+        return name.removeprefix(f"{self.prefix}.").partition(".")[2]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -173,4 +189,6 @@ def make_job(
         inputs = rehearse(model, blocks, layers, tokens)
     if config.target == "output":
         refuse_routed(inputs, tokens)
-    return Job(model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense), weights, states)
+    return Job(
+        model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense), weights, inputs.leader, states
+    )

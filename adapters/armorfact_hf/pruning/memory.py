@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ class Memory:
     Args:
         weights: of the model, or of as much of it as is in memory at a time. pruned: of what replaces them meanwhile.
         states: of the calibration windows, in every copy that is kept of them.
-        statistics: second moments of the largest decoder block, or of the last ones.
+        statistics: second moments of the largest decoder block, or, where they wait in memory, of the last ones.
         work: of the largest factorizations, or of tuning a block.
     """
 
@@ -51,7 +51,7 @@ def memory_of(job: Job, streamed: bool | None = None, spilled: bool | None = Non
         weights=_held_bytes(job) if streamed else model_bytes(job),
         pruned=_pruned_bytes(job) if streamed else 0,
         states=job.window_bytes * (3 if spilled else len(job.tokens) * job.copies_of_states),
-        statistics=_largest(job, job.layers, lambda layer: _moments_bytes(layer, job)),
+        statistics=_statistics_bytes(job, spilled),
         work=max(_solving_bytes(job), _tuning_bytes(job)),
     )
 
@@ -93,10 +93,17 @@ def _largest(job: Job, layers: Iterable[Layer], bytes_of: Callable[[Layer], int]
     return max(max(by_block.values()), sum(by_block.get(block, 0) for block in job.tail))
 
 
-def _moments_bytes(layer: Layer, job: Job) -> int:
-    d_in = layer.shape[1]
+def statistics_bytes(job: Job, blocks: Sequence[int | None]) -> int:
+    """Of the second moments of these decoder blocks, float64; layers that share an input share them."""
     paired = 1 + (job.config.target == "output")
-    return 8 * paired * (d_in * d_in if job.config.needs_correlations else d_in)
+    leaders = (layer for block in blocks for layer in job.layers_of(block) if job.leads(layer))
+    sizes = (layer.shape[1] for layer in leaders)
+    return sum(8 * paired * (size * size if job.config.needs_correlations else size) for size in sizes)
+
+
+def _statistics_bytes(job: Job, spilled: bool) -> int:
+    largest = max(statistics_bytes(job, [block]) for block in {layer.decoder_block for layer in job.layers})
+    return largest if spilled else max(largest, statistics_bytes(job, job.tail))
 
 
 def _solving_bytes(job: Job) -> int:

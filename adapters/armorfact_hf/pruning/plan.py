@@ -16,7 +16,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.estimate import estimated_seconds
 from armorfact_hf.pruning.fitting import fitting_block
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.memory import Memory, memory_of, model_bytes
+from armorfact_hf.pruning.memory import Memory, memory_of, model_bytes, statistics_bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Plan:
         weights: parameters in the matrices of the decoder blocks, those of stacked experts among them.
         model_bytes: of the whole model, before.
         memory: an estimate of what pruning takes at most. streamed: whether decoder blocks are read one at a time.
-        states_bytes: of the states of the calibration windows on disk, 0 where they are in memory.
+        waiting_bytes: of what waits on disk between blocks, 0 where that is in memory.
         seconds: an estimate from running the first decoder block and pruning one layer, or None.
     """
 
@@ -63,7 +63,7 @@ class Plan:
     model_bytes: int
     memory: Memory
     streamed: bool
-    states_bytes: int
+    waiting_bytes: int
     seconds: float | None
 
     @property
@@ -73,8 +73,8 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """What is written at most at a time: the finished folder, what it is made of, and states of windows."""
-        return 2 * self.bytes + self.model_bytes - self.dense_bytes + self.states_bytes
+        """What is written at most at a time: the finished folder, what it is made of, and what waits."""
+        return 2 * self.bytes + self.model_bytes - self.dense_bytes + self.waiting_bytes
 
     @property
     def stays_dense(self) -> float:
@@ -147,7 +147,7 @@ def plan_job(job: Job, *, measure: bool = True) -> Plan:
         model_bytes=model_bytes(job),
         memory=memory_of(job),
         streamed=isinstance(job.weights, OnDisk),
-        states_bytes=job.states_bytes if job.spilled else 0,
+        waiting_bytes=job.states_bytes + statistics_bytes(job, job.tail) if job.spilled else 0,
         seconds=estimated_seconds(job) if measure else None,
     )
 

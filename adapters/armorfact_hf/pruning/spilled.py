@@ -1,4 +1,4 @@
-"""Hidden states of calibration windows, in files instead of in memory.
+"""Hidden states of calibration windows, and statistics that wait, in files instead of in memory.
 
 A list of them costs memory for as many copies as a run keeps of every window: those of the pruned and of the dense
 model, and those before the last blocks. Here each is a file, which copies of the list share and the last one removes.
@@ -7,16 +7,18 @@ model, and those before the last blocks. Here each is a file, which copies of th
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkstemp
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from armorfact_hf.checkpoint.description import raw_bytes
 from armorfact_hf.files import room_for
+from armorfact_hf.model.moments import Statistics
 
 
 class Hidden(Protocol):
@@ -92,3 +94,25 @@ def nowhere(windows: int, folder: Path | None) -> Hidden:
     """The states of windows of which nothing was run yet; in files of ``folder`` if there is one."""
     nothing: list[None] = [None] * windows
     return [*nothing] if folder is None else Spilled(folder, [*nothing])
+
+
+class _Parked(dict[str, Tensor]):
+    """Tensors by name, each in a file that is read at every access."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        super().__init__()
+        self.stored = {name: _Stored.of(folder, tensor) for name, tensor in tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].read()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of any dictionary."""
+        return self[name] if name in self.stored else default
+
+
+def set_aside(statistics: Any, folder: Path | None) -> Any:
+    """Statistics that are only read from now on: those of this process in files of ``folder``, if there is one."""
+    if folder is None or not isinstance(statistics, Statistics):
+        return statistics
+    return replace(statistics, gram=_Parked(statistics.gram, folder), cross=_Parked(statistics.cross, folder))

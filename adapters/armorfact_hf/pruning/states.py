@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,10 @@ class States:
     ) -> States:
         """The states of a model of which nothing was run yet; they are kept in files of ``folder`` if there is one."""
         return cls(stream, prefix, windows, nowhere(len(windows), folder))
+
+    def copy(self) -> States:
+        """The same states, which stay where they are when these move on."""
+        return replace(self, hidden=self.hidden.copy())
 
     def advance(self, block: int, window: int) -> None:
         """Move the states of a window on through a block."""
