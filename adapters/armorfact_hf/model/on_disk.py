@@ -166,7 +166,7 @@ class OnDisk:
         try:
             if piece.holders == 1:
                 for name, module, key, _ in piece.tensors:
-                    set_module_tensor_to_device(module, key, self.device, value=read(name))
+                    set_module_tensor_to_device(module, key, self.device, value=read(name), clear_cache=False)
             yield
         finally:
             piece.holders -= 1
@@ -178,7 +178,7 @@ class OnDisk:
             if self.model.get_submodule(name) is not module:
                 self.model.set_submodule(name, module)
         for _, module, key, _ in piece.tensors:
-            set_module_tensor_to_device(module, key, "meta")
+            set_module_tensor_to_device(module, key, "meta", clear_cache=False)
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:

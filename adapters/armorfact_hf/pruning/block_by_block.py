@@ -59,7 +59,7 @@ class BlockByBlock:
         for index in range(self.job.last_block + 1):
             with self.job.weights.held(index):
                 found |= self._prune_block(index, self.job.layers_of(index))
-        with self.job.weights.held(*self.job.tail, HEAD):
+        with self.job.weights.held(*self.job.tail, *([HEAD] if self.job.uses_head else [])):
             found |= self._tune_tail()
             found |= self._prune_head(self.job.layers_of(None))
         self.progress.tell(0, "done")

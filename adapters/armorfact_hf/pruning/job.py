@@ -110,6 +110,11 @@ class Job:
         return range(max(count - self.config.tail, 0), count) if ends else range(0)
 
     @property
+    def uses_head(self) -> bool:
+        """Whether the work needs the head: to be pruned, or to make words."""
+        return bool(self.tail) or self.config.head
+
+    @property
     def tail_steps(self) -> int:
         """How many windows go forward and back while they are."""
         return self.matching.of_tail.steps(len(self.tokens)) if self.matching and self.tail else 0

@@ -70,7 +70,7 @@ def _held_bytes(job: Job) -> int:
     own_head = head is not None and getattr(head, "weight", None) is not embedding.weight
     bytes_of[HEAD] = sum(parameter.nbytes for parameter in head.parameters()) if own_head else 0
     around = model_bytes(job) - sum(bytes_of.values())
-    words = bytes_of[HEAD] if job.tail or job.config.head else 0
+    words = bytes_of[HEAD] if job.uses_head else 0
     together = sum(bytes_of[block] for block in job.tail) + words
     return around + max(*(bytes_of[block] for block in range(job.last_block + 1)), together)
 

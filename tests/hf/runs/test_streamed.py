@@ -185,12 +185,20 @@ def test_a_missing_shard_is_told(tmp_path, text_file, out):
         prune(folder, out, text_file, stream=True)
 
 
-def test_experts_that_transformers_merges_are_refused_with_the_way_out(tmp_path):
+def test_experts_that_transformers_merges_are_refused_and_merged_ones_are_read(tmp_path, text_file):
     sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
     config = transformers.Qwen3MoeConfig(**COMMON, **TOKENS, **GROUPED, **sizes)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for folder in ("apart", "merged"):
+        model.save_pretrained(tmp_path / folder, save_original_format=folder == "apart")
+        word_tokenizer().save_pretrained(tmp_path / folder)
     with pytest.raises(NotStreamable, match=r"makes .*experts\..* of .*experts\.0\..*weight .*--no-stream"):
-        open_model(str(tmp_path), log=silent)
+        open_model(str(tmp_path / "apart"), log=silent)
+    config = replace(MATCHED, refine=None, include=("re:.*self_attn.*",))
+    from_memory, from_disk = (
+        pruned_files(tmp_path / "merged", tmp_path / str(stream), text_file, config, stream) for stream in (False, True)
+    )
+    assert from_disk == from_memory
 
 
 def test_a_pruned_model_is_refused(model_folder, text_file, out, tmp_path):
