@@ -109,7 +109,10 @@ def open_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     try:
         describe_folder(folder)
     except NotPruned:
-        weights = open_on_disk(folder, dtype, place)
+        try:
+            weights = open_on_disk(folder, dtype, place)
+        except OSError as error:
+            raise ValueError(f"cannot load the model {where!r}: {error}") from error
         return Loaded(name if name.startswith(DEMO) else where, weights.model, _tokenizer(where), weights)
     raise ValueError(f"the model is pruned already ({where}); load the dense model again")
 

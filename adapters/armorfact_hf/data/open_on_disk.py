@@ -81,6 +81,8 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
 def _empty(folder: Path) -> CausalLM:
     """The model on the meta device, as its config has it."""
     config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamable(f"{folder} holds quantized weights: {IN_MEMORY}, or take the ones they were made of")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
