@@ -13,7 +13,7 @@ from armorfact_hf.model.on_disk import HEAD, Key, OnDisk
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
 
-SOLVER_COPIES = 6.5  # a generous estimate of one factorization's peak, in float32 copies of W and H
+SOLVER_COPIES = 11  # of W and H in float32, at the peak of one factorization: SparseGPT, which works in float64
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _statistics_bytes(job: Job, spilled: bool) -> int:
 def _solving_bytes(job: Job) -> int:
     sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in job.layers))
     at_once = torch.get_num_threads() if job.weights.device.type == "cpu" else 1
-    return int(SOLVER_COPIES * sum(sizes[-at_once:]))
+    return SOLVER_COPIES * sum(sizes[-at_once:])
 
 
 def _tuning_bytes(job: Job) -> int:
