@@ -30,14 +30,10 @@ from transformers.integrations.accelerate import accelerate_disk_offload
 from armorfact_hf.checkpoint.shards import shards
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.on_disk import HEAD, Key, OnDisk, Piece
+from armorfact_hf.model.on_disk import HEAD, Key, NotStreamable, OnDisk, Piece
 from armorfact_hf.model.structure import decoder_blocks
 
 IN_MEMORY = "prune it in memory (--no-stream)"
-
-
-class NotStreamable(ValueError):
-    """A model that can only be loaded as a whole; the message names the tensor that is why, and the way out."""
 
 
 def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:

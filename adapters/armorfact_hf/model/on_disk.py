@@ -26,6 +26,10 @@ HEAD = None  # the head's key among the pieces; a decoder block's is its index
 Key = int | None
 
 
+class NotStreamable(ValueError):
+    """A model that can only be pruned in memory; the message names what is why, and the way out."""
+
+
 class Weights(Protocol):
     """Makes the tensors of decoder blocks and of the head available while they are worked with."""
 

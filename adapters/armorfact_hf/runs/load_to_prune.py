@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from armorfact_hf.data.load_model import Loaded, device_of, load_model, open_model
-from armorfact_hf.data.open_on_disk import NotStreamable
 from armorfact_hf.free_memory import available
+from armorfact_hf.model.on_disk import NotStreamable
 from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
@@ -48,12 +48,11 @@ def load_to_prune(
         return load_model(model, dtype, device, observer.say)
     try:
         opened = open_model(model, dtype, device, observer.say)
+        if stream or not _fits(opened, config, calibration, observer):
+            return opened
     except NotStreamable:
         if stream:
             raise
-        return load_model(model, dtype, device, observer.say)
-    if stream or not _fits(opened, config, calibration, observer):
-        return opened
     return load_model(model, dtype, device, observer.say)
 
 

@@ -14,8 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from armorfact_hf.data.load_model import Loaded, load_model, open_model
-from armorfact_hf.data.open_on_disk import NotStreamable
-from armorfact_hf.model.on_disk import OnDisk
+from armorfact_hf.model.on_disk import NotStreamable, OnDisk
 from armorfact_hf.pruning import fingerprint
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.journal import DifferentRun, model_fingerprint
