@@ -9,11 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import Inputs, Moments, Statistics
 from armorfact_hf.model.stream import BlockStream, frozen
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.aims import Aim, StateAim
+from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Finished, Journal, Pruned
 from armorfact_hf.pruning.layer import LayerReport, with_tuned_loss
@@ -156,7 +158,9 @@ class BlockByBlock:
             self._tell_window(index, window)
             return states.inputs(index, window, modules, advance=states is self.dense)
 
-        return self._gathered(seen)
+        statistics = self._gathered(seen)
+        pool_(statistics, layers)
+        return statistics
 
     def _at_head(self, head: Layer) -> Statistics:
         return self._gathered(lambda states, window: states.head_input(head.name, head.module, window))
@@ -241,8 +245,7 @@ class BlockByBlock:
 
     def _replace(self, pruned: Pruned) -> dict[str, LayerReport]:
         """Put pruned layers into the model; their reports by name."""
-        for layer, report in pruned:
-            self.job.model.set_submodule(report.name, layer)
+        put_layers_(self.job.model, {report.name: layer for layer, report in pruned})
         return {report.name: report for _, report in pruned}
 
     def _tell_window(self, index: int, window: int) -> None:

@@ -83,6 +83,11 @@ class Job:
         final = len(self.blocks) - 1
         return max(final if layer.decoder_block is None else layer.decoder_block for layer in self.layers)
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The layers' modules by name."""
+        return {layer.name: layer.module for layer in self.layers}
+
     def layers_of(self, block: int | None) -> list[Layer]:
         """The layers to prune in a decoder block; with None, the head if it is among them."""
         return [layer for layer in self.layers if layer.decoder_block == block]
@@ -128,5 +133,5 @@ def make_job(
     layers, dense = fitting_layers(model, config, select)
     inputs = rehearse(model, blocks, layers, tokens)
     if config.target == "output":
-        refuse_routed(inputs, tokens)
+        refuse_routed(inputs, tokens, layers)
     return Job(model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense))

@@ -13,6 +13,7 @@ from torch import nn
 from armorfact import Pattern
 from armorfact_hf.layers.cuts import Share
 from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.model.experts import run_by_expert
 from armorfact_hf.model.moments import Statistics
 from armorfact_hf.model.stream import BlockStream, evaluating
 from armorfact_hf.model.structure import DenseLayer, Layer, Select
@@ -205,7 +206,7 @@ def _estimated_seconds(job: Job) -> float:
     first = min(job.last_block if layer.decoder_block is None else layer.decoder_block for layer in job.layers)
     here = [layer for layer in job.layers if layer.decoder_block == first]
     statistics = Statistics(job.config.needs_correlations)
-    with evaluating(job.model):
+    with evaluating(job.model), run_by_expert(job.modules):
         states = States.before_the_first(BlockStream(job.model, job.blocks), job.prefix, job.tokens[:1].split(1))
         for index in range(first):
             states.advance(index, 0)

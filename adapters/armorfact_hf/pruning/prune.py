@@ -13,8 +13,10 @@ from torch import nn
 from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
+from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.experts import run_by_expert, stack_experts_
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock
@@ -106,8 +108,9 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
     """`prune_`, for arguments that were checked."""
     job.model.eval()
     run = BlockByBlock.of(job, journal, observer)
-    with damping_noted():
+    with damping_noted(), run_by_expert(job.modules):
         reports = run.reports()
+    stack_experts_(job.model)
     describe_(job.model, job.config, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
@@ -118,7 +121,17 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
 def describe_(model: CausalLM, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
     """Write into the model's config what its pruned layers are, so that transformers saves and loads them."""
     pattern = Pattern.parse(config.pattern)
-    layers = {report.name: LayerFormat(report.name, report.shape, pattern, report.block) for report in reports}
+    stacks = {
+        f"{name}.{number}.{projection}": (f"{name}.{projection}", module.num_experts)
+        for name, module in model.named_modules()
+        if isinstance(module, FactorizedExperts)
+        for number in range(module.num_experts)
+        for projection in module.stacks
+    }
+    layers = {}
+    for report in reports:
+        name, experts = stacks.get(report.name, (report.name, None))
+        layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts)
     dtype = str(model.dtype).removeprefix("torch.")
     attach_(model, Description(pattern, dtype, layers, config.to_dict()))
     if any(report.decoder_block is None for report in reports):

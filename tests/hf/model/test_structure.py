@@ -65,18 +65,6 @@ def test_the_head_is_pruned_when_asked_for():
     assert (layers[-1].name, layers[-1].decoder_block) == ("lm_head", None)
 
 
-def test_experts_in_one_tensor_are_named_as_left_dense():
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        **COMMON, **TOKENS, **GROUPED, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
-    )
-    layers, dense = chosen_layers(transformers.AutoModelForCausalLM.from_config(config))
-    assert len(layers) == 4 * BLOCKS
-    named = [layer.name for layer in dense if "experts" in layer.name]
-    assert len(named) == 2 * BLOCKS
-    assert all("not a linear layer" in layer.reason for layer in dense)
-
-
 @pytest.mark.parametrize("where", [{"include": ("q_prj",)}, {"ignore": ("re:nothing",)}])
 def test_an_expression_that_matches_nothing_lists_the_names(where):
     with pytest.raises(ValueError, match=r"matches no linear layer .*down_proj, gate_proj, k_proj"):
