@@ -91,8 +91,8 @@ class ArmorfactQuantizer(HfQuantizer):
             else:
                 owner, _, projection = layer.name.rpartition(".")
                 experts.setdefault(owner, {})[projection] = layer
-        for name, layers in experts.items():
-            put_experts_(model, name, layers, dtype)
+        for owner, stacks in experts.items():
+            put_experts_(model, owner, stacks, dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: CausalLM, **_: Any) -> nn.Module:

@@ -117,7 +117,7 @@ def held(layers: Rows) -> Table:
     """The layers of a pruned folder: `armorfact_hf.runs.inspect.inspect_folder`."""
     table = Table("layer", "shape", "block", "loss", "SparseGPT's", "bytes", "of dense", box=None)
     for layer in layers:
-        shape = "x".join(map(str, layer.shape))
+        shape = "x".join(map(str, layer.shape if layer.experts is None else (layer.experts, *layer.shape)))
         block = "none" if layer.block is None else "x".join(map(str, layer.block))
         share = f"{layer.bytes / layer.dense_bytes:.3f}"
         table.add_row(

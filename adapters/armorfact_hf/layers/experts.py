@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 
 from armorfact import Pattern
 from armorfact_hf.layers import operators as operators  # registers what `FactorizedStack.product` calls
-from armorfact_hf.layers import plain
+from armorfact_hf.layers import packed_experts, plain
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.strategy import Operands
+from armorfact_hf.layers.strategy import Kind, Operands
 
 PROJECTIONS = ("gate", "up", "down")  # of an expert, in the order in which they are run
 PARTS = ("values", "positions", "left", "right", "bias")
@@ -60,39 +61,34 @@ def by_expert(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     experts: int,
-    output: Callable[[int, Tensor], Tensor],
+    outputs: Callable[[Tensor, list[int]], Tensor],
 ) -> Tensor:
-    """y (tokens, width), one expert after another, each on its own tokens.
+    """y (tokens, width), each expert on its own tokens.
 
     Args:
         hidden_states: x, (tokens, width).
         top_k_index, top_k_weights: e and w, (tokens, k). An index that is no expert's adds nothing.
-        experts: how many there are. output: f, called with the number of an expert and some rows of x.
+        experts: how many there are.
+        outputs: f, called with rows of x, those of the first expert first, and how many each has; at least one has any.
     """
-    order, counts = by_chosen(top_k_index, experts)
-    outputs, first = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            tokens = order[first : first + count] // top_k_index.shape[1]
-            outputs.append(output(expert, hidden_states[tokens]))
-            first += count
-    if not outputs:
-        return torch.zeros_like(hidden_states)
-    return weighted(torch.cat(outputs), order[:first], top_k_weights, hidden_states)
-
-
-def by_chosen(top_k_index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
-    """The places of a (tokens, k) matrix of experts, flat, in the order of the experts; and how many each has."""
+    tokens, slots = top_k_index.shape
     chosen = top_k_index.reshape(-1)
-    counts = torch.bincount(chosen.clamp(max=experts), minlength=experts + 1)[:experts]
-    return torch.argsort(chosen, stable=True), counts.tolist()
+    counts = torch.bincount(chosen.clamp(max=experts), minlength=experts + 1)[:experts].tolist()
+    order = torch.argsort(chosen, stable=True)[: sum(counts)]
+    if not len(order):
+        return torch.zeros_like(hidden_states)
+    found = outputs(hidden_states[order // slots], counts)
+    placed = found.new_zeros(tokens * slots, found.shape[-1]).index_copy(0, order, found)
+    return (placed.view(tokens, slots, -1) * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
 
-def weighted(outputs: Tensor, order: Tensor, top_k_weights: Tensor, like: Tensor) -> Tensor:
-    """y, of the outputs (places, width) at the given places of the flat (tokens, k); its dtype is that of ``like``."""
-    tokens, slots = top_k_weights.shape
-    placed = outputs.new_zeros(tokens * slots, outputs.shape[-1]).index_copy(0, order, outputs)
-    return (placed.view(tokens, slots, -1) * top_k_weights[..., None]).sum(dim=1).to(like.dtype)
+def one_by_one(output: Callable[[int, Tensor], Tensor]) -> Callable[[Tensor, list[int]], Tensor]:
+    """What `by_expert` asks for, of a function of one expert and its rows."""
+
+    def outputs(x: Tensor, counts: list[int]) -> Tensor:
+        return torch.cat([output(expert, rows) for expert, rows in enumerate(x.split(counts)) if len(rows)])
+
+    return outputs
 
 
 class SeparateExperts(nn.Module):
@@ -115,7 +111,7 @@ class SeparateExperts(nn.Module):
         def output(expert: int, x: Tensor) -> Tensor:
             return expert_output(self.layers(expert), self.gating, x)
 
-        return by_expert(hidden_states, top_k_index, top_k_weights, len(self._modules), output)
+        return by_expert(hidden_states, top_k_index, top_k_weights, len(self._modules), one_by_one(output))
 
     def layers(self, expert: int) -> Any:
         """Those of one expert by name."""
@@ -130,7 +126,11 @@ class FactorizedStack(nn.Module):
         dtype, device: of the floating tensors.
     """
 
+    values: Tensor
     positions: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, layout: LayerFormat, bias: bool, dtype: torch.dtype | None = None, device: Any = None) -> None:
         super().__init__()
@@ -185,6 +185,15 @@ class FactorizedStack(nn.Module):
             keep, group = self.pattern.keep, self.pattern.group
             y = torch.ops.armorfact.factorized_linear(x, *factors[:4], None, None, keep, group, "")
         return y if self.bias is None else y + self.bias[expert].to(y.dtype)
+
+    def runs_packed(self, x: Tensor, counts: Sequence[int]) -> bool:
+        """Whether rows of x, so many for each expert, are few enough to go through the packed cores at once."""
+        held = self.values
+        if torch.is_autocast_enabled(x.device.type) or x.dtype != held.dtype:
+            return False
+        kind = Kind(self.layout.shape, self.pattern, held.dtype, held.device)
+        gradients = torch.is_grad_enabled() and self._asks_for_gradients(x)
+        return not gradients and packed_experts.runs(kind, counts)
 
     def layer(self, expert: int) -> FactorizedLinear:
         """One expert's layer, a copy."""
@@ -256,15 +265,25 @@ class FactorizedExperts(nn.Module):
         return SeparateExperts(experts, self.gating)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """y, see `by_expert`."""
-        stacks, gating = self.stacks, self.gating
+        """y, see `by_expert`. A few tokens on a CPU go through all their experts at once."""
+        return by_expert(hidden_states, top_k_index, top_k_weights, self.num_experts, self._outputs)
 
-        def output(expert: int, x: Tensor) -> Tensor:
-            layers = {name: _of_expert(stack, expert) for name, stack in stacks.items()}
-            return expert_output(layers, gating, x)
+    def _outputs(self, x: Tensor, counts: list[int]) -> Tensor:
+        stacks = self.stacks
+        if not all(stack.runs_packed(x, counts) for stack in stacks.values()):
+            return one_by_one(self._output)(x, counts)
+        gate_up = _side_by_side(x, counts, [stack for name, stack in stacks.items() if name != "down"])
+        gate, up = gate_up.chunk(2, dim=-1) if "gate" in stacks else (None, gate_up)
+        return _side_by_side(self.gating(gate, up), counts, [stacks["down"]])
 
-        return by_expert(hidden_states, top_k_index, top_k_weights, self.num_experts, output)
+    def _output(self, expert: int, x: Tensor) -> Tensor:
+        layers = {name: partial(stack.product, expert) for name, stack in self.stacks.items()}
+        return expert_output(layers, self.gating, x)
 
 
-def _of_expert(stack: FactorizedStack, expert: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: stack.product(expert, x)
+def _side_by_side(x: Tensor, counts: list[int], stacks: Sequence[FactorizedStack]) -> Tensor:
+    """What the experts' layers of several stacks make of their rows of x, in one compiled call."""
+    factors = [(stack.values, stack.positions, stack.left, stack.right) for stack in stacks]
+    y = packed_experts.product(x, counts, factors)
+    held = [stack.bias for stack in stacks if stack.bias is not None]
+    return y + packed_experts.biases(torch.cat(held, dim=-1), counts) if held else y

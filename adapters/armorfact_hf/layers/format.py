@@ -79,6 +79,12 @@ class LayerFormat:
     def _stacked(self) -> tuple[int, ...]:
         return () if self.experts is None else (self.experts,)
 
+    @property
+    def members(self) -> list[str]:
+        """The names of the layers in it, as reports have them: its own, or one for each expert, as "experts.7.gate"."""
+        owner, _, projection = self.name.rpartition(".")
+        return [self.name] if self.experts is None else [f"{owner}.{e}.{projection}" for e in range(self.experts)]
+
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of all tensors but the bias, the floating ones in ``dtype``."""
         return sum(prod(shape) * (1 if part == "positions" else dtype.itemsize) for part, shape in self.tensors.items())

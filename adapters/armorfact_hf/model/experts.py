@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from armorfact_hf.layers.experts import (
     SeparateExperts,
     by_expert,
     expert_output,
+    one_by_one,
 )
+from armorfact_hf.layers.format import LayerFormat
 
 FLAGS = ("is_transposed", "is_concatenated", "has_gate", "has_bias")
 
@@ -128,9 +130,9 @@ class ExpertLinear(nn.Module):
         return f"expert={self.expert}, projection={self.projection}"
 
 
-def experts_among(layers: Mapping[str, nn.Module]) -> dict[nn.Module, list[dict[str, ExpertLinear]]]:
+def experts_among(layers: Mapping[str, nn.Module]) -> dict[Any, list[dict[str, ExpertLinear]]]:
     """The layers of each expert, by the experts module that they are of; other layers are passed over."""
-    found: dict[nn.Module, list[dict[str, ExpertLinear]]] = {}
+    found: dict[Any, list[dict[str, ExpertLinear]]] = {}
     for layer in layers.values():
         if isinstance(layer, ExpertLinear):
             owner = layer.stacked
@@ -160,7 +162,7 @@ def run_by_expert(layers: Mapping[str, nn.Module]) -> Iterator[None]:
         def output(expert: int, x: Tensor) -> Tensor:
             return expert_output(experts[expert], gating, x)
 
-        return by_expert(hidden_states, top_k_index, top_k_weights, len(experts), output)
+        return by_expert(hidden_states, top_k_index, top_k_weights, len(experts), one_by_one(output))
 
     ALL_EXPERTS_FUNCTIONS[name] = run
     try:
@@ -188,6 +190,16 @@ def stack_experts_(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, SeparateExperts):
             model.set_submodule(name, FactorizedExperts.of(module))
+
+
+def stacked_layouts(model: nn.Module) -> list[LayerFormat]:
+    """How the stacks of a model's pruned experts are stored."""
+    return [
+        replace(stack.layout, name=f"{name}.{projection}")
+        for name, module in model.named_modules()
+        if isinstance(module, FactorizedExperts)
+        for projection, stack in module.stacks.items()
+    ]
 
 
 @torch.no_grad()

@@ -13,10 +13,9 @@ from torch import nn
 from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
-from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.experts import run_by_expert, stack_experts_
+from armorfact_hf.model.experts import run_by_expert, stack_experts_, stacked_layouts
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock
@@ -121,17 +120,12 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
 def describe_(model: CausalLM, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
     """Write into the model's config what its pruned layers are, so that transformers saves and loads them."""
     pattern = Pattern.parse(config.pattern)
-    stacks = {
-        f"{name}.{number}.{projection}": (f"{name}.{projection}", module.num_experts)
-        for name, module in model.named_modules()
-        if isinstance(module, FactorizedExperts)
-        for number in range(module.num_experts)
-        for projection in module.stacks
-    }
-    layers = {}
+    stacks = {member: layout for layout in stacked_layouts(model) for member in layout.members}
+    layers: dict[str, LayerFormat] = {}
     for report in reports:
-        name, experts = stacks.get(report.name, (report.name, None))
-        layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts)
+        alone = LayerFormat(report.name, report.shape, pattern, report.block)
+        layout = stacks.get(report.name, alone)
+        layers[layout.name] = layout
     dtype = str(model.dtype).removeprefix("torch.")
     attach_(model, Description(pattern, dtype, layers, config.to_dict()))
     if any(report.decoder_block is None for report in reports):

@@ -142,6 +142,18 @@ def test_experts_that_transformers_does_not_decorate_are_named():
     )
 
 
+def test_weights_of_two_dimensions_are_told_with_their_module():
+    sizes = {"d_model": WIDTH, "n_heads": 4, "n_layers": 1, "max_seq_len": 64, "vocab_size": COMMON["vocab_size"]}
+    config = transformers.DbrxConfig(
+        **sizes,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": INNER, "moe_num_experts": 4, "moe_top_k": 2},
+    )
+    layers, dense = chosen_layers(transformers.AutoModelForCausalLM.from_config(config))
+    assert layers and not any(layer.stack for layer in layers)
+    assert "not a linear layer: a weight of a DbrxExpertGLU" in {layer.reason for layer in dense}
+
+
 @pytest.mark.parametrize("change", ["norm", "more", "flat"])
 def test_experts_with_more_than_their_products_are_left_alone(change):
     model = tiny_model("mixtral")

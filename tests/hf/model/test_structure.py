@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from armorfact_hf.model.structure import chosen_layers, decoder_blocks, matches
-from tests.hf.models import BLOCKS, COMMON, FAMILIES, GROUPED, INNER, TOKENS, WIDTH, tiny_model
+from tests.hf.models import BLOCKS, FAMILIES, INNER, WIDTH, tiny_model
 
 LINEARS = {"phi": 6, "opt": 6, "gpt2": 4, "falcon": 4}
 
