@@ -13,7 +13,7 @@ from llvmlite import binding
 from torch import Tensor
 
 from armorfact_hf.layers.kernels.blocks import block_product
-from armorfact_hf.layers.kernels.cpu_packed import DTYPES, FEW_TOKENS, few_tokens_product, packed_product
+from armorfact_hf.layers.kernels.cpu_packed import DTYPES, FEW_TOKENS, FewTokens, packed_product
 from armorfact_hf.layers.strategy import PAIR, Kind, Operands
 
 HAS_TRITON = find_spec("triton") is not None
@@ -66,5 +66,5 @@ def product(x: Tensor, operands: Operands) -> Tensor:
 def products(x: Tensor, layers: Sequence[Operands]) -> Tensor:
     """The `product` of x with each of several layers, side by side; a few tokens on a CPU go through all at once."""
     if x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
-        return few_tokens_product(x, [(each.values, each.positions, each.left, each.right) for each in layers])
+        return FewTokens([(each.values, each.positions, each.left, each.right) for each in layers])(x)
     return torch.cat([product(x, each) for each in layers], dim=-1)

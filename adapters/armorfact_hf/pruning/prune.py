@@ -15,7 +15,7 @@ from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.experts import run_by_expert, stack_experts_, stacked_layouts
+from armorfact_hf.model.experts import stack_experts_, stacked_layouts
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock
@@ -107,7 +107,7 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
     """`prune_`, for arguments that were checked."""
     job.model.eval()
     run = BlockByBlock.of(job, journal, observer)
-    with damping_noted(), run_by_expert(job.modules):
+    with damping_noted():
         reports = run.reports()
     stack_experts_(job.model)
     describe_(job.model, job.config, reports)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ class States:
     def before_the_first(cls, stream: BlockStream, prefix: str, windows: tuple[Tensor, ...]) -> States:
         """The states of a model of which nothing was run yet."""
         return cls(stream, prefix, windows, [None] * len(windows))
+
+    def copy(self) -> States:
+        """The same states, which stay where they are when these move on."""
+        return replace(self, hidden=list(self.hidden))
 
     def advance(self, block: int, window: int) -> None:
         """Move the states of a window on through a block."""

@@ -4,54 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from armorfact_hf.model.moments import Moments, Statistics
 from armorfact_hf.model.words import Speaker, WordsApart
 from armorfact_hf.pruning.aims import WordAim
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Finished, Pruned
 from armorfact_hf.pruning.states import States
 
+S = TypeVar("S")
+
 
 @dataclass
-class Tail:
+class Tail(Generic[S]):
     """What is kept of the last blocks. Nothing follows them but a norm and the head, so words can be looked at.
 
     Args:
-        given: the states before the first of them.
         finished: what a killed run left of the tuning, or None.
-        pruned: their layers, each tuned with its own block. It grows.
-        moments: of the inputs of these layers. They grow.
+        blocks: for each of them, its layers, tuned by themselves, and the statistics of their inputs. They grow.
     """
 
-    given: States | None = None
     finished: Finished | None = None
-    pruned: Pruned = field(default_factory=list)
-    moments: dict[str, Moments] = field(default_factory=dict)
-
-    def add(self, pruned: Pruned, statistics: Statistics) -> None:
-        """Keep what is known of one more block."""
-        self.pruned += pruned
-        self.moments |= {report.name: statistics.of(report.name) for _, report in pruned}
-
-    def follow_(self, job: Job, states: States) -> None:
-        """Bring states that stand behind the blocks as they were to where the blocks, as they are, bring them."""
-        given = _known(self.given)
-        for window in range(len(job.tokens)):
-            for index in job.tail:
-                given.advance(index, window)
-            states.hidden[window] = given.hidden[window]
+    blocks: list[tuple[Pruned, S]] = field(default_factory=list)
 
 
-def words_of(job: Job, tail: Tail, dense: States, told: Callable[[], bool]) -> WordAim:
-    """The words of the dense model, whose states ``dense`` stand behind the last block.
+def words_of(job: Job, given: States, dense: States, told: Callable[[], bool]) -> WordAim:
+    """The words of the dense model.
 
     Args:
+        given: the states before the first of the last blocks. dense: those of the dense model behind the last one.
         told: is called before each window; says whether gradients are going to be asked for.
     """
-    given = _known(tail.given)
     stream, tokens = given.stream, given.windows
     speaker = Speaker(job.model, stream)
 
@@ -62,9 +47,3 @@ def words_of(job: Job, tail: Tail, dense: States, told: Callable[[], bool]) -> W
         return stream.head_input(speaker.head, tokens[window], dense.hidden[window])
 
     return WordAim(run, job.tokens, taught, WordsApart(speaker, speaker))
-
-
-def _known(given: States | None) -> States:
-    if given is None:
-        raise RuntimeError("the last blocks were not reached yet")
-    return given

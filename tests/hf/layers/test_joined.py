@@ -58,6 +58,20 @@ def test_the_operator_is_what_it_says(tokens):
     )
 
 
+def test_what_was_prepared_is_not_used_for_other_numbers_or_choices():
+    layers, x = layers_of(torch.float32), random_inputs(2, 72)
+    joined = JoinedLinears(layers)
+    with torch.no_grad():
+        joined(x)
+        layers[0].values.mul_(2)  # in place
+        layers[1].values = nn.Parameter(3 * layers[1].values, requires_grad=False)
+        layers[2].use_(Execution.always("dense"))
+        assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
+        joined.to(torch.bfloat16)
+        x = x.bfloat16()
+        assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
+
+
 def test_a_graph_that_was_traced_once_decides_anew():
     torch._dynamo.reset()
     joined = JoinedLinears(layers_of(torch.bfloat16))

@@ -10,12 +10,12 @@ import torch
 from armorfact_hf.model.moments import Inputs, Statistics
 from armorfact_hf.model.structure import Layer, chosen_layers
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning import block_by_block
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.experts import BORROWED, pool_
 from armorfact_hf.pruning.losses import energy
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_
+from armorfact_hf.pruning.workers import in_process
 from tests.hf.models import BLOCKS, EXPERTS, VOCABULARY, random_tokens, tiny_model
 
 
@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_what_is_stored(monkeypatch):
         pool_(statistics, layers)
         grams.update({layer.name: statistics.of(layer.name).gram.clone() for layer in layers})
 
-    monkeypatch.setattr(block_by_block, "pool_", noted)
+    monkeypatch.setattr(in_process, "pool_", noted)
     dense, model, tokens = tiny_model("gpt_oss"), tiny_model("gpt_oss"), random_tokens(3)
     weights = {layer.name: layer.weight for layer in chosen_layers(dense)[0]}
     report = prune_(model, tokens, PruneConfig(sweeps=1, passes=1, baselines=()))

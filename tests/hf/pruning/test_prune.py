@@ -11,9 +11,9 @@ from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.folder import load_pruned, save_pruned
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.nonfinite import NonFiniteActivations
-from armorfact_hf.pruning.block_by_block import BlockByBlock
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
+from armorfact_hf.pruning.workers.in_process import InProcess
 from tests.hf.models import BLOCKS, FAMILIES, random_tokens, tiny_model
 from tests.hf.observers import Stepping
 
@@ -76,13 +76,13 @@ def test_a_pruned_head_is_untied_from_the_embedding(tmp_path):
 def grams_seen(monkeypatch, model, config, windows=4):
     """The moments that every layer was pruned with."""
     seen = {}
-    finish = BlockByBlock._finish
+    prune = InProcess.prune
 
     def spy(self, layers, statistics):
         seen.update({layer.name: statistics.of(layer.name) for layer in layers})
-        return finish(self, layers, statistics)
+        return prune(self, layers, statistics)
 
-    monkeypatch.setattr(BlockByBlock, "_finish", spy)
+    monkeypatch.setattr(InProcess, "prune", spy)
     prune_(model, random_tokens(windows), config)
     return seen
 

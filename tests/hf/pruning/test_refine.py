@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning import aims, block_by_block
+from armorfact_hf.pruning import aims
 from armorfact_hf.pruning.aims import StateAim, WordAim, relative_error
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.schedule import FIRST, kept_aside
+from armorfact_hf.pruning.workers import in_process, tuning
 from tests.hf.models import BLOCKS, VOCABULARY, random_tokens, tiny_model
 from tests.hf.pruning.test_prune import QUICK, grams_seen
 
@@ -86,14 +87,14 @@ def test_a_run_that_is_killed_while_the_last_blocks_wait_ends_with_the_same_bits
     config, tokens = PruneConfig(**QUICK, tail=tail), random_tokens(9)
     whole, report = tiny_model("llama"), prune_(tiny_model("llama"), tokens, config)
     prune_(whole, tokens, config)
-    killed = block_by_block.match_block_
+    killed = tuning.match_block_
 
     def kill(*args):
         if isinstance(args[2], WordAim):
             raise KeyboardInterrupt
         return killed(*args)
 
-    monkeypatch.setattr(block_by_block, "match_block_", kill)
+    monkeypatch.setattr(tuning, "match_block_", kill)
     with pytest.raises(KeyboardInterrupt):
         prune_(tiny_model("llama"), tokens, config, journal=tmp_path / "journal")
     monkeypatch.undo()
@@ -108,13 +109,13 @@ def test_a_run_that_is_killed_while_the_last_blocks_wait_ends_with_the_same_bits
 @pytest.mark.parametrize("tail", [0, 2])
 def test_a_pruned_head_is_given_what_the_tuned_blocks_make(tail, monkeypatch):
     model, tokens, seen = tiny_model("llama"), random_tokens(9), {}
-    work = block_by_block.prune_layers
+    work = in_process.prune_layers
 
     def prune_layers(given, *args):
         seen.update({layer.name: moments.gram for layer, moments in given})
         return work(given, *args)
 
-    monkeypatch.setattr(block_by_block, "prune_layers", prune_layers)
+    monkeypatch.setattr(in_process, "prune_layers", prune_layers)
     report = prune_(model, tokens, PruneConfig(**QUICK, tail=tail, head=True))
     assert report.blocks[-1].kept
     with torch.no_grad():

@@ -35,6 +35,10 @@ KEPT_COLUMNS = sum(np.uint32(1) << (4 * (k // 2) + (_CODES >> 2 * k & 3)).astype
 )
 # Rows of the core that one thread takes at a time where no wrapper sets the number.
 ROWS = 64
+# Columns up to which one row at a time is faster: a token of them stays in the nearest cache beside what streams by.
+SHORT = 2048
+# Kept values ahead of the ones in use that such a stream asks for.
+STREAM = 2048
 # A panel of 64 columns and 128 tokens (32 KiB) fits the nearest cache; 128 tokens are eight registers of sums.
 COLUMNS, TOKENS = 64, 128
 # Rows ahead whose values are asked for: they lie a whole row apart, where no hardware prefetcher finds them.
@@ -112,14 +116,23 @@ def _four_tokens(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at
 
 @njit(cache=True)
 def _one_row(values, positions, row, kept, row_bytes, x, x_at):
-    """One row of the core times one token."""
-    sums = zeros()
-    vectors = kept // 16 * 16
+    """One row of the core times one token; row after row, memory is read in a single stream."""
+    a, b, c, d = zeros(), zeros(), zeros(), zeros()
+    vectors, quads = kept // 16 * 16, kept // 64 * 64
     first, first_byte = row * kept, row * row_bytes
-    for k in range(0, vectors, 16):
+    for k in range(0, quads, 64):
+        at, byte, x_from = first + k, first_byte + (k >> 2), x_at + 2 * k
+        prefetch(values, at + STREAM)
+        prefetch(values, at + STREAM + 32)
+        prefetch(positions, byte + (STREAM >> 2))
+        a = fma(load(values, at), pick(x, x_from, read_places(positions, byte)), a)
+        b = fma(load(values, at + 16), pick(x, x_from + 32, read_places(positions, byte + 4)), b)
+        c = fma(load(values, at + 32), pick(x, x_from + 64, read_places(positions, byte + 8)), c)
+        d = fma(load(values, at + 48), pick(x, x_from + 96, read_places(positions, byte + 12)), d)
+    for k in range(quads, vectors, 16):
         where = read_places(positions, first_byte + (k >> 2))
-        sums = fma(load(values, first + k), pick(x, x_at + 2 * k, where), sums)
-    result = total(sums)
+        a = fma(load(values, first + k), pick(x, x_at + 2 * k, where), a)
+    result = (total(a) + total(b)) + (total(c) + total(d))
     for k in range(vectors, kept):
         result += element(values, first + k) * x[x_at + _column(positions, first_byte, k)]
     return result
@@ -134,7 +147,7 @@ def _core_rows(values, positions, row, rows, x, tokens, d_in, z):
         for r in range(rows):
             _four_tokens(values, positions, row + r, kept, row_bytes, x, t * d_in, d_in, z, t * rows + r, rows)
     for t in range(fours, tokens):
-        quads = rows // 4 * 4
+        quads = rows // 4 * 4 if d_in > SHORT else 0
         for r in range(0, quads, 4):
             _four_rows(values, positions, row + r, kept, row_bytes, x, t * d_in, z, t * rows + r)
         for r in range(quads, rows):

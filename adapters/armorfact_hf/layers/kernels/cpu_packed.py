@@ -22,7 +22,7 @@ MOST_ROWS = 512
 # numba knows no 16-bit float: float16 goes as int16, bfloat16 as uint16.
 _STORED = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
 LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in DTYPES}
-Stored = Sequence[Tensor | None]  # values, positions, left and right of a layer
+Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # values, positions, left and right of a layer
 # numba's simplest pool of threads aborts the process when two threads of Python enter it at once.
 _one_at_a_time = threading.Lock()
 
@@ -37,24 +37,32 @@ def packed_product(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | 
     if x.shape[0] > FEW_TOKENS:
         _take_threads()
         return _many_tokens(x, values, positions, left, right)
-    return few_tokens_product(x, [(values, positions, left, right)])
+    return FewTokens([(values, positions, left, right)])(x)
 
 
-def few_tokens_product(x: Tensor, layers: Sequence[Stored]) -> Tensor:
+class FewTokens:
     """What `packed_product` makes of x with each of several layers, side by side: (tokens, d_out of all).
 
+    Made once for factors that stay where they are in memory: to describe them takes longer than some layers' product.
+
     Args:
-        x: at most `FEW_TOKENS` tokens. layers: values, positions, left and right of each, as there.
+        layers: values, positions, left and right of each, as there.
     """
-    tokens, d_in = x.shape
-    y = x.new_empty(tokens, sum(layer[0].shape[0] for layer in layers))
-    if not y.numel():
+
+    def __init__(self, layers: Sequence[Stored]) -> None:
+        self.held = [[_contiguous(tensor) for tensor in layer] for layer in layers]  # so that no address goes stale
+        self.parts = np.array([_described(*layer) for layer in self.held])
+        self.d_out = sum(layer[0].shape[0] for layer in layers)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y for at most `FEW_TOKENS` tokens x."""
+        tokens, d_in = x.shape
+        y = x.new_empty(tokens, self.d_out)
+        if y.numel():
+            x = x.contiguous()
+            with launching():
+                kernels.few_tokens(LIKE[x.dtype], x.data_ptr(), y.data_ptr(), tokens, d_in, self.parts)
         return y
-    x, held = x.contiguous(), [[_contiguous(tensor) for tensor in layer] for layer in layers]
-    parts = np.array([_described(*layer) for layer in held])
-    with launching():
-        kernels.few_tokens(LIKE[x.dtype], x.data_ptr(), y.data_ptr(), tokens, d_in, parts)
-    return y
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -1,0 +1,99 @@
+"""All the work in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from armorfact_hf.model.experts import put_layers_
+from armorfact_hf.model.moments import Moments, Statistics
+from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.experts import pool_
+from armorfact_hf.pruning.job import Job
+from armorfact_hf.pruning.journal import Pruned
+from armorfact_hf.pruning.matching import BlockReport
+from armorfact_hf.pruning.progress import Progress
+from armorfact_hf.pruning.side_by_side import prune_layers
+from armorfact_hf.pruning.workers.flow import Flow
+from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail, with_losses
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """The workers of a run on one machine without others; see `Workers`.
+
+    Args:
+        job: what is pruned; its model is in evaluation mode, and its layers are replaced.
+        progress: is told of every layer and window.
+        flow: the states of all windows.
+    """
+
+    job: Job
+    progress: Progress
+    flow: Flow
+
+    @classmethod
+    def of(cls, job: Job, progress: Progress) -> InProcess:
+        """The workers of a job, before its first block."""
+
+        def told(index: int, window: int) -> None:
+            progress.tell(1, f"decoder block {index + 1} of {len(job.blocks)}, window {window + 1}")
+
+        return cls(job, progress, Flow.of(job, range(len(job.tokens)), told))
+
+    def statistics(self, index: int | None) -> Statistics:
+        """The moments of the inputs of a block's layers, window by window; None is the head."""
+        if index is not None:
+            self.flow.begin(index)
+        found = Statistics(self.job.config.needs_correlations)
+        for window in self.flow.windows:
+            found.add(*self.flow.inputs(index, window))
+        pool_(found, self.job.layers_of(index))
+        return found
+
+    def pass_by(self, index: int) -> None:
+        """Move the dense model's states on through a block that needs no statistics."""
+        self.flow.begin(index)
+        self.flow.pass_by(index)
+
+    def prune(self, layers: Sequence[Layer], statistics: Statistics) -> Pruned:
+        """What replaces each of the layers; one that no token reaches (of an expert, say) is left as it is."""
+        work = [(layer, statistics.of(layer.name)) for layer in layers if layer.name in statistics.leader]
+        return prune_layers(work, self.job.config, lambda layer: self.progress.tell(1, layer.name))
+
+    def match(self, index: int, pruned: Pruned, statistics: Statistics) -> tuple[Pruned, BlockReport | None]:
+        """The layers of a block, tuned together towards the states of the dense model behind it."""
+        if self.job.matching is None or not pruned:
+            return pruned, None
+        self.replace(pruned)
+        tuned = tune_block(self.job, index, layers_by_name(pruned), self.flow.around_block, self._told)
+        return self._with_losses(pruned, tuned, statistics.of)
+
+    def match_tail(self, blocks: Sequence[tuple[Pruned, Statistics]]) -> tuple[Pruned, BlockReport | None]:
+        """The layers of the last blocks, tuned together towards the words of the dense model."""
+        pruned = [layer for layers, _ in blocks for layer in layers]
+        moments = {report.name: statistics.of(report.name) for layers, statistics in blocks for _, report in layers}
+        tuned = tune_tail(self.job, layers_by_name(pruned), self.flow.around_tail, self._told)
+        return self._with_losses(pruned, tuned, moments.__getitem__)
+
+    def replace(self, pruned: Pruned) -> None:
+        """Put pruned layers into the model."""
+        put_layers_(self.job.model, layers_by_name(pruned))
+
+    def advance(self, index: int) -> None:
+        """Move the pruned model's states on through a block as it is now."""
+        self.flow.advance(index)
+
+    def follow_tail(self) -> None:
+        """Bring the pruned model's states to where the blocks of the tail, as they are now, bring them."""
+        self.flow.follow_tail()
+
+    def _with_losses(
+        self, pruned: Pruned, tuned: Tuned, moments: Callable[[str], Moments]
+    ) -> tuple[Pruned, BlockReport]:
+        return with_losses(self.job, pruned, tuned, moments), tuned[1]
+
+    def _told(self, what: str) -> None:
+        self.progress.tell(int(torch.is_grad_enabled()), what)

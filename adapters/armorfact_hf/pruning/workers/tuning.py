@@ -1,0 +1,91 @@
+"""Tune the pruned layers of a block, or of the last blocks, where the model and the states of all windows are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.moments import Moments
+from armorfact_hf.model.stream import frozen
+from armorfact_hf.pruning.aims import Aim, StateAim
+from armorfact_hf.pruning.job import Job
+from armorfact_hf.pruning.journal import Pruned
+from armorfact_hf.pruning.layer import with_tuned_loss
+from armorfact_hf.pruning.matching import BlockReport, match_block_
+from armorfact_hf.pruning.schedule import Matching
+from armorfact_hf.pruning.states import States
+from armorfact_hf.pruning.tail import words_of
+
+Tuned = tuple[dict[str, FactorizedLinear], BlockReport]
+Told = Callable[[str], None]
+
+
+def tune_block(
+    job: Job, index: int, layers: Mapping[str, FactorizedLinear], states: tuple[States, States], told: Told
+) -> Tuned:
+    """Tune the layers of a block, which are in the model, towards the states of the dense model behind it.
+
+    Args:
+        states: those that the block is given, and the dense model's behind it.
+        told: is called with what is done before a window trains.
+    """
+    given, dense = states
+
+    def run(window: int) -> Tensor:
+        gradients = _told(told, f"decoder block {index + 1}")
+        return given.stream.run(index, given.windows[window], given.hidden[window], gradients)
+
+    aim = StateAim(run, cast(list[Tensor], dense.hidden))
+    return _tune(job, layers, aim, _matching(job).of(index), index)
+
+
+def tune_tail(job: Job, layers: Mapping[str, FactorizedLinear], states: tuple[States, States], told: Told) -> Tuned:
+    """Tune the layers of the last blocks, which are in the model, towards the words of the dense model.
+
+    Args:
+        states: those before the first of these blocks, and the dense model's behind the last.
+        told: as for `tune_block`.
+    """
+    first, last = job.tail[0], job.tail[-1]
+    aim = words_of(job, *states, lambda: _told(told, "the last decoder blocks"))
+    tuned, matched = _tune(job, layers, aim, _matching(job).of_tail, first)
+    return tuned, replace(matched, through=last)
+
+
+def with_losses(job: Job, pruned: Pruned, tuned: Tuned, moments: Callable[[str], Moments]) -> Pruned:
+    """The layers as tuned, with their losses now; as they were, if those are kept."""
+    layers, matched = tuned
+    if not matched.kept:
+        return pruned
+    dense = {layer.name: layer for layer in job.layers}
+    return [
+        (layers[x.name], with_tuned_loss(x, dense[x.name], layers[x.name], moments(x.name), job.config))
+        for _, x in pruned
+    ]
+
+
+def layers_by_name(pruned: Pruned) -> dict[str, FactorizedLinear]:
+    """The layers under their names in the model."""
+    return {report.name: layer for layer, report in pruned}
+
+
+def _tune(job: Job, layers: Mapping[str, FactorizedLinear], aim: Aim, matching: Matching, index: int) -> Tuned:
+    with frozen(job.model):
+        return match_block_(job.model, layers, aim, matching, index)
+
+
+def _matching(job: Job) -> Matching:
+    if job.matching is None:
+        raise RuntimeError("this job tunes no blocks")
+    return job.matching
+
+
+def _told(told: Told, what: str) -> bool:
+    """Whether gradients are enabled: a window is a unit of work then."""
+    told(f"{what}, tuned as a whole")
+    return torch.is_grad_enabled()
