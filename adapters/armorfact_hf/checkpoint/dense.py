@@ -30,7 +30,7 @@ def to_dense_(model: CausalLM) -> CausalLM:
     for name, layer in pruned.items():
         like = dense[name]
         model.set_submodule(
-            name, dense_experts(like, layer) if isinstance(layer, FactorizedExperts) else _dense_linear(like, layer)
+            name, dense_experts(layer) if isinstance(layer, FactorizedExperts) else _dense_linear(like, layer)
         )
     if hasattr(model, "hf_quantizer"):
         model.hf_quantizer.remove_quantization_config(model)

@@ -165,6 +165,9 @@ def crossovers(rows: Rows, chosen: Mapping[str, Any]) -> Iterator[str]:
         wins = (
             "dense is faster from the first number on" if tokens is None else f"sparse is faster up to {tokens} tokens"
         )
+        if shape not in chosen:
+            yield f"{shape}: {wins}"
+            continue
         ranges = ", ".join(
             f"{strategy} up to {limit}" if limit is not None else f"{strategy} above" if several else strategy
             for several in (len(chosen[shape].choices) > 1,)

@@ -7,7 +7,8 @@ read. No table of model families: a class without the decorator is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from armorfact_hf.layers.experts import (
     PROJECTIONS,
     FactorizedExperts,
+    FactorizedStack,
     Gating,
     SeparateExperts,
     by_expert,
@@ -203,17 +205,29 @@ def stacked_layouts(model: nn.Module) -> list[LayerFormat]:
 
 
 @torch.no_grad()
-def dense_experts(like: nn.Module, pruned: FactorizedExperts) -> nn.Module:
-    """The experts ``like`` of an empty dense model, with the weights A C B and the biases of pruned ones."""
-    stacked, held = StackedExperts(like), next(pruned.parameters())
-    for name, parameter in list(like.named_parameters()):
-        empty = torch.empty(parameter.shape, dtype=held.dtype, device=held.device)
-        like.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-    for projection, stack in pruned.stacks.items():
+def dense_experts(pruned: FactorizedExperts) -> nn.Module:
+    """The experts of the dense model, with the weights A C B and the biases of pruned ones."""
+    module, stacks = copy.copy(pruned.gating.module), pruned.stacks
+    module._parameters = {}
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    _register_empty(module, first, [stack for name, stack in stacks.items() if name != "down"])
+    _register_empty(module, "down_proj", [stacks["down"]])
+    stacked = StackedExperts(module)
+    for projection, stack in stacks.items():
         for expert in range(pruned.num_experts):
             stacked.weight(expert, projection).copy_(stack.operands(expert).dense())
-            if stack.bias is not None:
-                bias = stacked.bias(expert, projection)
-                if bias is not None:
-                    bias.copy_(stack.bias[expert])
-    return like
+            bias = stacked.bias(expert, projection)
+            if bias is not None and stack.bias is not None:
+                bias.copy_(stack.bias[expert])
+    return module
+
+
+def _register_empty(module: Any, name: str, stacks: Sequence[FactorizedStack]) -> None:
+    """A parameter for the weights of some projections, one below the other, and one for their biases."""
+    held, experts = stacks[0].values, stacks[0].layout.experts
+    d_out, d_in = sum(stack.layout.shape[0] for stack in stacks), stacks[0].layout.shape[1]
+    sizes = (d_in, d_out) if module.is_transposed else (d_out, d_in)
+    module.register_parameter(name, nn.Parameter(held.new_empty(experts, *sizes), requires_grad=False))
+    if module.has_bias:
+        bias = nn.Parameter(held.new_empty(experts, d_out), requires_grad=False)
+        module.register_parameter(f"{name}_bias", bias)

@@ -20,11 +20,12 @@ from armorfact_hf.model.structure import Layer
 BORROWED = 0.25  # n0, in tokens for each input of a layer (benchmarks/experts.py)
 
 
-def pool_(statistics: Statistics, layers: Iterable[Layer]) -> None:
+def pool_(statistics: Statistics, layers: Iterable[Layer], borrowed: float = BORROWED) -> None:
     """Shrink the moments of experts towards those of their module, in place.
 
     Args:
         statistics: over all calibration tokens. layers: those of a decoder block, experts' among them or not.
+        borrowed: n0, in tokens for each input of a layer.
     """
     alike: dict[tuple[str, str], list[str]] = {}
     for layer in layers:
@@ -32,17 +33,17 @@ def pool_(statistics: Statistics, layers: Iterable[Layer]) -> None:
             kind = "inputs" if layer.name.endswith((".gate", ".up")) else "intermediate"
             alike.setdefault((layer.stack, kind), []).append(layer.name)
     for names in alike.values():
-        _pool(statistics, names)
+        _pool(statistics, names, borrowed)
 
 
-def _pool(statistics: Statistics, names: list[str]) -> None:
+def _pool(statistics: Statistics, names: list[str], borrowed: float) -> None:
     """For layers whose inputs are alike."""
     leaders = [name for name in names if statistics.leader.get(name) == name]
     if not leaders:  # no token reached any: they are left as they are
         return
     pooled = sum(statistics.gram[name] for name in leaders[1:]) + statistics.gram[leaders[0]]
     tokens = sum(statistics.tokens[name] for name in leaders)
-    pooled *= BORROWED * len(pooled) / tokens
+    pooled *= borrowed * len(pooled) / tokens
     for name in leaders:
         statistics.gram[name] += pooled
     unreached = [name for name in names if name not in statistics.leader]

@@ -71,7 +71,7 @@ def test_pruned_experts_apart_stacked_and_dense_compute_the_same(family):
     assert isinstance(pruned, FactorizedExperts)
     assert torch.equal(pruned(*call), expected)
     assert torch.equal(pruned.separate()(*call), expected)
-    dense = dense_experts(stacked.module, pruned)
+    dense = dense_experts(pruned)
     assert torch.allclose(dense(*call), expected, atol=1e-4 * expected.abs().max())
 
 
