@@ -89,7 +89,7 @@ class ArmorfactQuantizer(HfQuantizer):
             if layer.experts is None:
                 put_layer_(model, layer, dtype)
             else:
-                owner, _, projection = layer.name.rpartition(".")
+                owner, projection = layer.name.rpartition(".")[::2]
                 experts.setdefault(owner, {})[projection] = layer
         for owner, stacks in experts.items():
             put_experts_(model, owner, stacks, dtype)

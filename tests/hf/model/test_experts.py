@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from armorfact_hf.layers.experts import FactorizedExperts, Gating, SeparateExperts
 from armorfact_hf.model.experts import StackedExperts, dense_experts, put_layers_, run_by_expert, stack_experts_
 from armorfact_hf.model.moments import recorded_inputs
-from armorfact_hf.model.structure import chosen_layers
+from armorfact_hf.model.structure import DenseLayer, chosen_layers
 from tests.hf.checkpoint.cases import random_layer
 from tests.hf.models import BLOCKS, COMMON, EXPERTS, GROUPED, INNER, TOKENS, WIDTH, random_tokens, tiny_model
 
@@ -143,15 +144,14 @@ def test_experts_that_transformers_does_not_decorate_are_named():
 
 
 def test_weights_of_two_dimensions_are_told_with_their_module():
-    sizes = {"d_model": WIDTH, "n_heads": 4, "n_layers": 1, "max_seq_len": 64, "vocab_size": COMMON["vocab_size"]}
-    config = transformers.DbrxConfig(
-        **sizes,
-        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0},
-        ffn_config={"ffn_hidden_size": INNER, "moe_num_experts": 4, "moe_top_k": 2},
-    )
-    layers, dense = chosen_layers(transformers.AutoModelForCausalLM.from_config(config))
-    assert layers and not any(layer.stack for layer in layers)
-    assert "not a linear layer: a weight of a DbrxExpertGLU" in {layer.reason for layer in dense}
+    """As DBRX holds those of all experts."""
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.experts = nn.Module()
+    model.model.layers[1].mlp.experts.w1 = nn.Parameter(torch.ones(4 * INNER, WIDTH))
+    layers, dense = chosen_layers(model)
+    assert not any(layer.stack for layer in layers)
+    told = DenseLayer("model.layers.1.mlp.experts.w1", "not a linear layer: a weight of a Module")
+    assert dense == [told]
 
 
 @pytest.mark.parametrize("change", ["norm", "more", "flat"])
@@ -162,9 +162,9 @@ def test_experts_with_more_than_their_products_are_left_alone(change):
         if change == "norm":
             experts.has_post_expert_norm = True
         elif change == "more":
-            experts.scale = torch.nn.Parameter(torch.ones(2, 2))
+            experts.scale = nn.Parameter(torch.ones(2, 2))
         else:
-            experts.down_proj = torch.nn.Parameter(torch.ones(8, 8))
+            experts.down_proj = nn.Parameter(torch.ones(8, 8))
     layers, dense = chosen_layers(model)
     assert not any(layer.stack for layer in layers)
     told = {"norm": "normalizes what", "more": "holds scale beside", "flat": "has no down_proj of three"}[change]
