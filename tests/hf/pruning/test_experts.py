@@ -144,7 +144,7 @@ def test_the_plan_counts_experts_as_pruned():
 
 def test_experts_of_which_some_do_not_fit_stay_dense_together():
     model = tiny_model("qwen3_moe", moe_intermediate_size=20)
-    plan = make_plan(model, random_tokens(), PruneConfig(pattern="2:8"), measure=False)
+    plan = make_plan(model, random_tokens(), PruneConfig(method="magnitude", pattern="2:8"), measure=False)
     reasons = {x.reason for x in plan.dense_layers if x.name.endswith("0.gate")}
     assert len(plan.layers) == 4 * BLOCKS
     assert all(
