@@ -75,7 +75,7 @@ def main() -> None:
     reading = windows_of(calibration_text()[: 1 << 21])
     model = trained(reading, args.steps)
     layers = [x for x in chosen_layers(model)[0] if x.stack and x.decoder_block == 1 and not x.name.endswith(".up")]
-    elsewhere = gathered(model, layers, windows_of(held_out_text()[: 1 << 18]))
+    elsewhere = gathered(model, layers, windows_of(held_out_text()[: 1 << 17]))
     few = reading[: args.tokens // WINDOW]
     print(f"tokens by expert: {sorted(gathered(model, layers, few).tokens.values())[::2]}")
     print("| n0 / d | gate | down | the rarest |\n|---|---|---|---|")

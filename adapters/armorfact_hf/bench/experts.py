@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from armorfact_hf.bench.timing import DENSE_BYTES, Timing, time_side_by_side
 from armorfact_hf.layers.experts import FactorizedExperts
-from armorfact_hf.model.experts import dense_experts
+from armorfact_hf.model.dense_experts import dense_experts
 
 AS_STORED = "experts"  # the one way to run them: it chooses for itself by the number of tokens
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.experts import dense_experts
+from armorfact_hf.model.dense_experts import dense_experts
 
 
 def to_dense_(model: CausalLM) -> CausalLM:
@@ -32,6 +32,8 @@ def to_dense_(model: CausalLM) -> CausalLM:
         model.set_submodule(
             name, dense_experts(layer) if isinstance(layer, FactorizedExperts) else _dense_linear(like, layer)
         )
+    if any(isinstance(layer, FactorizedExperts) for layer in pruned.values()):
+        del model._weight_conversions  # dense experts are saved under the names of other dense checkpoints again
     if hasattr(model, "hf_quantizer"):
         model.hf_quantizer.remove_quantization_config(model)
     return model

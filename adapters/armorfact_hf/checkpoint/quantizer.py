@@ -6,7 +6,7 @@ Importing this module registers both classes; `armorfact_hf` imports it as soon 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from armorfact_hf.checkpoint.config_file import CONFIG, read_config
 from armorfact_hf.checkpoint.description import QUANT_METHOD, Description, digests
 from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.checkpoint.verify import verify
-from armorfact_hf.layers.experts import FactorizedExperts, FactorizedStack, Gating
+from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.routed import Gating
+from armorfact_hf.layers.stack import FactorizedStack
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.experts import StackedExperts
 from armorfact_hf.model.structure import Layer, is_linear
@@ -84,15 +86,7 @@ class ArmorfactQuantizer(HfQuantizer):
                 read_config(config)  # refuses what transformers reads past, such as a key that is there twice
             with torch.device("cpu"):  # transformers builds the model on the meta device, which holds no numbers
                 verify([Path(name) for name in checkpoint_files], description)
-        experts: dict[str, dict[str, LayerFormat]] = {}
-        for layer in description.modules.values():
-            if layer.experts is None:
-                put_layer_(model, layer, dtype)
-            else:
-                owner, projection = layer.name.rpartition(".")[::2]
-                experts.setdefault(owner, {})[projection] = layer
-        for owner, stacks in experts.items():
-            put_experts_(model, owner, stacks, dtype)
+        put_layers_(model, description.modules.values(), dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: CausalLM, **_: Any) -> nn.Module:
@@ -124,6 +118,23 @@ class ArmorfactQuantizer(HfQuantizer):
         from armorfact_hf.checkpoint.dense import to_dense_  # imports transformers' models, which import this module
 
         return to_dense_(model).to(dtype)
+
+
+def put_layers_(model: nn.Module, layers: Iterable[LayerFormat], dtype: torch.dtype | None) -> None:
+    """Replace linear layers, and experts, by empty pruned ones, on the device of the model.
+
+    Raises:
+        ValueError: the model has no such layers or experts.
+    """
+    experts: dict[str, dict[str, LayerFormat]] = {}
+    for layer in layers:
+        if layer.experts is None:
+            put_layer_(model, layer, dtype)
+        else:
+            owner, projection = layer.name.rpartition(".")[::2]
+            experts.setdefault(owner, {})[projection] = layer
+    for owner, stacks in experts.items():
+        put_experts_(model, owner, stacks, dtype)
 
 
 def put_layer_(model: nn.Module, layer: LayerFormat, dtype: torch.dtype | None) -> None:

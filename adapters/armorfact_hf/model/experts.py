@@ -7,28 +7,17 @@ read. No table of model families: a class without the decorator is left alone.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from armorfact_hf.layers.experts import (
-    PROJECTIONS,
-    FactorizedExperts,
-    FactorizedStack,
-    Gating,
-    SeparateExperts,
-    by_expert,
-    expert_output,
-    one_by_one,
-)
-from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.experts import FactorizedExperts
+from armorfact_hf.layers.routed import PROJECTIONS, Gating, SeparateExperts, by_expert, expert_output, one_by_one
 
 FLAGS = ("is_transposed", "is_concatenated", "has_gate", "has_bias")
 
@@ -48,6 +37,12 @@ class StackedExperts:
         """The adapter, or None for any other module."""
         decorated = all(flag in module.__dict__ for flag in FLAGS) and hasattr(module, "_apply_gate")
         return cls(module) if decorated and module._parameters else None
+
+    @classmethod
+    def whole(cls, module: nn.Module) -> StackedExperts | None:
+        """The adapter of experts that can be taken apart into linear layers, or None."""
+        stacked = cls.of(module)
+        return None if stacked is None or stacked.refusal else stacked
 
     @property
     def refusal(self) -> str:
@@ -103,6 +98,15 @@ class StackedExperts:
         return rows[int(second) :: 2]
 
 
+def kind_of(module: nn.Module) -> str:
+    """What a module is that holds a weight and is no linear layer, in words for a reason to stay dense."""
+    if (stacked := StackedExperts.of(module)) is not None:
+        return stacked.refusal
+    if any(weight.ndim == 3 for weight in module.parameters(recurse=False)):
+        return f"stacked experts of a {type(module).__name__}, which transformers runs in a way of its own"
+    return f"a weight of a {type(module).__name__}"
+
+
 class ExpertLinear(nn.Module):
     """One linear layer of one expert, x W' + b, with the W and b that its module holds now.
 
@@ -133,13 +137,14 @@ class ExpertLinear(nn.Module):
 
 
 def experts_among(layers: Mapping[str, nn.Module]) -> dict[Any, list[dict[str, ExpertLinear]]]:
-    """The layers of each expert, by the experts module that they are of; other layers are passed over."""
+    """By experts modules that any of the layers is of: the layers of each expert, those that are not given made anew."""
     found: dict[Any, list[dict[str, ExpertLinear]]] = {}
     for layer in layers.values():
         if isinstance(layer, ExpertLinear):
             owner = layer.stacked
-            experts = found.setdefault(owner.module, [{} for _ in range(owner.count)])
-            experts[layer.expert][layer.projection] = layer
+            if owner.module not in found:
+                found[owner.module] = owner.layers
+            found[owner.module][layer.expert][layer.projection] = layer
     return found
 
 
@@ -150,7 +155,7 @@ def run_by_expert(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     A function of ours is among transformers' implementations of experts for so long.
 
     Args:
-        layers: linear layers of the model by name, whole modules of experts among them.
+        layers: linear layers of the model by name, experts' among them.
     """
     known = experts_among(layers)
     configs = {id(owner.config): owner.config for owner in known}
@@ -192,42 +197,3 @@ def stack_experts_(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, SeparateExperts):
             model.set_submodule(name, FactorizedExperts.of(module))
-
-
-def stacked_layouts(model: nn.Module) -> list[LayerFormat]:
-    """How the stacks of a model's pruned experts are stored."""
-    return [
-        replace(stack.layout, name=f"{name}.{projection}")
-        for name, module in model.named_modules()
-        if isinstance(module, FactorizedExperts)
-        for projection, stack in module.stacks.items()
-    ]
-
-
-@torch.no_grad()
-def dense_experts(pruned: FactorizedExperts) -> nn.Module:
-    """The experts of the dense model, with the weights A C B and the biases of pruned ones."""
-    module, stacks = copy.copy(pruned.gating.module), pruned.stacks
-    module._parameters = {}
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    _register_empty(module, first, [stack for name, stack in stacks.items() if name != "down"])
-    _register_empty(module, "down_proj", [stacks["down"]])
-    stacked = StackedExperts(module)
-    for projection, stack in stacks.items():
-        for expert in range(pruned.num_experts):
-            stacked.weight(expert, projection).copy_(stack.operands(expert).dense())
-            bias = stacked.bias(expert, projection)
-            if bias is not None and stack.bias is not None:
-                bias.copy_(stack.bias[expert])
-    return module
-
-
-def _register_empty(module: Any, name: str, stacks: Sequence[FactorizedStack]) -> None:
-    """A parameter for the weights of some projections, one below the other, and one for their biases."""
-    held, experts = stacks[0].values, len(stacks[0].values)
-    d_out, d_in = sum(stack.layout.shape[0] for stack in stacks), stacks[0].layout.shape[1]
-    sizes = (d_in, d_out) if module.is_transposed else (d_out, d_in)
-    module.register_parameter(name, nn.Parameter(held.new_empty(experts, *sizes), requires_grad=False))
-    if module.has_bias:
-        bias = nn.Parameter(held.new_empty(experts, d_out), requires_grad=False)
-        module.register_parameter(f"{name}_bias", bias)

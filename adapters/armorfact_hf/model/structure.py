@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.experts import ExpertLinear, StackedExperts
+from armorfact_hf.model.experts import ExpertLinear, StackedExperts, kind_of
 
 Select = Callable[[str, nn.Module], bool]
 
@@ -57,6 +57,13 @@ class Layer:
     def stack(self) -> str:
         """The name of the experts module that it is of, or nothing."""
         return self.name.rsplit(".", 2)[0] if isinstance(self.module, ExpertLinear) else ""
+
+    @property
+    def stored_in(self) -> tuple[str, int | None]:
+        """The name under which it is stored, and how many layers are in one stack there; None for it alone."""
+        if not isinstance(self.module, ExpertLinear):
+            return self.name, None
+        return f"{self.stack}.{self.module.projection}", self.module.stacked.count
 
 
 @dataclass(frozen=True)
@@ -195,22 +202,13 @@ def _check_expressions(layers: Sequence[Layer], include: Sequence[str], ignore: 
 def _other_weights(prefix: str, blocks: Sequence[nn.Module]) -> list[DenseLayer]:
     """Matrices in the decoder blocks that no linear layer holds, such as those of routers."""
     return [
-        DenseLayer(f"{prefix}.{index}.{name}.{key}".replace("..", "."), f"not a linear layer: {_kind(module)}")
+        DenseLayer(f"{prefix}.{index}.{name}.{key}".replace("..", "."), f"not a linear layer: {kind_of(module)}")
         for index, block in enumerate(blocks)
         for name, module in block.named_modules()
-        if not is_linear(module) and _experts(module) is None
+        if not is_linear(module) and StackedExperts.whole(module) is None
         for key, weight in module.named_parameters(recurse=False)
         if weight.ndim >= 2 and min(weight.shape) > 1
     ]
-
-
-def _kind(module: nn.Module) -> str:
-    """What holds a weight that is no linear layer's."""
-    if (stacked := StackedExperts.of(module)) is not None:
-        return stacked.refusal
-    if any(weight.ndim == 3 for weight in module.parameters(recurse=False)):
-        return f"stacked experts of a {type(module).__name__}, which transformers runs in a way of its own"
-    return f"a weight of a {type(module).__name__}"
 
 
 def _linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D | ExpertLinear]]:
@@ -218,15 +216,9 @@ def _linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D |
     for name, module in block.named_modules():
         if is_linear(module):
             yield name, module
-        elif (stacked := _experts(module)) is not None:
+        elif (stacked := StackedExperts.whole(module)) is not None:
             for expert, layers in enumerate(stacked.layers):
                 yield from ((f"{name}.{expert}.{projection}", layer) for projection, layer in layers.items())
-
-
-def _experts(module: nn.Module) -> StackedExperts | None:
-    """Experts that can be taken apart into linear layers."""
-    stacked = StackedExperts.of(module)
-    return None if stacked is None or stacked.refusal else stacked
 
 
 def _refuse_some_experts(chosen: Sequence[Layer], skipped: Sequence[DenseLayer]) -> None:

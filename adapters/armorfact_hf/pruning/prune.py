@@ -14,8 +14,7 @@ from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.experts import stack_experts_, stacked_layouts
+from armorfact_hf.model.experts import stack_experts_
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock
@@ -110,23 +109,22 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
     with damping_noted():
         reports = run.reports()
     stack_experts_(job.model)
-    describe_(job.model, job.config, reports)
+    describe_(job, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
     dense_layers = (*job.dense_layers, *missed)
     return PruneReport(job.config, reports, dense_layers, run.clock.seconds(), tuple(run.blocks))
 
 
-def describe_(model: CausalLM, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
+def describe_(job: Job, reports: Sequence[LayerReport]) -> None:
     """Write into the model's config what its pruned layers are, so that transformers saves and loads them."""
-    pattern = Pattern.parse(config.pattern)
-    stacks = {member: layout for layout in stacked_layouts(model) for member in layout.members}
+    model, pattern = job.model, Pattern.parse(job.config.pattern)
+    places = {layer.name: layer.stored_in for layer in job.layers}
     layers: dict[str, LayerFormat] = {}
     for report in reports:
-        alone = LayerFormat(report.name, report.shape, pattern, report.block)
-        layout = stacks.get(report.name, alone)
-        layers[layout.name] = layout
+        name, experts = places[report.name]
+        layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts)
     dtype = str(model.dtype).removeprefix("torch.")
-    attach_(model, Description(pattern, dtype, layers, config.to_dict()))
+    attach_(model, Description(pattern, dtype, layers, job.config.to_dict()))
     if any(report.decoder_block is None for report in reports):
         model.config.tie_word_embeddings = False

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from armorfact_hf.checkpoint.dense import to_dense_
 from armorfact_hf.checkpoint.description import Description
@@ -91,6 +92,24 @@ def test_made_dense_again(written):
     dense = to_dense_(model)
     assert not any(isinstance(module, FactorizedExperts) for module in dense.modules())
     assert torch.allclose(dense(tokens).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@torch.no_grad()
+def test_from_a_dense_folder_to_a_pruned_one_and_back(tmp_path, family):
+    """A dense checkpoint has other names than the model, which a pruned one has not."""
+    tiny_model(family).save_pretrained(tmp_path / "dense")
+    names = set(load_file(tmp_path / "dense" / "model.safetensors"))
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), random_tokens(seed=3)
+    prune_(model, random_tokens(), PruneConfig(method="magnitude", baselines=()))
+    save_pruned(model, tmp_path / "pruned")
+    loaded = load_pruned(tmp_path / "pruned")
+    expected = model(tokens).logits
+    assert torch.equal(loaded(tokens).logits, expected)
+    to_dense_(loaded).save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == names
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.allclose(again(tokens).logits, expected, atol=1e-4)
 
 
 def test_inspect_counts_every_expert(written):

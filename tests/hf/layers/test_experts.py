@@ -8,8 +8,10 @@ from torch import nn
 
 from armorfact import Pattern
 from armorfact_hf.layers import packed_experts
-from armorfact_hf.layers.experts import FactorizedExperts, FactorizedStack, Gating, by_expert, one_by_one
+from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.routed import Gating, by_expert, one_by_one
+from armorfact_hf.layers.stack import FactorizedStack
 from tests.hf.checkpoint.cases import random_layer
 
 EXPERTS, WIDTH, INNER = 5, 16, 24

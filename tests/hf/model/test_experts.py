@@ -7,8 +7,10 @@ import torch
 import transformers
 from torch import nn
 
-from armorfact_hf.layers.experts import FactorizedExperts, Gating, SeparateExperts
-from armorfact_hf.model.experts import StackedExperts, dense_experts, put_layers_, run_by_expert, stack_experts_
+from armorfact_hf.layers.experts import FactorizedExperts
+from armorfact_hf.layers.routed import Gating, SeparateExperts
+from armorfact_hf.model.dense_experts import dense_experts
+from armorfact_hf.model.experts import StackedExperts, put_layers_, run_by_expert, stack_experts_
 from armorfact_hf.model.moments import recorded_inputs
 from armorfact_hf.model.structure import DenseLayer, chosen_layers
 from tests.hf.checkpoint.cases import random_layer
