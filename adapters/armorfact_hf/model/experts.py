@@ -137,7 +137,7 @@ class ExpertLinear(nn.Module):
 
 
 def experts_among(layers: Mapping[str, nn.Module]) -> dict[Any, list[dict[str, ExpertLinear]]]:
-    """By experts modules that any of the layers is of: the layers of each expert, those that are not given made anew."""
+    """By modules that any of the layers is of: the layers of each expert, those that are not given made anew."""
     found: dict[Any, list[dict[str, ExpertLinear]]] = {}
     for layer in layers.values():
         if isinstance(layer, ExpertLinear):
