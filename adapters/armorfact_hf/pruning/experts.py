@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from armorfact_hf.model.moments import Statistics
 from armorfact_hf.model.structure import Layer
 
-BORROWED = 0.25  # n0, in tokens for each input of a layer (benchmarks/experts.py)
+BORROWED = 0.25  # n0, in tokens for each input of a layer: the best of a small mixture (benchmarks/experts.py)
 
 
 def pool_(statistics: Statistics, layers: Iterable[Layer], borrowed: float = BORROWED) -> None:
