@@ -187,7 +187,7 @@ def _by_module(tensors: dict[str, _Stored], names: Collection[str]) -> dict[str,
 
 def _check_header(layer: LayerFormat, held: dict[str, _Stored], sha256: Collection[str]) -> None:
     """Compare what is declared for one module with its description; no tensor is read."""
-    expected = {**layer.tensors, "bias": layer.shape[:1]}
+    expected = {**layer.tensors, "bias": layer.bias}
     needed = [part for part in expected if part != "bias" or f"{layer.name}.bias" in sha256]
     if missing := [part for part in needed if part not in held]:
         raise ValueError(
@@ -218,8 +218,8 @@ def _check_shape(tensor: _Stored, part: str, expected: tuple[int, ...], layer: L
     if tensor.shape == expected:
         return
     why = ""
-    if part == "values" and len(tensor.shape) == 2 and tensor.shape[0] == expected[0]:
-        count = "more" if tensor.shape[1] > expected[1] else "fewer"
+    if part == "values" and len(tensor.shape) == len(expected) and tensor.shape[:-1] == expected[:-1]:
+        count = "more" if tensor.shape[-1] > expected[-1] else "fewer"
         why = f"holds {count} than {layer.pattern.keep} values in a group of {layer.pattern.group}: it "
     raise ValueError(
         f"{tensor} {why}has shape {list(tensor.shape)}, expected {list(expected)} in a module of shape "

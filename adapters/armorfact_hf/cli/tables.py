@@ -133,7 +133,7 @@ def held(layers: Rows) -> Table:
     """The layers of a pruned folder: `armorfact_hf.runs.inspect.inspect_folder`."""
     table = Table("layer", "shape", "block", "loss", "SparseGPT's", "bytes", "of dense", box=None)
     for layer in layers:
-        shape = "x".join(map(str, layer.shape))
+        shape = "x".join(map(str, layer.shape if layer.experts is None else (layer.experts, *layer.shape)))
         block = "none" if layer.block is None else "x".join(map(str, layer.block))
         share = f"{layer.bytes / layer.dense_bytes:.3f}"
         table.add_row(
@@ -181,6 +181,9 @@ def crossovers(rows: Rows, chosen: Mapping[str, Any]) -> Iterator[str]:
         wins = (
             "dense is faster from the first number on" if tokens is None else f"sparse is faster up to {tokens} tokens"
         )
+        if shape not in chosen:
+            yield f"{shape}: {wins}"
+            continue
         ranges = ", ".join(
             f"{strategy} up to {limit}" if limit is not None else f"{strategy} above" if several else strategy
             for several in (len(chosen[shape].choices) > 1,)

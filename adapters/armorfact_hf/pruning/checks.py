@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.causal_lm import CausalLM
 
@@ -19,7 +20,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def refuse_pruned(model: nn.Module) -> None:
     """Raise ValueError if the model holds pruned layers already."""
     for name, module in model.named_modules():
-        if isinstance(module, FactorizedLinear):
+        if isinstance(module, FactorizedLinear | FactorizedExperts):
             raise ValueError(f"the model is pruned already ({name}); load the dense model again")
 
 

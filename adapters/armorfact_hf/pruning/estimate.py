@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from armorfact_hf.model.experts import run_by_expert
 from armorfact_hf.model.moments import Statistics
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.model.stream import BlockStream, evaluating
@@ -30,7 +31,7 @@ def estimated_seconds(job: Job) -> float:
     first = min(job.last_block if layer.decoder_block is None else layer.decoder_block for layer in job.layers)
     here = [layer for layer in job.layers if layer.decoder_block == first]
     statistics = Statistics(job.config.needs_correlations)
-    with evaluating(job.model), _states_before(job, first) as states:
+    with evaluating(job.model), run_by_expert(job.modules), _states_before(job, first) as states:
         states.inputs(first, 0, {}, advance=False)  # warms caches and lazily built parts
         plain = _seconds(lambda: states.inputs(first, 0, {}, advance=False))
         modules = {layer.name: layer.module for layer in here}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import armorfact
 from armorfact_hf.free_memory import available
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
+from armorfact_hf.model.on_disk import InMemory, NotStreamable, OnDisk, Weights
 from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_model, check_states, checked_tokens
@@ -125,6 +125,11 @@ class Job:
         final = len(self.blocks) - 1
         return max(final if layer.decoder_block is None else layer.decoder_block for layer in self.layers)
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The layers' modules by name."""
+        return {layer.name: layer.module for layer in self.layers}
+
     def layers_of(self, block: int | None) -> list[Layer]:
         """The layers to prune in a decoder block; with None, the head if it is among them."""
         return [layer for layer in self.layers if layer.decoder_block == block]
@@ -190,10 +195,26 @@ def make_job(
     tokens = checked_tokens(model, calibration)
     prefix, blocks = decoder_blocks(model)
     layers, dense = fitting_layers(model, config, select)
+    if isinstance(weights, OnDisk):
+        _refuse_experts(layers)
     with weights.rehearsing():
         inputs = rehearse(model, blocks, layers, tokens)
     if config.target == "output":
-        refuse_routed(inputs, tokens)
+        refuse_routed(inputs, tokens, layers)
     return Job(
         model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense), weights, inputs.leader, states
     )
+
+
+def _refuse_experts(layers: Sequence[Layer]) -> None:
+    """Experts are put together from their factors in memory.
+
+    Raises:
+        NotStreamable: names the first of them.
+    """
+    for layer in layers:
+        if layer.stored_in[1] is not None:
+            raise NotStreamable(
+                f"{layer.name} is one of several experts stacked in one tensor, which are pruned in memory only: "
+                r"--no-stream prunes them there, --ignore 're:.*\.experts\.' leaves them dense"
+            )

@@ -30,7 +30,8 @@ class LayerReport:
         sweeps: the number of the last sweep that was accepted; 0 where the start was kept, or nothing sweeps.
         seconds: spent on this layer's own method, the baselines not counted.
         dense_bytes, bytes: of the weight before and of what replaces it.
-        tokens: that the statistics were gathered from.
+        tokens: that the statistics were gathered from; of an expert's layer, those that were routed to it. H is then
+            shrunk towards that of all the module's experts (`armorfact_hf.pruning.experts`).
         status: how the solver ended. notes: warnings on the way.
         factorized_loss: as in ``losses``, of this method, before the layer was tuned with its decoder block.
     """

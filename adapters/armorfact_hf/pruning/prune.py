@@ -17,7 +17,7 @@ from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
 from armorfact_hf.files import workshop
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.experts import stack_experts_
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock
@@ -115,7 +115,8 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
     with damping_noted(), _folder_of_states(job, journal) as folder:
         run = BlockByBlock.of(job, journal, observer, folder)
         reports = run.reports()
-    describe_(job.model, job.config, reports)
+    stack_experts_(job.model)
+    describe_(job, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
     dense_layers = (*job.dense_layers, *missed)
@@ -133,11 +134,15 @@ def _folder_of_states(job: Job, journal: Journal | None) -> Iterator[Path | None
         yield folder
 
 
-def describe_(model: CausalLM, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
+def describe_(job: Job, reports: Sequence[LayerReport]) -> None:
     """Write into the model's config what its pruned layers are, so that transformers saves and loads them."""
-    pattern = Pattern.parse(config.pattern)
-    layers = {report.name: LayerFormat(report.name, report.shape, pattern, report.block) for report in reports}
+    model, pattern = job.model, Pattern.parse(job.config.pattern)
+    places = {layer.name: layer.stored_in for layer in job.layers}
+    layers: dict[str, LayerFormat] = {}
+    for report in reports:
+        name, experts = places[report.name]
+        layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts)
     dtype = str(model.dtype).removeprefix("torch.")
-    attach_(model, Description(pattern, dtype, layers, config.to_dict()))
+    attach_(model, Description(pattern, dtype, layers, job.config.to_dict()))
     if any(report.decoder_block is None for report in reports):
         model.config.tie_word_embeddings = False

@@ -198,6 +198,8 @@ def test_experts_that_transformers_merges_are_refused_and_merged_ones_are_read(t
         pruned_files(tmp_path / "merged", tmp_path / str(stream), text_file, config, stream) for stream in (False, True)
     )
     assert from_disk == from_memory
+    with pytest.raises(NotStreamable, match=r"experts\.0\..* is one of several experts .*--no-stream"):
+        prune(tmp_path / "merged", tmp_path / "out", text_file, QUICK, stream=True)
 
 
 def test_a_pruned_model_is_refused(model_folder, text_file, out, tmp_path):

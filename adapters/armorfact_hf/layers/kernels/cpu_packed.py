@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import numba
@@ -20,7 +21,7 @@ FEW_TOKENS = 24
 MOST_ROWS = 512
 # numba knows no 16-bit float: float16 goes as int16, bfloat16 as uint16.
 _STORED = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
-_LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in DTYPES}
+LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in DTYPES}
 Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # values, positions, left and right of a layer
 # numba's simplest pool of threads aborts the process when two threads of Python enter it at once.
 _one_at_a_time = threading.Lock()
@@ -59,9 +60,8 @@ class FewTokens:
         y = x.new_empty(tokens, self.d_out)
         if y.numel():
             x = x.contiguous()
-            _take_threads()
-            with _one_at_a_time:
-                kernels.few_tokens(_LIKE[x.dtype], x.data_ptr(), y.data_ptr(), tokens, d_in, self.parts)
+            with launching():
+                kernels.few_tokens(LIKE[x.dtype], x.data_ptr(), y.data_ptr(), tokens, d_in, self.parts)
         return y
 
 
@@ -96,11 +96,18 @@ def _many_tokens(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | No
     return y.transpose(0, 1).reshape(tokens, -1).to(x.dtype)
 
 
+@contextmanager
+def launching() -> Iterator[None]:
+    """Inside, a compiled kernel may be called: no other thread calls one, and it has as many threads as PyTorch."""
+    _take_threads()
+    with _one_at_a_time:
+        yield
+
+
 def unpacked_rows(values: Tensor, positions: Tensor, first: int, end: int) -> Tensor:
     """Rows first..end of a 2:4 core with their zeros, (end - first, d_in)."""
     panel = values.new_empty(end - first, 2 * values.shape[1])
-    _take_threads()
-    with _one_at_a_time:
+    with launching():
         kernels.unpack(_array(values), positions.view(-1).numpy(), first, _array(panel))
     return panel
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import Moments, Statistics
 from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Pruned
 from armorfact_hf.pruning.matching import BlockReport
@@ -49,6 +51,7 @@ class InProcess:
         found = Statistics(self.job.config.needs_correlations)
         for window in self.flow.windows:
             found.add(*self.flow.inputs(index, window))
+        pool_(found, self.job.layers_of(index))
         return found
 
     def pass_by(self, index: int) -> None:
@@ -79,8 +82,7 @@ class InProcess:
 
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model."""
-        for layer, report in pruned:
-            self.job.model.set_submodule(report.name, layer)
+        put_layers_(self.job.model, layers_by_name(pruned))
 
     def advance(self, index: int) -> None:
         """Move the pruned model's states on through a block as it is now."""
