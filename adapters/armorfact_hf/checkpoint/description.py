@@ -165,7 +165,12 @@ def tensor_digest(tensor: Tensor) -> str:
         tensor: of any dtype, shape and device.
     """
     digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor in row-major order; copied only if it is on another device or not contiguous."""
     whole = tensor.detach().cpu().contiguous()
     flat = whole.as_strided((whole.numel(),), (1,))  # reshape(-1) keeps the odd stride of a single element or of none
-    digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return flat.view(torch.uint8).numpy().data

@@ -104,20 +104,23 @@ class ArmorfactQuantizer(HfQuantizer):
         Not into the metadata of the files: safetensors writes that in random order, and saving a model twice is to
         give the same bytes.
         """
-        config, tensors = self.quantization_config, model.state_dict()
+        tensors = model.state_dict()
         offloaded = any(tensor.is_meta for tensor in tensors.values())  # to disk, whence transformers fetches them
-        config.description = dataclasses.replace(
-            config.description,
-            dtype=str(model.dtype).removeprefix("torch."),
-            sha256={} if offloaded else digests(tensors),
-        )
-        model.config.quantization_config = config
+        put_digests_(model, {} if offloaded else digests(tensors))
         return None, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from armorfact_hf.checkpoint.dense import to_dense_  # imports transformers' models, which import this module
 
         return to_dense_(model).to(dtype)
+
+
+def put_digests_(model: CausalLM, sha256: dict[str, str]) -> None:
+    """Write into a pruned model's config the digests of its tensors, and its dtype as it is now."""
+    config = model.hf_quantizer.quantization_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    config.description = dataclasses.replace(config.description, dtype=dtype, sha256=sha256)
+    model.config.quantization_config = config
 
 
 def put_layers_(model: nn.Module, layers: Iterable[LayerFormat], dtype: torch.dtype | None) -> None:

@@ -24,6 +24,7 @@ from armorfact_hf.checkpoint.shards import INDEX, shards, weight_map
 from armorfact_hf.layers.format import LayerFormat
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+PORTION = 1 << 28  # bytes of a file that are looked at before it is opened anew
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,15 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _contents(tensors: dict[str, _Stored], names: Collection[str]) -> Iterator[tuple[_Stored, Tensor]]:
     """Those of the tensors that have one of the names, one in memory at a time."""
+    seen = 0
+
+    def portion(tensor: _Stored) -> tuple[Path, int]:  # what was read stays in memory until its file is closed
+        nonlocal seen
+        seen += tensor.nbytes
+        return tensor.path, seen // PORTION
+
     wanted = (tensor for tensor in tensors.values() if tensor.name in names)
-    for path, group in groupby(wanted, lambda tensor: tensor.path):
+    for (path, _), group in groupby(wanted, portion):
         with _opened(path) as stored:
             for tensor in group:
                 try:

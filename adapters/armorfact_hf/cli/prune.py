@@ -9,7 +9,7 @@ import typer
 
 from armorfact_hf.cli import tables
 from armorfact_hf.cli.options import MODEL_HELP, Device, Dtype, Length, Texts, Windows, evaluations_of
-from armorfact_hf.cli.terminal import errors_as_sentences, say, show, show_plan, shown_progress
+from armorfact_hf.cli.terminal import errors_as_sentences, say, show, shown_progress
 from armorfact_hf.pruning import config as settings
 
 if TYPE_CHECKING:
@@ -72,6 +72,17 @@ def prune(  # typer reads options from the signature: it is as long as there are
     windows: Windows = 6,
     dtype: Dtype = "auto",
     device: Device = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read decoder blocks from disk one at a time [default: where memory does not hold the model].",
+        ),
+    ] = None,
+    states: Annotated[
+        str,
+        typer.Option(help="Where calibration windows wait between decoder blocks: memory, disk, or auto (by size)."),
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with a time estimate, and stop.")] = False,
 ) -> None:
     """Prune a model, save it with a report, and show what it cost in perplexity.
@@ -85,6 +96,8 @@ def prune(  # typer reads options from the signature: it is as long as there are
     `armorfact prune ./llama --out pruned --include 're:.*mlp.*' --dtype bfloat16 --calibration text.txt`
 
     `armorfact prune demo:smollm2 --out pruned --compare wanda,sparsegpt`
+
+    `armorfact prune ./larger-than-memory --out pruned --stream --dry-run`
     """
     with errors_as_sentences():
         chosen = settings.PruneConfig(
@@ -117,6 +130,8 @@ def prune(  # typer reads options from the signature: it is as long as there are
             evaluations=evaluations_of(text, windows, length) if evaluate else [],
             dtype=dtype,
             device=device,
+            stream=stream,
+            states=states,
             dry_run=dry_run,
         )
 
@@ -137,21 +152,36 @@ def _prune(
     evaluations: list[Evaluation],
     dtype: str,
     device: str | None,
+    stream: bool | None,
+    states: str,
     dry_run: bool,
 ) -> None:
-    from armorfact_hf.data.load_model import load_model
-    from armorfact_hf.pruning import plan
+    from armorfact_hf.pruning.plan import plan_job
     from armorfact_hf.runs.compare import compare
+    from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
 
     for method in methods:
         settings.PruneConfig(method=method)
     if dry_run:
-        loaded = load_model(model, dtype, device, say)
-        show_plan(plan.make_plan(loaded.model, calibration.tokens(loaded, say), config))
+        with shown_progress() as observer:
+            loaded = load_to_prune(
+                model, config, calibration, stream=stream, dtype=dtype, device=device, observer=observer
+            )
+            observer.plan(plan_job(job_of(loaded, config, calibration, observer, states=states)))
         return
     with shown_progress() as observer:
         rows = compare(
-            model, out, config, methods, calibration, evaluations, dtype=dtype, device=device, observer=observer
+            model,
+            out,
+            config,
+            methods,
+            calibration,
+            evaluations,
+            dtype=dtype,
+            device=device,
+            stream=stream,
+            states=states,
+            observer=observer,
         )
     show(tables.compared(rows))
     say(f"Report: {out / 'report.html'}")

@@ -12,6 +12,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -120,16 +121,26 @@ def _computes_no_more(module: nn.Linear | Conv1D) -> bool:
     """Whether a module whose class has a forward of its own, as Falcon's do, still computes x W' + b: by trying it."""
     if set(module.state_dict()) - {"weight", "bias"}:
         return False
-    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    held = {name: _numbers(tensor) for name, tensor in module.named_parameters()}
+    weight, bias = held["weight"], held.get("bias")
+    if isinstance(module, Conv1D):
+        weight = weight.T
     x = torch.arange(3.0 * weight.shape[-1], dtype=torch.float64).sin().reshape(3, -1)
     x = (x * torch.tensor([[0.01], [1.0], [100.0]])).to(weight)
     try:
-        found, expected = module(x).double(), functional.linear(x, weight, module.bias).double()
+        found, expected = functional_call(module, held, (x,)).double(), functional.linear(x, weight, bias).double()
     except (TypeError, ValueError, RuntimeError, AttributeError):  # a router may return a tuple
         return False
     sums = functional.linear(x.double().abs(), weight.double().abs()).norm(dim=-1)
     rounding = 4 * torch.finfo(weight.dtype).eps * expected.norm(dim=-1) + 1e-5 * sums
     return bool(((found - expected).norm(dim=-1) <= rounding).all())
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """The tensor, or one like it where it holds no numbers."""
+    if not tensor.is_meta:
+        return tensor
+    return torch.arange(tensor.numel(), dtype=torch.float64).sin().reshape(tensor.shape).to(tensor.dtype)
 
 
 def chosen_layers(

@@ -157,10 +157,10 @@ def _fit(weight: Tensor, gram: Tensor, config: PruneConfig, layer: Layer) -> _Fi
         core = Core.from_dense(pruned, Pattern.parse(config.pattern))
         loss = energy(weight.double() - pruned, gram) / (energy(weight, gram) or 1.0)
         return _Fit((core, None, None), loss, loss, 0, "pruned in one shot")
-    given = shrunk(gram, config.diagonal_weight) if config.objective == "gram" else diagonal
+    given = (shrunk(gram, config.diagonal_weight) if config.objective == "gram" else diagonal).float()
     result = factorize(
         weight.to(dtype),
-        given.float(),
+        given,
         block=cast(tuple[int, int], layer.block),  # what no block fits stays dense
         pattern=config.pattern,
         init=config.init,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import nn
 from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
+from armorfact_hf.files import workshop
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.model.experts import stack_experts_
 from armorfact_hf.model.structure import DenseLayer, Select
@@ -64,6 +67,7 @@ def prune_(
     select: Select | None = None,
     journal: Path | str | None = None,
     observer: Observer | None = None,
+    states: str = "auto",
 ) -> PruneReport:
     """Replace linear layers of a causal language model by `FactorizedLinear`, block by block, in place.
 
@@ -75,6 +79,9 @@ def prune_(
         journal: folder in which every finished block is kept. Called again with the same arguments on the same dense
             model, after a run that was killed, `prune_` continues from there and ends with the same weights.
         observer: is told of every unit of work.
+        states: where the hidden states of the calibration windows wait between blocks: "memory", "disk" (in the
+            journal, or a temporary folder), or "auto", which is the disk if they would take more than a quarter of the
+            memory that is free. The weights come out the same.
 
     Returns:
         The reports; the model is left in evaluation mode.
@@ -95,7 +102,7 @@ def prune_(
     >>> model.model.layers[0].mlp.up_proj
     FactorizedLinear(in_features=16, out_features=32, bias=False, pattern=2:4, block=(4, 4))
     """
-    job, observer = make_job(model, calibration, config, select), observer or Observer()
+    job, observer = make_job(model, calibration, config, select, states=states), observer or Observer()
     if journal is None:
         return prune_job_(job, None, observer)
     with Journal.open(Path(journal), job.manifest, job.config.pattern) as stored:
@@ -105,8 +112,8 @@ def prune_(
 def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneReport:
     """`prune_`, for arguments that were checked."""
     job.model.eval()
-    run = BlockByBlock.of(job, journal, observer)
-    with damping_noted():
+    with damping_noted(), _folder_of_states(job, journal) as folder:
+        run = BlockByBlock.of(job, journal, observer, folder)
         reports = run.reports()
     stack_experts_(job.model)
     describe_(job, reports)
@@ -114,6 +121,17 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneRe
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
     dense_layers = (*job.dense_layers, *missed)
     return PruneReport(job.config, reports, dense_layers, run.clock.seconds(), tuple(run.blocks))
+
+
+@contextmanager
+def _folder_of_states(job: Job, journal: Journal | None) -> Iterator[Path | None]:
+    """Where states wait on disk, if they do; a folder that goes in the end."""
+    if not job.spilled:
+        yield None
+        return
+    with workshop(Path(gettempdir()) if journal is None else journal.folder, "states") as folder:
+        folder.mkdir()
+        yield folder
 
 
 def describe_(job: Job, reports: Sequence[LayerReport]) -> None:

@@ -78,7 +78,7 @@ def recover_to_folder(
             loaded.model, tokens, dense, settings, state=journal.folder, save_every=save_every, observer=observer
         )
         report = replace(report, manifest=manifest, evaluations=(), tasks=(), recovery=done)
-        finish(loaded.model, loaded.tokenizer, report, out, journal)
+        finish(loaded, report, out, journal)
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -40,9 +41,10 @@ class Flow:
     before_tail: States | None = None
 
     @classmethod
-    def of(cls, job: Job, windows: Sequence[int], told: Told) -> Flow:
-        """The windows before the first block."""
-        start = States.before_the_first(BlockStream(job.model, job.blocks), job.prefix, job.tokens.split(1))
+    def of(cls, job: Job, windows: Sequence[int], told: Told, folder: Path | None = None) -> Flow:
+        """The windows before the first block; their states wait in files of ``folder`` if there is one."""
+        stream = BlockStream(job.model, job.blocks)
+        start = States.before_the_first(stream, job.prefix, job.tokens.split(1), folder)
         pruned, dense = (start.copy() if followed else None for followed in (job.follows_pruned, job.follows_dense))
         return cls(job, windows, told, pruned, dense, start)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -35,13 +36,13 @@ class InProcess:
     flow: Flow
 
     @classmethod
-    def of(cls, job: Job, progress: Progress) -> InProcess:
-        """The workers of a job, before its first block."""
+    def of(cls, job: Job, progress: Progress, folder: Path | None = None) -> InProcess:
+        """The workers of a job, before its first block; states wait in files of ``folder`` if there is one."""
 
         def told(index: int, window: int) -> None:
             progress.tell(1, f"decoder block {index + 1} of {len(job.blocks)}, window {window + 1}")
 
-        return cls(job, progress, Flow.of(job, range(len(job.tokens)), told))
+        return cls(job, progress, Flow.of(job, range(len(job.tokens)), told, folder))
 
     def statistics(self, index: int | None) -> Statistics:
         """The moments of the inputs of a block's layers, window by window; None is the head."""
@@ -74,9 +75,10 @@ class InProcess:
     def match_tail(self, blocks: Sequence[tuple[Pruned, Statistics]]) -> tuple[Pruned, BlockReport | None]:
         """The layers of the last blocks, tuned together towards the words of the dense model."""
         pruned = [layer for layers, _ in blocks for layer in layers]
-        moments = {report.name: statistics.of(report.name) for layers, statistics in blocks for _, report in layers}
+        statistics = {report.name: found for layers, found in blocks for _, report in layers}
+        self.replace(pruned)
         tuned = tune_tail(self.job, layers_by_name(pruned), self.flow.around_tail, self._told)
-        return self._with_losses(pruned, tuned, moments.__getitem__)
+        return self._with_losses(pruned, tuned, lambda name: statistics[name].of(name))
 
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model."""
