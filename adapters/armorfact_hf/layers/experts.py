@@ -68,14 +68,19 @@ class FactorizedExperts(nn.Module):
     def _outputs(self, x: Tensor, counts: list[int]) -> Tensor:
         stacks = self.stacks
         if not all(stack.runs_packed(x, counts) for stack in stacks.values()):
-            return one_by_one(self._output)(x, counts)
+            return self._apart(x, counts)
         gate_up = _side_by_side(x, counts, [stack for name, stack in stacks.items() if name != "down"])
         gate, up = gate_up.chunk(2, dim=-1) if "gate" in stacks else (None, gate_up)
         return _side_by_side(self.gating(gate, up), counts, [stacks["down"]])
 
-    def _output(self, expert: int, x: Tensor) -> Tensor:
-        layers = {name: partial(stack.product, expert) for name, stack in self.stacks.items()}
-        return expert_output(layers, self.gating, x)
+    def _apart(self, x: Tensor, counts: list[int]) -> Tensor:
+        held = {name: (stack.product, stack.each) for name, stack in self.stacks.items()}
+
+        def output(expert: int, rows: Tensor) -> Tensor:
+            layers = {name: partial(product, *each[expert]) for name, (product, each) in held.items()}
+            return expert_output(layers, self.gating, rows)
+
+        return one_by_one(output)(x, counts)
 
 
 def _side_by_side(x: Tensor, counts: list[int], stacks: Sequence[FactorizedStack]) -> Tensor:

@@ -67,24 +67,27 @@ class FactorizedStack(nn.Module):
         """The N:M pattern of the cores."""
         return self.layout.pattern
 
-    def operands(self, expert: int) -> Operands:
-        """One expert's factors, views of the stack."""
-        values, positions, left, right = (
-            None if held is None else held[expert] for held in (getattr(self, part) for part in PARTS[:4])
-        )
-        return Operands(values, positions, left, right, self.pattern, self.layout.shape[1])  # type: ignore[arg-type]
+    @property
+    def each(self) -> list[tuple[Operands, Tensor | None]]:
+        """The factors and the bias of each expert, views of the stack.
 
-    def product(self, expert: int, x: Tensor) -> Tensor:
+        All at once, since gradients at them come together in one tensor then; of a view by itself, each is as large as
+        the stack.
+        """
+        count, d_in = len(self.values), self.layout.shape[1]
+        parts = [[None] * count if held is None else held.unbind() for held in (getattr(self, x) for x in PARTS)]
+        return [(Operands(*factors, self.pattern, d_in), bias) for *factors, bias in zip(*parts, strict=True)]
+
+    def product(self, factors: Operands, bias: Tensor | None, x: Tensor) -> Tensor:
         """What one expert's layer makes of the rows of x."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        factors = self.operands(expert)
         if x.dtype != factors.values.dtype or (torch.is_grad_enabled() and self._asks_for_gradients(x)):
             y = plain.product(x, factors)
         else:
             keep, group = self.pattern.keep, self.pattern.group
             y = torch.ops.armorfact.factorized_linear(x, *factors[:4], None, None, keep, group, "")
-        return y if self.bias is None else y + self.bias[expert].to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def runs_packed(self, x: Tensor, counts: Sequence[int]) -> bool:
         """Whether rows of x, so many for each expert, are few enough to go through the packed cores at once."""
@@ -97,8 +100,8 @@ class FactorizedStack(nn.Module):
 
     def layer(self, expert: int) -> FactorizedLinear:
         """One expert's layer, a copy."""
-        factors, bias = self.operands(expert), self.bias
-        held: dict[str, Any] = dict(zip(PARTS, (*factors[:4], None if bias is None else bias[expert]), strict=True))
+        factors, bias = self.each[expert]
+        held: dict[str, Any] = dict(zip(PARTS, (*factors[:4], bias), strict=True))
         device, dtype = factors.values.device, factors.values.dtype
         layer = FactorizedLinear(
             *self.layout.shape, self.pattern, self.layout.block, bias is not None, dtype=dtype, device=device
@@ -117,3 +120,6 @@ def _empty(shape: tuple[int, ...] | None, dtype: torch.dtype | None, device: Any
     if shape is None:
         return None
     return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+PRUNED = (FactorizedLinear, FactorizedStack)  # what holds the factors of a pruned model

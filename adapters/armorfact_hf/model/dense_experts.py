@@ -24,11 +24,11 @@ def dense_experts(pruned: FactorizedExperts) -> nn.Module:
     _register_empty(module, "down_proj", [stacks["down"]])
     stacked = StackedExperts(module)
     for projection, stack in stacks.items():
-        for expert in range(pruned.num_experts):
-            stacked.weight(expert, projection).copy_(stack.operands(expert).dense())
-            bias = stacked.bias(expert, projection)
-            if bias is not None and stack.bias is not None:
-                bias.copy_(stack.bias[expert])
+        for expert, (factors, bias) in enumerate(stack.each):
+            stacked.weight(expert, projection).copy_(factors.dense())
+            place = stacked.bias(expert, projection)
+            if place is not None and bias is not None:
+                place.copy_(bias)
     return module
 
 

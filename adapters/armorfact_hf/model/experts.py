@@ -128,6 +128,11 @@ class ExpertLinear(nn.Module):
         """b, (d_out,), a view of the stack; None without."""
         return self.stacked.bias(self.expert, self.projection)
 
+    @property
+    def gated(self) -> bool:
+        """Whether the expert has a gate."""
+        return self.stacked.module.has_gate
+
     def forward(self, x: Tensor) -> Tensor:
         """x W' + b."""
         return functional.linear(x, self.weight, self.bias)

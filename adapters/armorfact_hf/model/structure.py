@@ -60,6 +60,11 @@ class Layer:
         return self.name.rsplit(".", 2)[0] if isinstance(self.module, ExpertLinear) else ""
 
     @property
+    def follows_gate(self) -> bool:
+        """Whether it is an expert's up projection, given the same tokens as its gate."""
+        return isinstance(self.module, ExpertLinear) and self.module.projection == "up" and self.module.gated
+
+    @property
     def stored_in(self) -> tuple[str, int | None]:
         """The name under which it is stored, and how many layers are in one stack there; None for it alone."""
         if not isinstance(self.module, ExpertLinear):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import armorfact
 from armorfact_hf.free_memory import available
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.on_disk import InMemory, NotStreamable, OnDisk, Weights
+from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
 from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_model, check_states, checked_tokens
@@ -136,7 +136,7 @@ class Job:
 
     def leads(self, layer: Layer) -> bool:
         """Whether a layer has statistics of its own: others of its block are given the same input, and follow it."""
-        return self._inside(layer.name) not in self._followers
+        return self._inside(layer.name) not in self._followers and not layer.follows_gate
 
     @cached_property
     def _followers(self) -> set[str]:
@@ -195,8 +195,6 @@ def make_job(
     tokens = checked_tokens(model, calibration)
     prefix, blocks = decoder_blocks(model)
     layers, dense = fitting_layers(model, config, select)
-    if isinstance(weights, OnDisk):
-        _refuse_experts(layers)
     with weights.rehearsing():
         inputs = rehearse(model, blocks, layers, tokens)
     if config.target == "output":
@@ -204,17 +202,3 @@ def make_job(
     return Job(
         model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense), weights, inputs.leader, states
     )
-
-
-def _refuse_experts(layers: Sequence[Layer]) -> None:
-    """Experts are put together from their factors in memory.
-
-    Raises:
-        NotStreamable: names the first of them.
-    """
-    for layer in layers:
-        if layer.stored_in[1] is not None:
-            raise NotStreamable(
-                f"{layer.name} is one of several experts stacked in one tensor, which are pruned in memory only: "
-                r"--no-stream prunes them there, --ignore 're:.*\.experts\.' leaves them dense"
-            )

@@ -12,7 +12,7 @@ from armorfact_hf.data.origin import CARD
 from armorfact_hf.data.texts import evaluation_source
 from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, perplexity_of
 from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
-from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.report.card import write_card
@@ -134,7 +134,7 @@ def evaluate_dense(
     Raises:
         ValueError: the model is pruned; `evaluate_folder` compares it with its dense one.
     """
-    if any(isinstance(module, FactorizedLinear) for module in loaded.model.modules()):
+    if any(isinstance(module, PRUNED) for module in loaded.model.modules()):
         raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
     observer = Observer() if observer is None else observer
     return Figures(

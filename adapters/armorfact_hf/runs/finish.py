@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from armorfact_hf.checkpoint.assembly import assemble
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.folder import describe_folder, save_pruned
-from armorfact_hf.checkpoint.quantizer import put_layer_
+from armorfact_hf.checkpoint.quantizer import put_layers_
 from armorfact_hf.checkpoint.verify import check_headers, verify_folder
 from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.files import flush, room_for, workshop
@@ -56,11 +57,20 @@ def finish(loaded: Loaded, report: Report, out: Path, journal: Journal) -> None:
 
 def _assemble(weights: OnDisk, journal: Journal, draft: Path) -> None:
     finished = journal.tensors()
-    for layer in weights.model.hf_quantizer.quantization_config.description.modules.values():
-        if is_linear(weights.model.get_submodule(layer.name)):  # a head tied to the embedding is pruned in memory
-            put_layer_(weights.model, layer, weights.model.dtype)
+    layers = weights.model.hf_quantizer.quantization_config.description.modules.values()
+    members = {
+        f"{layer.name}.{part}": [f"{member}.{part}" for member in layer.members]
+        for layer in layers
+        if layer.experts is not None
+        for part in (*layer.tensors, "bias")
+    }
+    # A head tied to the embedding is pruned in memory.
+    empty = (x for x in layers if x.experts is not None or is_linear(weights.model.get_submodule(x.name)))
+    put_layers_(weights.model, empty, weights.model.dtype)
 
     def read(name: str) -> Tensor:
+        if name in members:
+            return torch.stack([read(member) for member in members[name]])
         if name not in finished:
             return weights.read(name)
         with safe_open(finished[name], "pt") as stored:

@@ -10,7 +10,7 @@ from armorfact import Pattern
 from armorfact_hf.layers import packed_experts
 from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.layers.routed import Gating, by_expert, one_by_one
+from armorfact_hf.layers.routed import Gating, by_expert
 from armorfact_hf.layers.stack import FactorizedStack
 from tests.hf.checkpoint.cases import random_layer
 
@@ -77,7 +77,7 @@ def test_all_at_once_is_one_after_another(dtype, tokens, block, bias, gate):
     assert all(stack.runs_packed(x, [tokens] * EXPERTS) for stack in experts.stacks.values())
     found = experts(x, chosen, weights)
     assert found.dtype == dtype and close(found, expected(experts, x, chosen, weights), dtype)
-    apart = by_expert(x, chosen, weights, EXPERTS, one_by_one(experts._output))
+    apart = by_expert(x, chosen, weights, EXPERTS, experts._apart)
     assert close(apart, expected(experts, x, chosen, weights), dtype)
 
 

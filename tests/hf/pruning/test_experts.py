@@ -77,7 +77,7 @@ def test_the_loss_is_that_of_what_is_stored(monkeypatch):
         if ".experts." in layer.name:
             owner, expert, projection = layer.name.rsplit(".", 2)
             stack, weight = model.get_submodule(owner).stacks[projection], weights[layer.name]
-            residual = weight.double() - _exact(stack.operands(int(expert)))
+            residual = weight.double() - _exact(stack.each[int(expert)][0])
             loss = energy(residual, grams[layer.name]) / energy(weight, grams[layer.name])
             assert layer.losses["armorfact"] == pytest.approx(loss, rel=1e-6)
 
