@@ -72,6 +72,9 @@ def prune(  # typer reads options from the signature: it is as long as there are
     windows: Windows = 6,
     dtype: Dtype = "auto",
     device: Device = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Other processes to work in: so many of this machine, or ray (at RAY_ADDRESS).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with a time estimate, and stop.")] = False,
 ) -> None:
     """Prune a model, save it with a report, and show what it cost in perplexity.
@@ -117,6 +120,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
             evaluations=evaluations_of(text, windows, length) if evaluate else [],
             dtype=dtype,
             device=device,
+            workers=workers,
             dry_run=dry_run,
         )
 
@@ -137,6 +141,7 @@ def _prune(
     evaluations: list[Evaluation],
     dtype: str,
     device: str | None,
+    workers: str | None,
     dry_run: bool,
 ) -> None:
     from armorfact_hf.data.load_model import load_model
@@ -151,7 +156,16 @@ def _prune(
         return
     with shown_progress() as observer:
         rows = compare(
-            model, out, config, methods, calibration, evaluations, dtype=dtype, device=device, observer=observer
+            model,
+            out,
+            config,
+            methods,
+            calibration,
+            evaluations,
+            dtype=dtype,
+            device=device,
+            observer=observer,
+            workers=workers,
         )
     show(tables.compared(rows))
     say(f"Report: {out / 'report.html'}")

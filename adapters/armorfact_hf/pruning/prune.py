@@ -17,13 +17,15 @@ from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning.block_by_block import BlockByBlock
+from armorfact_hf.pruning.block_by_block import BlockByBlock, units
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.notes import damping_noted
+from armorfact_hf.pruning.progress import Clock, Progress
+from armorfact_hf.pruning.workers.choice import Choice, check_workers, hired
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def prune_(
     select: Select | None = None,
     journal: Path | str | None = None,
     observer: Observer | None = None,
+    workers: Choice = None,
 ) -> PruneReport:
     """Replace linear layers of a causal language model by `FactorizedLinear`, block by block, in place.
 
@@ -75,13 +78,16 @@ def prune_(
         journal: folder in which every finished block is kept. Called again with the same arguments on the same dense
             model, after a run that was killed, `prune_` continues from there and ends with the same weights.
         observer: is told of every unit of work.
+        workers: who does the work: None is this process, a number is so many others of this machine, "ray" is the
+            cluster at RAY_ADDRESS. The weights do not depend on it.
 
     Returns:
         The reports; the model is left in evaluation mode.
 
     Raises:
         ValueError: tokens that are not a matrix of numbers in the vocabulary, a model that is pruned already,
-            holds NaN, or cannot be run on tokens alone, settings that leave nothing to prune; all before any work.
+            holds NaN, or cannot be run on tokens alone, settings that leave nothing to prune, workers that are none;
+            all before any work. ImportError: workers need Ray, and it is not installed.
         DifferentRun: the journal belongs to other arguments. InUse: another process is writing it.
         DiskFull: in mid-run; what is finished stays in the journal.
         NonFiniteActivations: a module computes NaN or infinite values; nothing is changed from its block on.
@@ -95,18 +101,20 @@ def prune_(
     >>> model.model.layers[0].mlp.up_proj
     FactorizedLinear(in_features=16, out_features=32, bias=False, pattern=2:4, block=(4, 4))
     """
+    check_workers(workers)
     job, observer = make_job(model, calibration, config, select), observer or Observer()
     if journal is None:
-        return prune_job_(job, None, observer)
+        return prune_job_(job, None, observer, workers)
     with Journal.open(Path(journal), job.manifest, job.config.pattern) as stored:
-        return prune_job_(job, stored, observer)
+        return prune_job_(job, stored, observer, workers)
 
 
-def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneReport:
+def prune_job_(job: Job, journal: Journal | None, observer: Observer, workers: Choice = None) -> PruneReport:
     """`prune_`, for arguments that were checked."""
     job.model.eval()
-    run = BlockByBlock.of(job, journal, observer)
-    with damping_noted():
+    progress = Progress(observer, units(job))
+    with hired(workers, job, progress) as those, damping_noted():
+        run = BlockByBlock(job, journal, those, progress, Clock())
         reports = run.reports()
     describe_(job.model, job.config, reports)
     pruned = {report.name for report in reports}

@@ -15,6 +15,7 @@ from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
@@ -211,6 +212,7 @@ def compare(
     dtype: str = "auto",
     device: str | None = None,
     observer: Observer | None = None,
+    workers: Choice = None,
 ) -> list[Row]:
     """Prune a model by ``config`` into ``out`` and by other methods into folders beside it, and measure all alike.
 
@@ -220,7 +222,9 @@ def compare(
         model, dtype, device: see `load_model`.
         methods: of one shot; each goes to the folder ``<out>-<method>``.
         observer: is told how it goes; prints sentences by default.
+        workers: see `prune_`.
     """
+    check_workers(workers)
     observer = Observer() if observer is None else observer
     for evaluation in evaluations:
         evaluation_source(evaluation.text, observer.say)  # raises before the work if there is none
@@ -230,7 +234,7 @@ def compare(
         loaded = load_model(model, dtype, device, observer.say)
         # What the others would be compared with on every layer stands in the report of the chosen method already.
         chosen = config if folder == out else replace(config, method=method, baselines=())
-        prune_to_folder(loaded, folder, chosen, calibration, observer=observer)
+        prune_to_folder(loaded, folder, chosen, calibration, observer=observer, workers=workers)
         del loaded
     if evaluations:
         evaluate_folder(out, evaluations, device=device, beside=list(beside.values()), observer=observer)

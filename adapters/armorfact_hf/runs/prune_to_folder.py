@@ -22,6 +22,7 @@ from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
 from armorfact_hf.pruning.plan import Plan, plan_job
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
+from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.record import FILE, CalibrationFacts, ModelFacts, Report, Totals
 from armorfact_hf.runs.finish import check_whole, finish
 
@@ -60,6 +61,7 @@ def prune_to_folder(
     *,
     observer: Observer | None = None,
     select: Select | None = None,
+    workers: Choice = None,
 ) -> Report:
     """Prune a model and write the finished folder: checkpoint, tokenizer, `report.json`, `report.html`.
 
@@ -71,7 +73,7 @@ def prune_to_folder(
         out: the folder to write.
         config, calibration: what to prune and how, and on which tokens.
         observer: is told of slow steps, of the plan, and of every unit of work; it prints sentences by default.
-        select: see `prune_`.
+        select, workers: see `prune_`.
 
     Returns:
         The report, which is in the folder too.
@@ -84,7 +86,9 @@ def prune_to_folder(
     observer, calibration = observer or Observer(), calibration or Calibration()
     if out.exists() and not (out / FILE).exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
+    check_workers(workers)
     loaded = load_model(model, log=observer.say) if isinstance(model, str) else model
+    check_workers(workers, loaded.model.device)
     job = make_job(loaded.model, calibration.tokens(loaded, observer.say), config, select)
     if out.exists():
         return _found_finished(out, loaded, job, observer)
@@ -95,7 +99,7 @@ def prune_to_folder(
     with Journal.open(_journal(out), job.manifest, job.config.pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago
             return _found_finished(out, loaded, job, observer)
-        report = _report(facts, calibration, job, prune_job_(job, journal, observer), plan)
+        report = _report(facts, calibration, job, prune_job_(job, journal, observer, workers), plan)
         finish(loaded.model, loaded.tokenizer, report, out, journal)
     return report
 

@@ -33,7 +33,7 @@ class Flow:
     told: Told
     pruned: States | None
     dense: States | None
-    given: States
+    given: States | None = None
     before_tail: States | None = None
 
     @classmethod
@@ -41,7 +41,7 @@ class Flow:
         """The windows before the first block."""
         start = States.before_the_first(BlockStream(job.model, job.blocks), job.prefix, job.tokens.split(1))
         pruned, dense = (start.copy() if followed else None for followed in (job.follows_pruned, job.follows_dense))
-        return cls(job, windows, told, pruned, dense, start)
+        return cls(job, windows, told, pruned, dense)
 
     def begin(self, index: int) -> None:
         """Come to a block: keep what it is given, as the states of the dense model are about to move on."""
@@ -95,7 +95,7 @@ class Flow:
     @property
     def around_block(self) -> tuple[States, States]:
         """The states that the block at work is given, and those of the dense model behind it."""
-        return self.given, _known(self.dense)
+        return _known(self.given), _known(self.dense)
 
     @property
     def around_tail(self) -> tuple[States, States]:
