@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def _print_costs(costs: Costs) -> None:
-    print(f"Seconds by {costs.threads} thread(s) of {costs.machine}; widths over {SHRINK}, {costs.length} tokens.")
+    print(f"Seconds of one thread of an {costs.machine}; widths over {SHRINK}, windows of {costs.length} tokens.")
     print("\n| | seconds |\n|---|---|")
     print(f"| a window through the block | {costs.forward:.3f} |\n| a step of block matching | {costs.tuning:.3f} |")
     for name, layer in costs.layers.items():

@@ -51,13 +51,12 @@ class Costs:
     """Seconds on a worker.
 
     Args:
-        machine, threads: what a worker is. length: of the windows, in tokens.
+        machine: one thread of which is a worker. length: of the windows, in tokens.
         forward: a window through the block. tuning: a step of block matching.
         layers: of the block, by name.
     """
 
     machine: str
-    threads: int
     length: int
     forward: float
     tuning: float
@@ -85,7 +84,8 @@ class Costs:
 
 
 def measure(length: int) -> Costs:
-    """The costs on this machine, by as many threads as this process has."""
+    """The costs on this machine, by a worker of one thread: in processor time, which other work hardly changes."""
+    torch.set_num_threads(1)
     job = _small_job(length)
     states = States.before_the_first(BlockStream(job.model, job.blocks), job.prefix, job.tokens.split(1))
     modules = {layer.name: layer.module for layer in job.layers}
@@ -94,7 +94,7 @@ def measure(length: int) -> Costs:
     statistics = Statistics()
     statistics.add(inputs)
     layers = {layer.name: _layer_cost(layer, inputs.tensors, statistics, job) for layer in job.layers}
-    return Costs(_processor(), torch.get_num_threads(), length, forward, _tuning(job, states, statistics), layers)
+    return Costs(_processor(), length, forward, _tuning(job, states, statistics), layers)
 
 
 def _layer_cost(layer: Any, tensors: dict[str, torch.Tensor], statistics: Statistics, job: Job) -> LayerCost:
@@ -148,6 +148,6 @@ def _processor() -> str:
 
 
 def _timed(act: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
+    start = time.process_time()
     found = act()
-    return time.perf_counter() - start, found
+    return time.process_time() - start, found

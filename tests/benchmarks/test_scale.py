@@ -9,7 +9,7 @@ from benchmarks.scale.costs import SHRINK, Costs, LayerCost
 from benchmarks.scale.simulation import Run, finished
 
 COSTS = Costs(
-    "a machine", 1, 64, 1.0, 4.0, {"q": LayerCost((8, 8), "q", 0.5, 10.0), "k": LayerCost((2, 8), "q", 0.0, 3.0)}
+    "a machine", 64, 1.0, 4.0, {"q": LayerCost((8, 8), "q", 0.5, 10.0), "k": LayerCost((2, 8), "q", 0.0, 3.0)}
 )
 
 
