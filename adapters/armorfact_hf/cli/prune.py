@@ -83,6 +83,9 @@ def prune(  # typer reads options from the signature: it is as long as there are
         str,
         typer.Option(help="Where calibration windows wait between decoder blocks: memory, disk, or auto (by size)."),
     ] = "auto",
+    workers: Annotated[
+        str | None, typer.Option(help="Other processes to work in: so many of this machine, or ray (at RAY_ADDRESS).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with a time estimate, and stop.")] = False,
 ) -> None:
     """Prune a model, save it with a report, and show what it cost in perplexity.
@@ -132,6 +135,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
             device=device,
             stream=stream,
             states=states,
+            workers=workers,
             dry_run=dry_run,
         )
 
@@ -154,6 +158,7 @@ def _prune(
     device: str | None,
     stream: bool | None,
     states: str,
+    workers: str | None,
     dry_run: bool,
 ) -> None:
     from armorfact_hf.pruning.plan import plan_job
@@ -182,6 +187,7 @@ def _prune(
             stream=stream,
             states=states,
             observer=observer,
+            workers=workers,
         )
     show(tables.compared(rows))
     say(f"Report: {out / 'report.html'}")

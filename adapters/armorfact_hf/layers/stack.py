@@ -76,7 +76,7 @@ class FactorizedStack(nn.Module):
         """
         count, d_in = len(self.values), self.layout.shape[1]
         parts = [[None] * count if held is None else held.unbind() for held in (getattr(self, x) for x in PARTS)]
-        return [(Operands(*factors, self.pattern, d_in), bias) for *factors, bias in zip(*parts, strict=True)]
+        return [(Operands(v, p, a, b, self.pattern, d_in), bias) for v, p, a, b, bias in zip(*parts, strict=True)]
 
     def product(self, factors: Operands, bias: Tensor | None, x: Tensor) -> Tensor:
         """What one expert's layer makes of the rows of x."""

@@ -106,12 +106,7 @@ class Statistics:
         """
         leaders, given = inputs.leader, inputs.tensors
         paired = {} if dense is None else _paired(given, dense)
-        for name, leader in leaders.items():
-            if self.leader.setdefault(name, leader) != leader:
-                raise RuntimeError(
-                    f"{name} shares its input with {leader} in this pass and with {self.leader[name]} in an earlier "
-                    "one: leave one of them out with `ignore`"
-                )
+        agree(self.leader, leaders)
         for leader, tensor in given.items():
             x = _flat(tensor)
             self.tokens[leader] = self.tokens.get(leader, 0) + len(x)
@@ -123,6 +118,20 @@ class Statistics:
         """What is known of the inputs of one layer."""
         leader = self.leader[name]
         return Moments(self.gram[leader], self.cross.get(leader), self.tokens[leader])
+
+
+def agree(known: dict[str, str], leaders: Mapping[str, str]) -> None:
+    """Add the leaders of one more pass to those of the passes before.
+
+    Raises:
+        RuntimeError: layers share inputs differently.
+    """
+    for name, leader in leaders.items():
+        if known.setdefault(name, leader) != leader:
+            raise RuntimeError(
+                f"{name} shares its input with {leader} in this pass and with {known[name]} in an earlier one: leave "
+                "one of them out with `ignore`"
+            )
 
 
 def _paired(given: Mapping[str, Tensor], dense: Inputs) -> dict[str, Tensor]:

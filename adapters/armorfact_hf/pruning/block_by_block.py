@@ -9,7 +9,6 @@ from typing import Any
 
 from armorfact_hf.model.on_disk import HEAD
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Finished, Journal, Pruned
 from armorfact_hf.pruning.layer import LayerReport
@@ -17,7 +16,6 @@ from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.progress import Clock, Progress
 from armorfact_hf.pruning.spilled import set_aside
 from armorfact_hf.pruning.tail import Tail
-from armorfact_hf.pruning.workers.in_process import InProcess
 from armorfact_hf.pruning.workers.protocol import Workers
 
 
@@ -46,12 +44,6 @@ class BlockByBlock:
     blocks: list[BlockReport] = field(default_factory=list)
     tail: Tail[Any] = field(default_factory=Tail)
     folder: Path | None = None
-
-    @classmethod
-    def of(cls, job: Job, journal: Journal | None, observer: Observer, folder: Path | None = None) -> BlockByBlock:
-        """The loop of a job, before its first block; what waits between blocks waits in ``folder`` if there is one."""
-        progress = Progress(observer, _units(job))
-        return cls(job, journal, InProcess.of(job, progress, folder), progress, Clock(), folder=folder)
 
     def reports(self) -> tuple[LayerReport, ...]:
         """Prune every block, tune the last ones once more, and prune the head; the reports of their layers."""
@@ -145,7 +137,7 @@ def _reports(pruned: Pruned) -> dict[str, LayerReport]:
     return {report.name: report for _, report in pruned}
 
 
-def _units(job: Job) -> int:
+def units(job: Job) -> int:
     """The units of work of a run: a layer, and a window through a block."""
     passes = (2 * job.follows_pruned + job.follows_dense) * (job.last_block + 1)
     passes -= job.follows_pruned and not job.config.head  # nothing needs what the last block makes of it

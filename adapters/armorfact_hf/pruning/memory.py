@@ -13,7 +13,7 @@ from armorfact_hf.model.on_disk import HEAD, Key, OnDisk
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
 
-SOLVER_COPIES = 10  # of W and H in float32, at the peak of one factorization: SparseGPT, which works in float64
+SOLVER_COPIES = 11  # a generous count of W and H in float32 at the peak of one layer, where SparseGPT uses float64
 
 
 @dataclass(frozen=True)

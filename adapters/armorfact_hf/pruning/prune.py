@@ -20,13 +20,15 @@ from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.model.experts import stack_experts_
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning.block_by_block import BlockByBlock
+from armorfact_hf.pruning.block_by_block import BlockByBlock, units
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.notes import damping_noted
+from armorfact_hf.pruning.progress import Clock, Progress
+from armorfact_hf.pruning.workers.choice import Choice, check_workers, hired
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def prune_(
     journal: Path | str | None = None,
     observer: Observer | None = None,
     states: str = "auto",
+    workers: Choice = None,
 ) -> PruneReport:
     """Replace linear layers of a causal language model by `FactorizedLinear`, block by block, in place.
 
@@ -82,13 +85,16 @@ def prune_(
         states: where the hidden states of the calibration windows wait between blocks: "memory", "disk" (in the
             journal, or a temporary folder), or "auto", which is the disk if they would take more than a quarter of the
             memory that is free. The weights come out the same.
+        workers: who does the work: None is this process, a number is so many others of this machine, "ray" is the
+            cluster at RAY_ADDRESS. The weights do not depend on it.
 
     Returns:
         The reports; the model is left in evaluation mode.
 
     Raises:
         ValueError: tokens that are not a matrix of numbers in the vocabulary, a model that is pruned already,
-            holds NaN, or cannot be run on tokens alone, settings that leave nothing to prune; all before any work.
+            holds NaN, or cannot be run on tokens alone, settings that leave nothing to prune, workers that are none;
+            all before any work. ImportError: workers need Ray, and it is not installed.
         DifferentRun: the journal belongs to other arguments. InUse: another process is writing it.
         DiskFull: in mid-run; what is finished stays in the journal.
         NonFiniteActivations: a module computes NaN or infinite values; nothing is changed from its block on.
@@ -102,18 +108,24 @@ def prune_(
     >>> model.model.layers[0].mlp.up_proj
     FactorizedLinear(in_features=16, out_features=32, bias=False, pattern=2:4, block=(4, 4))
     """
+    check_workers(workers)
     job, observer = make_job(model, calibration, config, select, states=states), observer or Observer()
     if journal is None:
-        return prune_job_(job, None, observer)
+        return prune_job_(job, None, observer, workers)
     with Journal.open(Path(journal), job.manifest, job.config.pattern) as stored:
-        return prune_job_(job, stored, observer)
+        return prune_job_(job, stored, observer, workers)
 
 
-def prune_job_(job: Job, journal: Journal | None, observer: Observer) -> PruneReport:
+def prune_job_(job: Job, journal: Journal | None, observer: Observer, workers: Choice = None) -> PruneReport:
     """`prune_`, for arguments that were checked."""
     job.model.eval()
-    with damping_noted(), _folder_of_states(job, journal) as folder:
-        run = BlockByBlock.of(job, journal, observer, folder)
+    progress = Progress(observer, units(job))
+    with (
+        damping_noted(),
+        _folder_of_states(job, journal) as folder,
+        hired(workers, job, progress, folder) as those,
+    ):
+        run = BlockByBlock(job, journal, those, progress, Clock(), folder=folder)
         reports = run.reports()
     stack_experts_(job.model)
     describe_(job, reports)

@@ -30,11 +30,12 @@ def prune_layers(
         finished: called with each layer once it is done, from the calling thread.
     """
     cores = torch.get_num_threads()
-    workers = min(len(work), cores) if all(layer.weight.device.type == "cpu" for layer, _ in work) else 1
+    each = threads_each([layer for layer, _ in work], cores)
+    workers = min(len(work), cores // each)
     if workers <= 1:
         return [_told(finished, layer, prune_layer(layer, moments, config)) for layer, moments in work]
     largest_first = sorted(range(len(work)), key=lambda k: -layer_flops(work[k][0]))
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
     try:
         futures = {pool.submit(prune_layer, *work[k], config): k for k in largest_first}
         for future in as_completed(futures):
@@ -44,6 +45,12 @@ def prune_layers(
         pool.shutdown(wait=not stopped, cancel_futures=True)
         torch.set_num_threads(cores)  # what the workers set counts for threads to come
     return [future.result() for future in sorted(futures, key=futures.__getitem__)]
+
+
+def threads_each(layers: Sequence[Layer], cores: int) -> int:
+    """The share of the cores that a layer is pruned by when these are: bits may depend on it. On a GPU, all."""
+    at_once = len(layers) if all(layer.weight.device.type == "cpu" for layer in layers) else 1
+    return max(1, cores // max(1, at_once))
 
 
 def _told(finished: Callable[[Layer], object], layer: Layer, result: Any) -> Any:

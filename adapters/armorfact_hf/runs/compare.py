@@ -15,6 +15,7 @@ from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
 from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
 from armorfact_hf.runs.load_to_prune import fits_whole, load_to_prune
@@ -214,6 +215,7 @@ def compare(
     stream: bool | None = None,
     states: str = "auto",
     observer: Observer | None = None,
+    workers: Choice = None,
 ) -> list[Row]:
     """Prune a model by ``config`` into ``out`` and by other methods into folders beside it, and measure all alike.
 
@@ -224,7 +226,9 @@ def compare(
         methods: of one shot; each goes to the folder ``<out>-<method>``.
         evaluations: left out, with a sentence, where the dense model does not fit into memory.
         observer: is told how it goes; prints sentences by default.
+        workers: see `prune_`.
     """
+    check_workers(workers)
     observer = Observer() if observer is None else observer
     for evaluation in evaluations:
         evaluation_source(evaluation.text, observer.say)  # raises before the work if there is none
@@ -234,7 +238,7 @@ def compare(
         # What the others would be compared with on every layer stands in the report of the chosen method already.
         chosen = config if folder == out else replace(config, method=method, baselines=())
         loaded = load_to_prune(model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer)
-        prune_to_folder(loaded, folder, chosen, calibration, states=states, observer=observer)
+        prune_to_folder(loaded, folder, chosen, calibration, states=states, observer=observer, workers=workers)
         whole = fits_whole(loaded)
         del loaded
     if evaluations and not whole:

@@ -22,6 +22,7 @@ from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
 from armorfact_hf.pruning.plan import Plan, plan_job
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
+from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.record import FILE, CalibrationFacts, ModelFacts, Report, Totals
 from armorfact_hf.runs.finish import check_whole, finish
 from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
@@ -63,6 +64,7 @@ def prune_to_folder(
     select: Select | None = None,
     stream: bool | None = None,
     states: str = "auto",
+    workers: Choice = None,
 ) -> Report:
     """Prune a model and write the finished folder: checkpoint, tokenizer, `report.json`, `report.html`.
 
@@ -74,7 +76,7 @@ def prune_to_folder(
         out: the folder to write.
         config, calibration: what to prune and how, and on which tokens.
         observer: is told of slow steps, of the plan, and of every unit of work; it prints sentences by default.
-        select, states: see `prune_`.
+        select, states, workers: see `prune_`.
         stream: for a model given by name, whether its decoder blocks are read from disk one at a time; None is where
             the model and the work on it would not fit into the memory that is free. The files come out the same.
 
@@ -89,10 +91,12 @@ def prune_to_folder(
     observer, calibration = observer or Observer(), calibration or Calibration()
     if out.exists() and not (out / FILE).exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
+    check_workers(workers)
     loaded = model
     if isinstance(loaded, str):
         loaded = load_to_prune(loaded, config, calibration, stream=stream, observer=observer)
     job = job_of(loaded, config, calibration, observer, select, states)
+    check_workers(workers, job)
     if out.exists():
         return _found_finished(out, loaded, job, observer)
     plan = plan_job(job, measure=observer.wants_plan)
@@ -102,7 +106,7 @@ def prune_to_folder(
     with Journal.open(_journal(out), job.manifest, job.config.pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago
             return _found_finished(out, loaded, job, observer)
-        report = _report(facts, calibration, job, prune_job_(job, journal, observer), plan)
+        report = _report(facts, calibration, job, prune_job_(job, journal, observer, workers), plan)
         finish(loaded, report, out, journal)
     return report
 

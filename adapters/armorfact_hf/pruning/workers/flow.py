@@ -37,7 +37,7 @@ class Flow:
     told: Told
     pruned: States | None
     dense: States | None
-    given: States
+    given: States | None = None
     before_tail: States | None = None
 
     @classmethod
@@ -46,7 +46,7 @@ class Flow:
         stream = BlockStream(job.model, job.blocks)
         start = States.before_the_first(stream, job.prefix, job.tokens.split(1), folder)
         pruned, dense = (start.copy() if followed else None for followed in (job.follows_pruned, job.follows_dense))
-        return cls(job, windows, told, pruned, dense, start)
+        return cls(job, windows, told, pruned, dense)
 
     def begin(self, index: int) -> None:
         """Come to a block: keep what it is given, as the states of the dense model are about to move on."""
@@ -105,7 +105,7 @@ class Flow:
     @property
     def around_block(self) -> tuple[States, States]:
         """The states that the block at work is given, and those of the dense model behind it."""
-        return self.given, _known(self.dense)
+        return _known(self.given), _known(self.dense)
 
     @property
     def around_tail(self) -> tuple[States, States]:

@@ -1,0 +1,159 @@
+"""What other processes do of a run: windows through blocks, Gram matrices, single layers. All of it may be repeated.
+
+A `Worker` holds the model and keeps nothing else. States come with every call and go back with its result, so a worker
+that was killed and started again needs no memory of its own, and any of them may take any window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.moments import Inputs, Moments, Statistics
+from armorfact_hf.model.stream import BlockStream
+from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.job import Job
+from armorfact_hf.pruning.journal import Pruned
+from armorfact_hf.pruning.layer import LayerReport, prune_layer, with_tuned_loss
+from armorfact_hf.pruning.notes import damping_noted
+from armorfact_hf.pruning.states import States
+from armorfact_hf.pruning.workers.flow import Flow
+from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail
+
+Ref = Any  # a `ray.ObjectRef`, which has no type parameter where Ray is not installed
+Part = tuple[list[Tensor] | None, ...] | None
+
+
+@dataclass(frozen=True)
+class Held:
+    """The states of one window, and in which form the blocks so far returned theirs.
+
+    Args:
+        hidden: (1, length, width), or None before the first block.
+        extras: of `BlockStream`.
+    """
+
+    hidden: Tensor | None = None
+    extras: Mapping[int, int] = field(default_factory=dict)
+
+
+class Worker:
+    """A process that holds the model.
+
+    Every method is given ``replaced``, references to all pruned layers so far, block by block: what the model lacks of
+    them is put into it first.
+
+    Args:
+        job: what is pruned. threads: that PyTorch computes with.
+    """
+
+    def __init__(self, job: Job, threads: int) -> None:
+        torch.set_num_threads(threads)
+        job.model.eval()
+        self.job, self.stream, self.put = job, BlockStream(job.model, job.blocks), 0
+
+    def inputs(
+        self, index: int | None, window: int, pruned: Held | None, dense: Held | None, replaced: Sequence[Ref]
+    ) -> tuple[Any, ...]:
+        """What the layers of a block are given for a window.
+
+        Returns:
+            For each layer that was called its leader; the dense model's state behind the block, or None; then, for each
+            of the block's layers, its calls in the one or two models that count, or None unless it is a leader.
+        """
+        self._catch_up(replaced)
+        one, other = (None if held is None else self._states({window: held}) for held in (pruned, dense))
+        flow = Flow(self.job, [window], _untold, one, other)
+        seen = flow.inputs(index, window)
+        leader, names = seen[0].leader, [layer.name for layer in self.job.layers_of(index)]
+        parts = [tuple(x.calls.get(name) for x in seen) if leader.get(name) == name else None for name in names]
+        return leader, None if flow.dense is None else self._held(flow.dense, window), *parts
+
+    def advance(self, blocks: Sequence[int], window: int, held: Held, replaced: Sequence[Ref]) -> tuple[bool, Held]:
+        """True, and the state of a window behind some consecutive blocks."""
+        self._catch_up(replaced)
+        states = self._states({window: held})
+        for index in blocks:
+            states.advance(index, window)
+        return True, self._held(states, window)
+
+    def tune(
+        self, index: int | None, pruned: Pruned, given: Sequence[Ref], dense: Sequence[Ref], replaced: Sequence[Ref]
+    ) -> Tuned:
+        """Tune the layers of a block, or, with None, of the last ones.
+
+        Args:
+            given, dense: references to the states of every window before and, in the dense model, behind them.
+        """
+        self._catch_up(replaced)
+        _put(self.job, pruned)
+        before, behind = (self._states(dict(enumerate(ray.get(list(refs))))) for refs in (given, dense))
+        layers = layers_by_name(pruned)
+        if index is None:
+            return tune_tail(self.job, layers, (before, behind), _silent)
+        return tune_block(self.job, index, layers, (before, behind), _silent)
+
+    def _catch_up(self, replaced: Sequence[Ref]) -> None:
+        for pruned in ray.get(list(replaced[self.put :])):
+            _put(self.job, pruned)
+        self.put = len(replaced)
+
+    def _states(self, held: Mapping[int, Held]) -> States:
+        windows = self.job.tokens.split(1)
+        for one in held.values():
+            self.stream.extras.update(one.extras)
+        hidden = [held[k].hidden if k in held else None for k in range(len(windows))]
+        return States(self.stream, self.job.prefix, windows, hidden)
+
+    def _held(self, states: States, window: int) -> Held:
+        return Held(states.hidden[window], dict(self.stream.extras))
+
+
+def gather(name: str, correlations: bool, parts: Sequence[Ref], threads: int) -> Moments:
+    """The moments of a leader's inputs, window by window: the same sum in the same order as in one process.
+
+    Args:
+        parts: references to what `Worker.inputs` returned for this layer, in the order of the windows.
+    """
+    torch.set_num_threads(threads)
+    found = Statistics(correlations)
+    for ref in parts:  # one at a time: those of a wide layer do not fit into memory together
+        part: Part = ray.get(ref)
+        if part is not None:
+            found.add(*(Inputs({} if calls is None else {name: calls}) for calls in part))
+    return found.of(name)
+
+
+def prune(layer: Layer, moments: Moments, config: PruneConfig, threads: int) -> tuple[FactorizedLinear, LayerReport]:
+    """What replaces a layer, and the report."""
+    torch.set_num_threads(threads)
+    with damping_noted():
+        return prune_layer(layer, moments, config)
+
+
+def report_again(
+    report: LayerReport, layer: Layer, tuned: FactorizedLinear, moments: Moments, config: PruneConfig, threads: int
+) -> LayerReport:
+    """The report of a layer, with its loss now that it is tuned."""
+    torch.set_num_threads(threads)
+    return with_tuned_loss(report, layer, tuned, moments, config)
+
+
+def _put(job: Job, pruned: Pruned) -> None:
+    for layer, report in pruned:
+        job.model.set_submodule(report.name, layer)
+
+
+def _untold(index: int, window: int) -> None:
+    """The process that leads the run tells."""
+
+
+def _silent(what: str) -> None:
+    """The process that leads the run tells."""
