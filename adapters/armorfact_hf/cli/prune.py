@@ -146,8 +146,10 @@ def _prune(
 ) -> None:
     from armorfact_hf.data.load_model import load_model
     from armorfact_hf.pruning import plan
+    from armorfact_hf.pruning.workers.choice import check_workers
     from armorfact_hf.runs.compare import compare
 
+    check_workers(workers)
     for method in methods:
         settings.PruneConfig(method=method)
     if dry_run:
