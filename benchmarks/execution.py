@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from armorfact import BlockDiagonal, Core
-from armorfact_hf.bench.layers import time_side_by_side
+from armorfact_hf.bench.timing import time_side_by_side
 from armorfact_hf.layers.execution import Execution
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.strategy import PAIR

@@ -162,8 +162,8 @@ def cholesky(matrix: Array) -> Array | None:
         factor = xp.linalg.cholesky(matrix)
     except (np.linalg.LinAlgError, RuntimeError):  # Torch's LinAlgError is a RuntimeError
         return None
-    # CuPy reports failure as NaN instead of raising.
-    return factor if bool(xp.all(xp.isfinite(factor))) else None
+    # CuPy reports failure as NaN instead of raising. From wherever it begins, it reaches the diagonal.
+    return factor if bool(xp.all(xp.isfinite(xp.linalg.diagonal(factor)))) else None
 
 
 def sweep_blocks(

@@ -101,6 +101,7 @@ def damped_factor(gram: FullGram, added: float) -> Array:
         flat = xp.reshape(xp.astype(xp.flip(gram.matrix), xp.float64), (-1,))
         flat[:: size + 1] += added
         factor = arrays.cholesky(xp.reshape(flat, (size, size)))
+        del flat  # as large as the factor, which is about to be copied
         if factor is not None:
             if attempt:
                 warnings.warn(

@@ -44,10 +44,33 @@ FAMILIES = {
     ),
 }
 
+ROUTED = {"num_experts_per_tok": 2}
+EXPERTS = {
+    "mixtral": ("MixtralConfig", {**GROUPED, **ROUTED, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**GROUPED, **ROUTED, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **SIZES,
+            **ROUTED,
+            **{"num_key_value_heads": HEADS, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1},
+            **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
+            **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**GROUPED, **ROUTED, "head_dim": 8, "num_local_experts": 4, "sliding_window": 8, "rope_parameters": None},
+    ),
+}
+
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
     """A random causal language model in evaluation mode."""
-    name, values = FAMILIES[family]
+    name, values = {**FAMILIES, **EXPERTS}[family]
     torch.manual_seed(seed)
     config = getattr(transformers, name)(**{**COMMON, **TOKENS, **values, **changes})
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -6,46 +6,18 @@ from memory and not from a cache that a loop over one layer would warm.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from math import isqrt
 from pathlib import Path
-from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from armorfact_hf.bench.experts import time_experts
+from armorfact_hf.bench.timing import DENSE_BYTES, Timing, time_side_by_side
 from armorfact_hf.checkpoint.measured import shape_key, write_measured
-from armorfact_hf.layers.execution import Execution, runnable
+from armorfact_hf.layers.execution import STRATEGIES, Execution, runnable
 from armorfact_hf.layers.linear import FactorizedLinear
-
-DENSE_BYTES = 1 << 30  # of dense weights that are made to compare with; layers beyond are not timed
-SECONDS = 0.4  # spent on each figure, about
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A layer's time at one number of tokens.
-
-    Args:
-        shape: of the layer, with its blocks. tokens: in the input. layers: so many were timed together.
-        dense: seconds of `torch.nn.Linear` in the same dtype.
-        seconds: by strategy; "dense" is that of ``dense``, the same product.
-        wrappers: the part of the fastest sparse strategy's time that goes to A and B.
-    """
-
-    shape: str
-    tokens: int
-    layers: int
-    dense: float
-    seconds: dict[str, float]
-    wrappers: float
-
-    def fastest(self, allow_dense: bool = True) -> str:
-        """The strategy of least time."""
-        allowed = {name: time for name, time in self.seconds.items() if allow_dense or name != "dense"}
-        return min(allowed, key=allowed.__getitem__)
 
 
 def time_layers(
@@ -119,39 +91,17 @@ def _sharing(layer: FactorizedLinear, wrapped: bool = True) -> FactorizedLinear:
     return other
 
 
-def time_side_by_side(forms: Mapping[str, Sequence[nn.Module]], x: Tensor) -> dict[str, float]:
-    """Median seconds of one layer by form; forms take turns, so that a busy machine slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for layers in forms.values():  # compiles kernels
-        _seconds(layers, x)
-    start = time.perf_counter()
-    while min(map(len, times.values())) < 3 or time.perf_counter() - start < SECONDS * len(forms):
-        for name, layers in forms.items():
-            times[name].append(_seconds(layers, x) / len(layers))
-    return {name: median(found) for name, found in times.items()}
-
-
-def _seconds(layers: Sequence[nn.Module], x: Tensor) -> float:
-    _wait(x.device)
-    start = time.perf_counter()
-    for layer in layers:
-        layer(x)
-    _wait(x.device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def choose(timings: Sequence[Timing], allow_dense: bool = False) -> dict[str, Execution]:
     """For each shape the fastest strategy by number of tokens; the border between two is their geometric mean.
 
     Args:
         timings: of `time_layers`. allow_dense: whether a layer may keep its merged weight beside the factors.
     """
-    return {shape: Execution(tuple(_ranges(found, allow_dense))) for shape, found in _of_shapes(timings)}
+    return {
+        shape: Execution(tuple(_ranges(found, allow_dense)))
+        for shape, found in _of_shapes(timings)
+        if set(found[0].seconds) <= set(STRATEGIES)  # experts choose for themselves
+    }
 
 
 def _of_shapes(timings: Sequence[Timing]) -> Iterator[tuple[str, list[Timing]]]:
@@ -205,4 +155,4 @@ def bench_folder(
     model = load_model(str(folder), dtype, device, log).model
     timings = time_layers(model, tokens, progress)
     write_measured(folder, model.device, model.dtype, choose(timings, allow_dense))
-    return timings
+    return timings + time_experts(model, tokens)

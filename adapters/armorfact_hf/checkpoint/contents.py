@@ -25,8 +25,8 @@ def check_contents(where: str, data: Tensor, part: str, layer: LayerFormat) -> N
     """
     if part != "positions":
         _check_finite(where, data)
-    elif not _bytes_are_valid(data, layer):
-        _check_positions(where, data, layer)
+    elif not _bytes_are_valid(rows := data.flatten(0, -2), layer):
+        _check_positions(where, rows, layer)
 
 
 def _check_finite(where: str, data: Tensor) -> None:

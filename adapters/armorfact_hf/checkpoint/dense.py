@@ -7,8 +7,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.dense_experts import dense_experts
 
 
 def to_dense_(model: CausalLM) -> CausalLM:
@@ -17,7 +19,7 @@ def to_dense_(model: CausalLM) -> CausalLM:
     Raises:
         ValueError: adapters are around pruned layers.
     """
-    pruned = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+    pruned = {name: x for name, x in model.named_modules() if isinstance(x, FactorizedLinear | FactorizedExperts)}
     with torch.device("meta"):
         dense = dict(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).named_modules())
     if wrapped := [name for name in pruned if name not in dense]:
@@ -26,7 +28,12 @@ def to_dense_(model: CausalLM) -> CausalLM:
             "folder anew"
         )
     for name, layer in pruned.items():
-        model.set_submodule(name, _dense_linear(dense[name], layer))
+        like = dense[name]
+        model.set_submodule(
+            name, dense_experts(layer) if isinstance(layer, FactorizedExperts) else _dense_linear(like, layer)
+        )
+    if any(isinstance(layer, FactorizedExperts) for layer in pruned.values()):
+        del model._weight_conversions  # dense experts are saved under the names of other dense checkpoints again
     if hasattr(model, "hf_quantizer"):
         model.hf_quantizer.remove_quantization_config(model)
     return model

@@ -1,6 +1,7 @@
 """What `config.json` says of a pruned model: its pruned layers, and the digests that guard its tensors.
 
-Version 1 of the format; docs/format.md describes it for readers in other languages.
+Version 1 of the format, or version 2 where experts are pruned, which version 1 has no words for; docs/format.md
+describes both for readers in other languages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from armorfact import Pattern
 from armorfact_hf.layers.format import LayerFormat, check_keys, shown
 
 QUANT_METHOD = "armorfact"
-FORMAT_VERSION = 1
+VERSIONS = {1: (), 2: ("experts",)}  # what an entry of a module may hold beside name, shape and block
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -38,7 +39,7 @@ class Description:
     Args:
         pattern: N:M, that of every core.
         dtype: name of the dtype in which the model was saved, such as "bfloat16".
-        modules: the pruned layers by name, in the order of the model.
+        modules: the pruned layers, and stacks of experts' layers, by name, in the order of the model.
         prune: the settings that they were pruned with, for people; nothing is read with their help.
         sha256: the `digests` of the tensors of the whole model, or nothing.
     """
@@ -79,14 +80,24 @@ class Description:
         if not isinstance(prune, Mapping):
             raise ValueError(f"prune: expected an object, or nothing, got {shown(prune)}")
         pattern = _pattern(found["pattern"])
-        modules = _modules(found["modules"], pattern)
+        modules = _modules(found["modules"], pattern, VERSIONS[found["version"]])
         return cls(pattern, found["dtype"], modules, dict(prune), _sha256(found.get("sha256", {})))
+
+    @property
+    def version(self) -> int:
+        """The oldest version of the format that has words for it."""
+        return 2 if self.has_experts else 1
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether experts are pruned."""
+        return any(layer.experts is not None for layer in self.modules.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`: plain JSON types."""
         found = {
             "quant_method": QUANT_METHOD,
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "pattern": str(self.pattern),
             "dtype": self.dtype,
             # A list, since transformers sorts the keys of a dictionary.
@@ -100,19 +111,19 @@ def _check_version(found: Any, where: str) -> None:
     if not isinstance(found, Mapping) or found.get("quant_method") != QUANT_METHOD:
         raise NotPruned(f"{where} holds no model pruned by armorfact; `armorfact prune` makes one")
     version = found.get("version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in VERSIONS:
         raise ValueError(
             f"{where} is written in version {shown(version)} of the format, this armorfact reads version "
-            f"{FORMAT_VERSION}: install the version of armorfact that wrote it"
+            f"{' and '.join(map(str, VERSIONS))}: install the version of armorfact that wrote it"
         )
 
 
-def _modules(entries: Any, pattern: Pattern) -> dict[str, LayerFormat]:
+def _modules(entries: Any, pattern: Pattern, optional: tuple[str, ...]) -> dict[str, LayerFormat]:
     if not isinstance(entries, list | tuple) or not entries:
         raise ValueError(f"modules: expected a list of at least one module, got {shown(entries)}")
     modules: dict[str, LayerFormat] = {}
     for place, entry in enumerate(entries):
-        layer = LayerFormat.from_dict(entry, place, pattern)
+        layer = LayerFormat.from_dict(entry, place, pattern, optional)
         if layer.name in modules:
             raise ValueError(f"module {layer.name}: expected one entry of that name, got a second at modules[{place}]")
         modules[layer.name] = layer
@@ -154,7 +165,12 @@ def tensor_digest(tensor: Tensor) -> str:
         tensor: of any dtype, shape and device.
     """
     digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor in row-major order; copied only if it is on another device or not contiguous."""
     whole = tensor.detach().cpu().contiguous()
     flat = whole.as_strided((whole.numel(),), (1,))  # reshape(-1) keeps the odd stride of a single element or of none
-    digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return flat.view(torch.uint8).numpy().data

@@ -6,7 +6,7 @@ Importing this module registers both classes; `armorfact_hf` imports it as soon 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,13 @@ from armorfact_hf.checkpoint.config_file import CONFIG, read_config
 from armorfact_hf.checkpoint.description import QUANT_METHOD, Description, digests
 from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.checkpoint.verify import verify
+from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.routed import Gating
+from armorfact_hf.layers.stack import FactorizedStack
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.experts import StackedExperts
 from armorfact_hf.model.structure import Layer, is_linear
 
 
@@ -82,8 +86,7 @@ class ArmorfactQuantizer(HfQuantizer):
                 read_config(config)  # refuses what transformers reads past, such as a key that is there twice
             with torch.device("cpu"):  # transformers builds the model on the meta device, which holds no numbers
                 verify([Path(name) for name in checkpoint_files], description)
-        for layer in description.modules.values():
-            put_layer_(model, layer, dtype)
+        put_layers_(model, description.modules.values(), dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: CausalLM, **_: Any) -> nn.Module:
@@ -91,26 +94,50 @@ class ArmorfactQuantizer(HfQuantizer):
             model.get_submodule(name).requires_grad_(False)  # transformers asks gradients of all that it loads
         return use_measured_(model, Path(model.name_or_path))
 
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        """None where experts are pruned: tensors are saved, and loaded, under the names that they have in the model."""
+        return [] if self.quantization_config.description.has_experts else weight_conversions
+
     def get_state_dict_and_metadata(self, model: CausalLM) -> tuple[None, dict[str, str]]:
         """Nothing of its own: transformers writes its state dict, but first `config.json`, so put the digests there.
 
         Not into the metadata of the files: safetensors writes that in random order, and saving a model twice is to
         give the same bytes.
         """
-        config, tensors = self.quantization_config, model.state_dict()
+        tensors = model.state_dict()
         offloaded = any(tensor.is_meta for tensor in tensors.values())  # to disk, whence transformers fetches them
-        config.description = dataclasses.replace(
-            config.description,
-            dtype=str(model.dtype).removeprefix("torch."),
-            sha256={} if offloaded else digests(tensors),
-        )
-        model.config.quantization_config = config
+        put_digests_(model, {} if offloaded else digests(tensors))
         return None, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from armorfact_hf.checkpoint.dense import to_dense_  # imports transformers' models, which import this module
 
         return to_dense_(model).to(dtype)
+
+
+def put_digests_(model: CausalLM, sha256: dict[str, str]) -> None:
+    """Write into a pruned model's config the digests of its tensors, and its dtype as it is now."""
+    config = model.hf_quantizer.quantization_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    config.description = dataclasses.replace(config.description, dtype=dtype, sha256=sha256)
+    model.config.quantization_config = config
+
+
+def put_layers_(model: nn.Module, layers: Iterable[LayerFormat], dtype: torch.dtype | None) -> None:
+    """Replace linear layers, and experts, by empty pruned ones, on the device of the model.
+
+    Raises:
+        ValueError: the model has no such layers or experts.
+    """
+    experts: dict[str, dict[str, LayerFormat]] = {}
+    for layer in layers:
+        if layer.experts is None:
+            put_layer_(model, layer, dtype)
+        else:
+            owner, projection = layer.name.rpartition(".")[::2]
+            experts.setdefault(owner, {})[projection] = layer
+    for owner, stacks in experts.items():
+        put_experts_(model, owner, stacks, dtype)
 
 
 def put_layer_(model: nn.Module, layer: LayerFormat, dtype: torch.dtype | None) -> None:
@@ -134,8 +161,41 @@ def put_layer_(model: nn.Module, layer: LayerFormat, dtype: torch.dtype | None) 
     model.set_submodule(layer.name, empty)
 
 
+def put_experts_(
+    model: nn.Module, name: str, layers: Mapping[str, LayerFormat], dtype: torch.dtype | None = None
+) -> None:
+    """Replace stacked experts by empty pruned ones, on the device of the model.
+
+    Args:
+        name: of the experts. layers: the stacks that take the place of their weights, by projection.
+
+    Raises:
+        ValueError: the model has no experts of that name, or of other sizes.
+    """
+    try:
+        stacked = StackedExperts.of(model.get_submodule(name))
+    except AttributeError:
+        stacked = None
+    if stacked is None or stacked.refusal:
+        raise ValueError(f"config.json lists the experts {name} as pruned; the model has no such experts there")
+    if set(layers) != set(stacked.projections):
+        raise ValueError(f"config.json lists {', '.join(layers)} of {name}, expected {', '.join(stacked.projections)}")
+    for projection, layer in layers.items():
+        sizes = (stacked.count, *stacked.weight(0, projection).shape)
+        if (layer.experts, *layer.shape) != sizes:
+            raise ValueError(
+                f"config.json gives {layer.name} the shape {[layer.experts, *layer.shape]}, experts first; in the "
+                f"model it has {list(sizes)}"
+            )
+    device, bias = stacked.weight(0, "down").device, stacked.module.has_bias
+    stacks = {projection: FactorizedStack(layer, bias, dtype, device) for projection, layer in layers.items()}
+    model.set_submodule(name, FactorizedExperts(stacks, Gating(stacked.module)))
+
+
 def attach_(model: CausalLM, description: Description) -> None:
     """Tell a model pruned in memory what it is, so that transformers saves it as one."""
+    if description.has_experts:
+        model._weight_conversions = []  # see `ArmorfactQuantizer.update_weight_conversions`
     config = ArmorfactConfig(**description.to_dict())
     model.config.quantization_config = config
     model.hf_quantizer = ArmorfactQuantizer(config)

@@ -24,6 +24,7 @@ from armorfact_hf.checkpoint.shards import INDEX, shards, weight_map
 from armorfact_hf.layers.format import LayerFormat
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+PORTION = 1 << 28  # bytes of a file that are looked at before it is opened anew
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _by_module(tensors: dict[str, _Stored], names: Collection[str]) -> dict[str,
 
 def _check_header(layer: LayerFormat, held: dict[str, _Stored], sha256: Collection[str]) -> None:
     """Compare what is declared for one module with its description; no tensor is read."""
-    expected = {**layer.tensors, "bias": layer.shape[:1]}
+    expected = {**layer.tensors, "bias": layer.bias}
     needed = [part for part in expected if part != "bias" or f"{layer.name}.bias" in sha256]
     if missing := [part for part in needed if part not in held]:
         raise ValueError(
@@ -217,8 +218,8 @@ def _check_shape(tensor: _Stored, part: str, expected: tuple[int, ...], layer: L
     if tensor.shape == expected:
         return
     why = ""
-    if part == "values" and len(tensor.shape) == 2 and tensor.shape[0] == expected[0]:
-        count = "more" if tensor.shape[1] > expected[1] else "fewer"
+    if part == "values" and len(tensor.shape) == len(expected) and tensor.shape[:-1] == expected[:-1]:
+        count = "more" if tensor.shape[-1] > expected[-1] else "fewer"
         why = f"holds {count} than {layer.pattern.keep} values in a group of {layer.pattern.group}: it "
     raise ValueError(
         f"{tensor} {why}has shape {list(tensor.shape)}, expected {list(expected)} in a module of shape "
@@ -237,8 +238,15 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _contents(tensors: dict[str, _Stored], names: Collection[str]) -> Iterator[tuple[_Stored, Tensor]]:
     """Those of the tensors that have one of the names, one in memory at a time."""
+    seen = 0
+
+    def portion(tensor: _Stored) -> tuple[Path, int]:  # what was read stays in memory until its file is closed
+        nonlocal seen
+        seen += tensor.nbytes
+        return tensor.path, seen // PORTION
+
     wanted = (tensor for tensor in tensors.values() if tensor.name in names)
-    for path, group in groupby(wanted, lambda tensor: tensor.path):
+    for (path, _), group in groupby(wanted, portion):
         with _opened(path) as stored:
             for tensor in group:
                 try:

@@ -9,7 +9,7 @@ import typer
 
 from armorfact_hf.cli import tables
 from armorfact_hf.cli.options import MODEL_HELP, Device, Dtype, Length, Texts, Windows, evaluations_of
-from armorfact_hf.cli.terminal import errors_as_sentences, say, show, show_plan, shown_progress
+from armorfact_hf.cli.terminal import errors_as_sentences, say, show, shown_progress
 from armorfact_hf.pruning import config as settings
 
 if TYPE_CHECKING:
@@ -72,6 +72,17 @@ def prune(  # typer reads options from the signature: it is as long as there are
     windows: Windows = 6,
     dtype: Dtype = "auto",
     device: Device = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read decoder blocks from disk one at a time [default: where memory does not hold the model].",
+        ),
+    ] = None,
+    states: Annotated[
+        str,
+        typer.Option(help="Where calibration windows wait between decoder blocks: memory, disk, or auto (by size)."),
+    ] = "auto",
     workers: Annotated[
         str | None, typer.Option(help="Other processes to work in: so many of this machine, or ray (at RAY_ADDRESS).")
     ] = None,
@@ -88,6 +99,8 @@ def prune(  # typer reads options from the signature: it is as long as there are
     `armorfact prune ./llama --out pruned --include 're:.*mlp.*' --dtype bfloat16 --calibration text.txt`
 
     `armorfact prune demo:smollm2 --out pruned --compare wanda,sparsegpt`
+
+    `armorfact prune ./larger-than-memory --out pruned --stream --dry-run`
     """
     with errors_as_sentences():
         chosen = settings.PruneConfig(
@@ -120,6 +133,8 @@ def prune(  # typer reads options from the signature: it is as long as there are
             evaluations=evaluations_of(text, windows, length) if evaluate else [],
             dtype=dtype,
             device=device,
+            stream=stream,
+            states=states,
             workers=workers,
             dry_run=dry_run,
         )
@@ -141,20 +156,25 @@ def _prune(
     evaluations: list[Evaluation],
     dtype: str,
     device: str | None,
+    stream: bool | None,
+    states: str,
     workers: str | None,
     dry_run: bool,
 ) -> None:
-    from armorfact_hf.data.load_model import load_model
-    from armorfact_hf.pruning import plan
+    from armorfact_hf.pruning.plan import plan_job
     from armorfact_hf.pruning.workers.choice import check_workers
     from armorfact_hf.runs.compare import compare
+    from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
 
     check_workers(workers)
     for method in methods:
         settings.PruneConfig(method=method)
     if dry_run:
-        loaded = load_model(model, dtype, device, say)
-        show_plan(plan.make_plan(loaded.model, calibration.tokens(loaded, say), config))
+        with shown_progress() as observer:
+            loaded = load_to_prune(
+                model, config, calibration, stream=stream, dtype=dtype, device=device, observer=observer
+            )
+            observer.plan(plan_job(job_of(loaded, config, calibration, observer, states=states)))
         return
     with shown_progress() as observer:
         rows = compare(
@@ -166,6 +186,8 @@ def _prune(
             evaluations,
             dtype=dtype,
             device=device,
+            stream=stream,
+            states=states,
             observer=observer,
             workers=workers,
         )

@@ -21,6 +21,7 @@ def plan_lines(plan: Any) -> Iterator[str]:
         f"{plan.dense_bytes / 1e6:,.1f} MB become {plan.bytes / 1e6:,.1f} MB ({ratio:.3f} of dense, "
         f"{100 * plan.wrapper_overhead:.1f}% of it for wrappers); about {plan.peak_bytes / 1e9:.1f} GB of memory"
     )
+    yield from _room(plan)
     if plan.tensor_parallel > 1:
         yield from _for_ranks(plan)
     yield from _left_dense(plan.dense_layers)
@@ -28,6 +29,21 @@ def plan_lines(plan: Any) -> Iterator[str]:
         yield f"Of the weights in the decoder blocks {100 * plan.stays_dense:.1f}% stay dense"
     if plan.seconds is not None:
         yield f"Estimated time, from a measured first layer: {_about(plan.seconds)}"
+
+
+def _room(plan: Any) -> Iterator[str]:
+    """What memory and disk go to."""
+    memory = plan.memory
+    weights = f"{memory.weights / 1e9:.2f} GB of weights"
+    if plan.streamed:
+        weights += f" at a time, of {plan.model_bytes / 1e9:.2f} GB that stay on disk"
+    yield (
+        f"Memory, at most: {weights}, {memory.pruned / 1e9:.2f} GB of what replaces them meanwhile, "
+        f"{memory.statistics / 1e9:.2f} GB of statistics, {memory.states / 1e9:.2f} GB of windows' states, "
+        f"{memory.work / 1e9:.2f} GB to work in"
+    )
+    waiting = f", {plan.waiting_bytes / 1e9:.2f} GB of it for what waits between blocks" if plan.waiting_bytes else ""
+    yield f"Disk, at most: {plan.disk_bytes / 1e9:.2f} GB{waiting}"
 
 
 def _for_ranks(plan: Any) -> Iterator[str]:
@@ -117,7 +133,7 @@ def held(layers: Rows) -> Table:
     """The layers of a pruned folder: `armorfact_hf.runs.inspect.inspect_folder`."""
     table = Table("layer", "shape", "block", "loss", "SparseGPT's", "bytes", "of dense", box=None)
     for layer in layers:
-        shape = "x".join(map(str, layer.shape))
+        shape = "x".join(map(str, layer.shape if layer.experts is None else (layer.experts, *layer.shape)))
         block = "none" if layer.block is None else "x".join(map(str, layer.block))
         share = f"{layer.bytes / layer.dense_bytes:.3f}"
         table.add_row(
@@ -165,6 +181,9 @@ def crossovers(rows: Rows, chosen: Mapping[str, Any]) -> Iterator[str]:
         wins = (
             "dense is faster from the first number on" if tokens is None else f"sparse is faster up to {tokens} tokens"
         )
+        if shape not in chosen:
+            yield f"{shape}: {wins}"
+            continue
         ranges = ", ".join(
             f"{strategy} up to {limit}" if limit is not None else f"{strategy} above" if several else strategy
             for several in (len(chosen[shape].choices) > 1,)

@@ -14,10 +14,13 @@ from transformers.utils import cached_file
 
 from armorfact_hf.checkpoint.config_file import CONFIG
 from armorfact_hf.checkpoint.description import NotPruned
-from armorfact_hf.checkpoint.folder import describe_folder, load_pruned, stored_tensors
+from armorfact_hf.checkpoint.folder import describe_folder, load_pruned, local_folder, stored_tensors
 from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
+from armorfact_hf.data.open_on_disk import open_on_disk
 from armorfact_hf.data.origin import DEMO
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.on_disk import OnDisk, Weights
+from armorfact_hf.pruning.fingerprint import disk_fingerprint
 from armorfact_hf.pruning.journal import model_fingerprint
 
 Log = Callable[[str], None]
@@ -27,16 +30,23 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, its tokenizer, and the name under which it was asked for."""
+    """A model, its tokenizer, and the name under which it was asked for.
+
+    Args:
+        weights: those of the model; without them, all are in memory.
+    """
 
     name: str
     model: CausalLM
     tokenizer: Any
+    weights: Weights | None = None
     _hashed: dict[tuple, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
         """The sha256 of the model, read again only if one of its tensors was replaced or changed in place."""
+        if isinstance(self.weights, OnDisk):
+            return disk_fingerprint(self.weights)
         held = self.model.state_dict()
         versions = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in held.items())
         if versions not in self._hashed:
@@ -73,7 +83,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    place = _device(device)
+    place = device_of(device)
     where = _folder_or_hub_name(name, log)
     if Path(where).is_dir():
         check_files(Path(where))
@@ -83,7 +93,31 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     return Loaded(known_as, model.to(place).eval(), _tokenizer(where))
 
 
-def _device(name: str | None) -> torch.device:
+def open_model(name: str, dtype: str = "auto", device: str | None = None, log: Log = print) -> Loaded:
+    """As `load_model`, of a dense model whose decoder blocks stay on disk until they are worked with.
+
+    Raises:
+        NotStreamable: the model can only be loaded as a whole.
+        ValueError: see `load_model`; or the model is pruned already.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    place = device_of(device)
+    where = _folder_or_hub_name(name, log)
+    folder = local_folder(where)
+    check_files(folder)
+    try:
+        describe_folder(folder)
+    except NotPruned:
+        try:
+            weights = open_on_disk(folder, dtype, place)
+        except OSError as error:
+            raise ValueError(f"cannot load the model {where!r}: {error}") from error
+        return Loaded(name if name.startswith(DEMO) else where, weights.model, _tokenizer(where), weights)
+    raise ValueError(f"the model is pruned already ({where}); load the dense model again")
+
+
+def device_of(name: str | None) -> torch.device:
     """The device of that name, once something could be put on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""How one pruned layer is stored: the sizes, and the tensors that follow from them."""
+"""How a pruned layer, or a stack of them, is stored: the sizes, and the tensors that follow from them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class LayerFormat:
         shape: (d_out, d_in), that of W.
         pattern: N:M, that of C.
         block: sizes (b_out, b_in) of the blocks of A and B, or None for C alone.
+        experts: how many such layers are stacked, one for each expert, the first dimension of every tensor; None for a
+            layer of its own.
 
     Raises:
         ValueError: sizes that are no positive whole numbers, or that the pattern or the blocks do not divide.
@@ -33,8 +35,11 @@ class LayerFormat:
     shape: tuple[int, int]
     pattern: Pattern
     block: tuple[int, int] | None
+    experts: int | None = None
 
     def __post_init__(self) -> None:
+        if self.experts is not None:
+            _check_sizes(self.name, "experts", (self.experts,))
         _check_sizes(self.name, "shape [d_out, d_in]", self.shape)
         if self.shape[1] % self.pattern.group:
             raise ValueError(
@@ -63,15 +68,33 @@ class LayerFormat:
         if self.block is not None:
             (b_out, b_in) = self.block
             shapes |= {"left": (d_out // b_out, b_out, b_out), "right": (d_in // b_in, b_in, b_in)}
-        return shapes
+        return {part: (*self._stacked, *shape) for part, shape in shapes.items()}
+
+    @property
+    def bias(self) -> tuple[int, ...]:
+        """The shape of the bias, where there is one."""
+        return (*self._stacked, self.shape[0])
+
+    @property
+    def _stacked(self) -> tuple[int, ...]:
+        return () if self.experts is None else (self.experts,)
+
+    @property
+    def members(self) -> list[str]:
+        """The names of the layers in it, as reports have them: its own, or one for each expert, as "experts.7.gate"."""
+        owner, _, projection = self.name.rpartition(".")
+        return [self.name] if self.experts is None else [f"{owner}.{e}.{projection}" for e in range(self.experts)]
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of all tensors but the bias, the floating ones in ``dtype``."""
         return sum(prod(shape) * (1 if part == "positions" else dtype.itemsize) for part, shape in self.tensors.items())
 
     @classmethod
-    def from_dict(cls, entry: Any, place: int, pattern: Pattern) -> LayerFormat:
+    def from_dict(cls, entry: Any, place: int, pattern: Pattern, optional: Collection[str] = ()) -> LayerFormat:
         """The layer that entry number ``place`` of ``modules`` describes.
+
+        Args:
+            optional: the keys beside name, shape and block that the version of the format knows.
 
         Raises:
             ValueError: a malformed entry; names it.
@@ -81,15 +104,18 @@ class LayerFormat:
         name = entry.get("name", f"modules[{place}]")
         if not isinstance(name, str) or not name:
             raise ValueError(f"modules[{place}]: expected the name of a module, got {shown(name)}")
-        check_keys(f"module {name}", entry, ("name", "shape", "block"))
-        block = entry["block"]
+        check_keys(f"module {name}", entry, ("name", "shape", "block"), optional)
+        block, experts = entry["block"], entry.get("experts")
         shape = _pair(name, "shape [d_out, d_in]", entry["shape"])
-        return cls(name, shape, pattern, None if block is None else _pair(name, "block [b_out, b_in]", block))
+        if "experts" in entry and type(experts) is not int:
+            raise ValueError(f"module {name}: expected experts to be a whole number, got {shown(experts)}")
+        return cls(name, shape, pattern, None if block is None else _pair(name, "block [b_out, b_in]", block), experts)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`: plain JSON types."""
         block = None if self.block is None else list(self.block)
-        return {"name": self.name, "shape": list(self.shape), "block": block}
+        found = {"name": self.name, "shape": list(self.shape), "block": block}
+        return found if self.experts is None else found | {"experts": self.experts}
 
 
 def check_keys(what: str, found: Mapping[Any, Any], required: Collection[str], optional: Collection[str] = ()) -> None:
@@ -105,7 +131,7 @@ def _pair(name: str, key: str, sizes: Any) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _check_sizes(name: str, key: str, sizes: tuple[int, int]) -> None:
+def _check_sizes(name: str, key: str, sizes: tuple[int, ...]) -> None:
     if any(type(size) is not int or not 1 <= size <= MAX_SIZE for size in sizes):
         raise ValueError(
             f"module {name}: expected {key} to be whole numbers from 1 to {MAX_SIZE}, got {shown(list(sizes))}"

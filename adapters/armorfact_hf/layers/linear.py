@@ -77,7 +77,7 @@ class FactorizedLinear(nn.Module):
             self.left, self.right = empty(*shapes["left"]), empty(*shapes["right"])
         self.bias = empty(d_out) if bias else None
         self.execution: Execution | None = None
-        self._choice = ""  # the text of that, as the operator takes it
+        self.choice = ""  # the text of that, as the operators take it
         self.register_buffer("merged", None, persistent=False)
         self.register_buffer("compressed", None, persistent=False)
 
@@ -146,7 +146,7 @@ class FactorizedLinear(nn.Module):
                 for name, kept in strategy.prepare(self._operands()).items():
                     setattr(self, name, kept)
         self.execution = execution
-        self._choice = "" if execution is None else execution.text
+        self.choice = "" if execution is None else execution.text
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,11 +181,17 @@ class FactorizedLinear(nn.Module):
             self.compressed,
             self.pattern.keep,
             self.pattern.group,
-            self._choice,
+            self.choice,
         )
 
     def _operands(self) -> Operands:
         return Operands(self.values, self.positions, self.left, self.right, self.pattern, self.in_features)
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """Those of `Operands`, in its order, as the operators take them."""
+        held = {**self._parameters, **self._buffers}  # looking each up as an attribute takes ten times as long
+        return [held.get(name) for name in ("values", "positions", "left", "right", "merged", "compressed")]
 
     def _asks_for_gradients(self, x: Tensor) -> bool:
         held = (x, self.values, self.left, self.right)

@@ -1,28 +1,35 @@
-"""The one operator of PyTorch that a pruned layer calls.
+"""The operators of PyTorch that pruned layers call.
 
-    armorfact::factorized_linear   y = x (A C B)', by the strategy that the number of tokens leads to
+    armorfact::factorized_linear    y = x (A C B)', by the strategy that the number of tokens leads to
+    armorfact::factorized_linears   the same of several layers, y side by side; a few tokens go through all at once
 
 `torch.compile` and servers trace a model once, at one number of tokens, and may run what they traced at any other. So
-the choice is made inside, at every call, and a graph holds the rule for it, as text. The operator is no part of
+the choice is made inside, at every call, and a graph holds the rule for it, as text. The operators are no part of
 autograd: `FactorizedLinear` takes another way where gradients are asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from armorfact import Pattern
+from armorfact_hf.layers import packed
 from armorfact_hf.layers.execution import STRATEGIES, Execution, default_execution
 from armorfact_hf.layers.strategy import Kind, Operands
+
+FACTORS = 6  # how many a layer has, see `FactorizedLinear.tensors`
 
 _library = torch.library.Library("armorfact", "DEF")
 _library.define(
     "factorized_linear(Tensor x, Tensor values, Tensor positions, Tensor? left, Tensor? right, Tensor? merged, "
     "Tensor? compressed, int keep, int group, str execution) -> Tensor"
 )
+_library.define("factorized_linears(Tensor x, Tensor?[] factors, int keep, int group, str[] executions) -> Tensor")
 
 
 def _factorized_linear(
@@ -38,25 +45,54 @@ def _factorized_linear(
     execution: str,
 ) -> Tensor:
     """x (tokens, d_in), and `Operands`; ``execution`` is the text of an `Execution`, or empty for the default one."""
-    tokens, d_in = x.shape
-    pattern, chosen = _chosen(execution, keep, group, values.shape[0], d_in, values.dtype, values.device)
-    operands = Operands(values, positions, left, right, pattern, d_in, merged, compressed)
-    return STRATEGIES[chosen.at(tokens)].product(x, operands)
+    operands = Operands(values, positions, left, right, _pattern(keep, group), x.shape[1], merged, compressed)
+    return STRATEGIES[_strategy(x, operands, execution)].product(x, operands)
+
+
+def _factorized_linears(
+    x: Tensor, factors: Sequence[Tensor | None], keep: int, group: int, executions: Sequence[str]
+) -> Tensor:
+    """x (tokens, d_in), `FactorizedLinear.tensors` of each layer one after another, and its execution."""
+    pattern, d_in = _pattern(keep, group), x.shape[1]
+    layers = [_operands(factors[at : at + FACTORS], pattern, d_in) for at in range(0, len(factors), FACTORS)]
+    strategies = [_strategy(x, layer, text) for layer, text in zip(layers, executions, strict=True)]
+    if all(name == "packed" for name in strategies):
+        return packed.products(x, layers)
+    outputs = [STRATEGIES[name].product(x, layer) for name, layer in zip(strategies, layers, strict=True)]
+    return torch.cat(outputs, dim=-1)
+
+
+_pattern = cache(Pattern)
+
+
+def _operands(factors: Sequence[Any], pattern: Pattern, d_in: int) -> Operands:
+    values, positions, left, right, merged, compressed = factors
+    return Operands(values, positions, left, right, pattern, d_in, merged, compressed)
+
+
+def _strategy(x: Tensor, operands: Operands, execution: str) -> str:
+    held = operands.values
+    return _chosen(execution, operands.pattern, held.shape[0], x.shape[1], held.dtype, held.device).at(x.shape[0])
 
 
 @cache
 def _chosen(
-    execution: str, keep: int, group: int, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Pattern, Execution]:
-    pattern = Pattern(keep, group)
-    if execution:
-        return pattern, Execution.parse(execution)
-    return pattern, default_execution(Kind((d_out, d_in), pattern, dtype, device))
+    execution: str, pattern: Pattern, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device
+) -> Execution:
+    return Execution.parse(execution) if execution else default_execution(Kind((d_out, d_in), pattern, dtype, device))
 
 
 def _fake_factorized_linear(x: Tensor, values: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape[0], values.shape[0])
 
 
-_library.impl("factorized_linear", _factorized_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("armorfact::factorized_linear", _fake_factorized_linear, lib=_library)
+def _fake_factorized_linears(x: Tensor, factors: Sequence[Tensor | None], *rest: object) -> Tensor:
+    return x.new_empty(x.shape[0], sum(values.shape[0] for values in factors[::FACTORS] if values is not None))
+
+
+for _name, _run, _fake in (
+    ("factorized_linear", _factorized_linear, _fake_factorized_linear),
+    ("factorized_linears", _factorized_linears, _fake_factorized_linears),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"armorfact::{_name}", _fake, lib=_library)

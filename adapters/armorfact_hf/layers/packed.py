@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -12,7 +13,7 @@ from llvmlite import binding
 from torch import Tensor
 
 from armorfact_hf.layers.kernels.blocks import block_product
-from armorfact_hf.layers.kernels.cpu_packed import DTYPES, packed_product
+from armorfact_hf.layers.kernels.cpu_packed import DTYPES, FEW_TOKENS, FewTokens, packed_product
 from armorfact_hf.layers.strategy import PAIR, Kind, Operands
 
 HAS_TRITON = find_spec("triton") is not None
@@ -60,3 +61,10 @@ def product(x: Tensor, operands: Operands) -> Tensor:
 
     y = on_gpu(x, values, positions, right)
     return y if left is None else block_product(left, y)
+
+
+def products(x: Tensor, layers: Sequence[Operands]) -> Tensor:
+    """The `product` of x with each of several layers, side by side; a few tokens on a CPU go through all at once."""
+    if x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
+        return FewTokens([(each.values, each.positions, each.left, each.right) for each in layers])(x)
+    return torch.cat([product(x, each) for each in layers], dim=-1)

@@ -58,8 +58,11 @@ def _run(model: CausalLM, tokens: Tensor) -> None:
         ) from error
 
 
-def refuse_routed(inputs: Inputs, tokens: Tensor) -> None:
-    """Raise ValueError if a layer is given only some of the tokens of a rehearsal."""
+def refuse_routed(inputs: Inputs, tokens: Tensor, layers: Sequence[Layer]) -> None:
+    """Raise ValueError if a layer is one of an expert, or is given only some of the tokens of a rehearsal."""
+    for layer in layers:
+        if layer.stack:
+            raise ValueError(f"{layer.name} is given the tokens that are routed to it: {ROUTED}")
     whole = tokens[:1, :TOKENS].numel()
     for name, tensor in inputs.tensors.items():
         if (rows := tensor.flatten(0, -2).shape[0]) % whole:

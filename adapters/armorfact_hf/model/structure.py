@@ -6,18 +6,20 @@ No table of model families: decoder blocks are the list of like modules that hol
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.experts import ExpertLinear, StackedExperts, kind_of
 
 Select = Callable[[str, nn.Module], bool]
 
@@ -28,14 +30,14 @@ class Layer:
 
     Args:
         name: of the module in the model.
-        module: `torch.nn.Linear`, or GPT-2's `Conv1D`, which stores its weight transposed.
+        module: `torch.nn.Linear`; GPT-2's `Conv1D`, which stores its weight transposed; or a view of stacked experts.
         decoder_block: index of the decoder block that holds it; None for the head.
         block: (block_out, block_in) of the wrappers that it gets, or None.
         unfit: why no wrappers fit it, where that was looked into and none do.
     """
 
     name: str
-    module: nn.Linear | Conv1D
+    module: nn.Linear | Conv1D | ExpertLinear
     decoder_block: int | None
     block: tuple[int, int] | None = None
     unfit: str = ""
@@ -51,6 +53,23 @@ class Layer:
         """(d_out, d_in)."""
         d_out, d_in = self.weight.shape
         return d_out, d_in
+
+    @property
+    def stack(self) -> str:
+        """The name of the experts module that it is of, or nothing."""
+        return self.name.rsplit(".", 2)[0] if isinstance(self.module, ExpertLinear) else ""
+
+    @property
+    def follows_gate(self) -> bool:
+        """Whether it is an expert's up projection, given the same tokens as its gate."""
+        return isinstance(self.module, ExpertLinear) and self.module.projection == "up" and self.module.gated
+
+    @property
+    def stored_in(self) -> tuple[str, int | None]:
+        """The name under which it is stored, and how many layers are in one stack there; None for it alone."""
+        if not isinstance(self.module, ExpertLinear):
+            return self.name, None
+        return f"{self.stack}.{self.module.projection}", self.module.stacked.count
 
 
 @dataclass(frozen=True)
@@ -107,16 +126,26 @@ def _computes_no_more(module: nn.Linear | Conv1D) -> bool:
     """Whether a module whose class has a forward of its own, as Falcon's do, still computes x W' + b: by trying it."""
     if set(module.state_dict()) - {"weight", "bias"}:
         return False
-    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    held = {name: _numbers(tensor) for name, tensor in module.named_parameters()}
+    weight, bias = held["weight"], held.get("bias")
+    if isinstance(module, Conv1D):
+        weight = weight.T
     x = torch.arange(3.0 * weight.shape[-1], dtype=torch.float64).sin().reshape(3, -1)
     x = (x * torch.tensor([[0.01], [1.0], [100.0]])).to(weight)
     try:
-        found, expected = module(x).double(), functional.linear(x, weight, module.bias).double()
-    except (TypeError, ValueError, RuntimeError):
+        found, expected = functional_call(module, held, (x,)).double(), functional.linear(x, weight, bias).double()
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # a router may return a tuple
         return False
     sums = functional.linear(x.double().abs(), weight.double().abs()).norm(dim=-1)
     rounding = 4 * torch.finfo(weight.dtype).eps * expected.norm(dim=-1) + 1e-5 * sums
     return bool(((found - expected).norm(dim=-1) <= rounding).all())
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """The tensor, or one like it where it holds no numbers."""
+    if not tensor.is_meta:
+        return tensor
+    return torch.arange(tensor.numel(), dtype=torch.float64).sin().reshape(tensor.shape).to(tensor.dtype)
 
 
 def chosen_layers(
@@ -140,16 +169,17 @@ def chosen_layers(
     found = [
         Layer(f"{prefix}.{index}.{name}", module, index)
         for index, block in enumerate(blocks)
-        for name, module in block.named_modules()
-        if is_linear(module)
+        for name, module in _linear_layers(block)
     ]
     _check_expressions(found, include, ignore)
-    chosen, dense = [], _other_weights(prefix, blocks)
+    chosen, skipped = [], []
     for layer in found:
         if reason := _reason_to_skip(layer, include, ignore, select):
-            dense.append(DenseLayer(layer.name, reason))
+            skipped.append(DenseLayer(layer.name, reason))
         else:
             chosen.append(layer)
+    _refuse_some_experts(chosen, skipped)
+    dense = _other_weights(prefix, blocks) + skipped
     if head:
         chosen.append(_head(model))
     if not chosen:
@@ -163,7 +193,7 @@ def _reason_to_skip(layer: Layer, include: Sequence[str], ignore: Sequence[str],
     for expression in ignore:
         if matches(expression, layer.name):
             return f"ignored by {expression!r}"
-    if reason := more_than_linear(layer.module):
+    if not isinstance(layer.module, ExpertLinear) and (reason := more_than_linear(layer.module)):
         return reason
     return "" if select is None or select(layer.name, layer.module) else "not selected"
 
@@ -186,17 +216,36 @@ def _check_expressions(layers: Sequence[Layer], include: Sequence[str], ignore: 
 
 
 def _other_weights(prefix: str, blocks: Sequence[nn.Module]) -> list[DenseLayer]:
-    """Matrices in the decoder blocks that no linear layer holds, such as experts stacked in one tensor."""
+    """Matrices in the decoder blocks that no linear layer holds, such as those of routers."""
     return [
-        DenseLayer(
-            f"{prefix}.{index}.{name}.{key}".replace("..", "."), "not a linear layer: a weight of another module"
-        )
+        DenseLayer(f"{prefix}.{index}.{name}.{key}".replace("..", "."), f"not a linear layer: {kind_of(module)}")
         for index, block in enumerate(blocks)
         for name, module in block.named_modules()
-        if not is_linear(module)
+        if not is_linear(module) and StackedExperts.whole(module) is None
         for key, weight in module.named_parameters(recurse=False)
         if weight.ndim >= 2 and min(weight.shape) > 1
     ]
+
+
+def _linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D | ExpertLinear]]:
+    """The linear layers of a decoder block by name, those of stacked experts among them."""
+    for name, module in block.named_modules():
+        if is_linear(module):
+            yield name, module
+        elif (stacked := StackedExperts.whole(module)) is not None:
+            for expert, layers in enumerate(stacked.layers):
+                yield from ((f"{name}.{expert}.{projection}", layer) for projection, layer in layers.items())
+
+
+def _refuse_some_experts(chosen: Sequence[Layer], skipped: Sequence[DenseLayer]) -> None:
+    """Experts are stored in one stack: all of them are pruned, with all their layers, or none."""
+    stacks = {name for layer in chosen if (name := layer.stack)}
+    for layer in skipped:
+        if (stack := layer.name.rsplit(".", 2)[0]) in stacks:
+            raise ValueError(
+                f"{layer.name} is {layer.reason}, and other layers of {stack} are not: experts are pruned all "
+                f"together; name 're:.*experts' in ignore, or include and select them all"
+            )
 
 
 def _head(model: CausalLM) -> Layer:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from armorfact_hf.model.on_disk import HEAD
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Finished, Journal, Pruned
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.progress import Clock, Progress
+from armorfact_hf.pruning.spilled import set_aside
 from armorfact_hf.pruning.tail import Tail
 from armorfact_hf.pruning.workers.protocol import Workers
 
@@ -30,6 +33,7 @@ class BlockByBlock:
         progress, clock: how far the run is. They move on.
         blocks: how each decoder block was tuned. It grows.
         tail: see there.
+        folder: for files of what waits, or None.
     """
 
     job: Job
@@ -39,14 +43,17 @@ class BlockByBlock:
     clock: Clock
     blocks: list[BlockReport] = field(default_factory=list)
     tail: Tail[Any] = field(default_factory=Tail)
+    folder: Path | None = None
 
     def reports(self) -> tuple[LayerReport, ...]:
         """Prune every block, tune the last ones once more, and prune the head; the reports of their layers."""
         found: dict[str, LayerReport] = {}
         for index in range(self.job.last_block + 1):
-            found |= self._prune_block(index, self.job.layers_of(index))
-        found |= self._tune_tail()
-        found |= self._prune_head(self.job.layers_of(None))
+            with self.job.weights.held(index):
+                found |= self._prune_block(index, self.job.layers_of(index))
+        with self.job.weights.held(*self.job.tail, *([HEAD] if self.job.uses_head else [])):
+            found |= self._tune_tail()
+            found |= self._prune_head(self.job.layers_of(None))
         self.progress.tell(0, "done")
         return tuple(found.values())
 
@@ -64,7 +71,7 @@ class BlockByBlock:
                 factorized = self.workers.prune(layers, statistics)
                 pruned = self._kept(key, *self.workers.match(index, factorized, statistics))
             if waits:
-                self.tail.blocks.append((pruned, statistics))
+                self.tail.blocks.append((pruned, set_aside(statistics, self.folder)))
         else:
             self.workers.pass_by(index)
         self.workers.replace(pruned)

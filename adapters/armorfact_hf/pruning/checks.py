@@ -7,23 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.causal_lm import CausalLM
 
 MATRIX = "calibration must be a (windows, length) matrix of token numbers"
 CUT = "armorfact_hf.windows cuts a text's tokens into one"
+STATES = ("auto", "memory", "disk")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def refuse_pruned(model: nn.Module) -> None:
     """Raise ValueError if the model holds pruned layers already."""
     for name, module in model.named_modules():
-        if isinstance(module, FactorizedLinear):
+        if isinstance(module, FactorizedLinear | FactorizedExperts):
             raise ValueError(f"the model is pruned already ({name}); load the dense model again")
 
 
-def check_model(model: CausalLM) -> None:
+def check_states(states: str) -> None:
+    """Raise ValueError if there is no such place for states."""
+    if states not in STATES:
+        raise ValueError(f"states must be one of {', '.join(STATES)}, got {states!r}")
+
+
+def check_model(model: CausalLM, on_disk: bool = False) -> None:
     """Whether a model can be pruned at all, by what it is and by what its weights hold.
+
+    Args:
+        on_disk: weights may be on the meta device; they are looked at when they are read for the first time.
 
     Raises:
         ValueError: it is pruned already, no decoder-only language model, without numbers, or with NaN or infinite ones.
@@ -36,7 +47,7 @@ def check_model(model: CausalLM) -> None:
             f"expected a decoder-only causal language model such as AutoModelForCausalLM loads, got a "
             f"{type(model).__name__}"
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in () if on_disk else model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} holds no numbers (it is on the meta device): load the model into memory first")
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():

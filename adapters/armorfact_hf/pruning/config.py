@@ -47,7 +47,8 @@ class PruneConfig:
         rate: the learning rate of its kept values and wrappers.
         tail: the last so many blocks are tuned once more, together, towards the words of the dense model.
         include: which linear layers of the decoder blocks: module names or their last parts ("q_proj",
-            "mlp.down_proj"), or regular expressions after "re:" that match from the start of the name.
+            "mlp.down_proj"), or regular expressions after "re:" that match from the start of the name. Experts that
+            stand in one tensor are such layers too ("experts.7.gate"), all those of a module or none ("re:.*experts").
         ignore: layers to leave dense all the same, written like ``include``.
         head: prune the output head too; a head tied to the embedding is untied.
         baselines: methods whose loss on every layer the report shows beside the chosen one; "paper" is the ARMOR

@@ -80,12 +80,26 @@ def fitting_layers(
         ValueError: see `chosen_layers`; or no layer can be pruned.
     """
     chosen, dense = chosen_layers(model, config.include, config.ignore, config.head, select)
-    layers = []
+    layers: list[Layer] = []
     for layer in (fitted(layer, config) for layer in chosen):
         if reason := reason_to_stay_dense(layer, config, model.dtype):
             dense.append(DenseLayer(layer.name, reason))
         else:
             layers.append(layer)
+    layers = _whole_experts(layers, dense)
     if not layers:
         raise ValueError(f"no layer can be pruned with these settings; {dense[-1].name}: {dense[-1].reason}")
     return layers, dense
+
+
+def _whole_experts(layers: list[Layer], dense: list[DenseLayer]) -> list[Layer]:
+    """The layers, without experts of which some cannot be pruned; these are added to what stays dense."""
+    reasons = {layer.name.rsplit(".", 2)[0]: layer for layer in reversed(dense)}
+    kept = []
+    for layer in layers:
+        if layer.stack in reasons:
+            first = reasons[layer.stack]
+            dense.append(DenseLayer(layer.name, f"experts are pruned all together, and {first.name}: {first.reason}"))
+        else:
+            kept.append(layer)
+    return kept

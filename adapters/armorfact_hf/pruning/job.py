@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,14 +11,19 @@ from typing import Any
 from torch import Tensor, nn
 
 import armorfact
+from armorfact_hf.free_memory import available
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
 from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
-from armorfact_hf.pruning.checks import check_model, checked_tokens
+from armorfact_hf.pruning.checks import check_model, check_states, checked_tokens
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.fingerprint import disk_fingerprint
 from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.journal import flat_manifest, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.schedule import Matching
+
+SPILL_ABOVE = 1 / 4  # of the memory that is free: states that take more wait on disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,11 @@ class Job:
         prefix, blocks: the name of the list that holds the decoder blocks, and the blocks in order.
         layers: what is pruned, in the order of the model, each with its wrappers' blocks.
         dense_layers: what stays dense, and why.
+        weights: makes those of decoder blocks available while they are worked with.
+        leader: for layers that a rehearsal called, the first one that is given the same input.
+        states: where those of the calibration windows, and statistics of the last blocks, wait: "memory", "disk", or
+            "auto", which is the disk for a model on disk, and for states that would take more than a quarter of the
+            memory that is free.
     """
 
     model: CausalLM
@@ -41,6 +51,33 @@ class Job:
     blocks: tuple[nn.Module, ...]
     layers: tuple[Layer, ...]
     dense_layers: tuple[DenseLayer, ...]
+    weights: Weights
+    leader: Mapping[str, str]
+    states: str = "auto"
+
+    @property
+    def window_bytes(self) -> int:
+        """Of the states of one window."""
+        width = self.model.get_input_embeddings().embedding_dim
+        return self.tokens.shape[1] * width * self.layers[0].weight.element_size()
+
+    @property
+    def copies_of_states(self) -> int:
+        """How many states of every window are kept at a time."""
+        return self.follows_pruned + self.follows_dense + bool(self.tail)
+
+    @property
+    def states_bytes(self) -> int:
+        """Of the states of all windows, in every copy."""
+        return len(self.tokens) * self.window_bytes * self.copies_of_states
+
+    @cached_property
+    def spilled(self) -> bool:
+        """Whether states wait on disk."""
+        if self.states == "auto":
+            large = self.states_bytes > SPILL_ABOVE * available(self.weights.device)
+            return large or isinstance(self.weights, OnDisk)
+        return self.states == "disk"
 
     @property
     def follows_pruned(self) -> bool:
@@ -73,6 +110,11 @@ class Job:
         return range(max(count - self.config.tail, 0), count) if ends else range(0)
 
     @property
+    def uses_head(self) -> bool:
+        """Whether the work needs the head: to be pruned, or to make words."""
+        return bool(self.tail) or self.config.head
+
+    @property
     def tail_steps(self) -> int:
         """How many windows go forward and back while they are."""
         return self.matching.of_tail.steps(len(self.tokens)) if self.matching and self.tail else 0
@@ -83,14 +125,31 @@ class Job:
         final = len(self.blocks) - 1
         return max(final if layer.decoder_block is None else layer.decoder_block for layer in self.layers)
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The layers' modules by name."""
+        return {layer.name: layer.module for layer in self.layers}
+
     def layers_of(self, block: int | None) -> list[Layer]:
         """The layers to prune in a decoder block; with None, the head if it is among them."""
         return [layer for layer in self.layers if layer.decoder_block == block]
 
+    def leads(self, layer: Layer) -> bool:
+        """Whether a layer has statistics of its own: others of its block are given the same input, and follow it."""
+        return self._inside(layer.name) not in self._followers and not layer.follows_gate
+
+    @cached_property
+    def _followers(self) -> set[str]:
+        return {self._inside(name) for name, leader in self.leader.items() if name != leader}
+
+    def _inside(self, name: str) -> str:
+        """The name of a layer in its decoder block: all blocks of a kind are alike, and one was called."""
+        return name.removeprefix(f"{self.prefix}.").partition(".")[2]
+
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 of the model, read once: ask for it, or for `manifest`, before the work changes the model."""
-        return model_fingerprint(self.model)
+        return disk_fingerprint(self.weights) if isinstance(self.weights, OnDisk) else model_fingerprint(self.model)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -111,22 +170,35 @@ def _summary(layers: Sequence[Layer]) -> str:
 
 
 def make_job(
-    model: nn.Module, calibration: Any, config: PruneConfig | None = None, select: Select | None = None
+    model: nn.Module,
+    calibration: Any,
+    config: PruneConfig | None = None,
+    select: Select | None = None,
+    *,
+    weights: Weights | None = None,
+    states: str = "auto",
 ) -> Job:
     """Check what `prune_` is given, and choose the layers.
 
     Args:
         model, calibration, config, select: as for `prune_`.
+        weights: of the model, where they are not in memory.
+        states: see `Job`.
 
     Raises:
         ValueError: whatever can be found wrong with the arguments before the work starts.
     """
     config = PruneConfig() if config is None else config
-    check_model(model)
+    weights = InMemory(model) if weights is None else weights
+    check_states(states)
+    check_model(model, on_disk=isinstance(weights, OnDisk))
     tokens = checked_tokens(model, calibration)
     prefix, blocks = decoder_blocks(model)
     layers, dense = fitting_layers(model, config, select)
-    inputs = rehearse(model, blocks, layers, tokens)
+    with weights.rehearsing():
+        inputs = rehearse(model, blocks, layers, tokens)
     if config.target == "output":
-        refuse_routed(inputs, tokens)
-    return Job(model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense))
+        refuse_routed(inputs, tokens, layers)
+    return Job(
+        model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense), weights, inputs.leader, states
+    )

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from armorfact import Pattern
-from armorfact_hf.checkpoint.description import Description, tensor_digest
+from armorfact_hf.checkpoint.description import Description, digests, tensor_digest
 from armorfact_hf.checkpoint.verify import verify
 from armorfact_hf.files import is_draft, remove, room_for, written_beside
 from armorfact_hf.layers.format import LayerFormat
@@ -137,14 +137,23 @@ class Journal:
         path = self._path(key)
         if not path.exists():
             return None
-        try:
+        with _told(path):
             check_seal(path)
             return self._read(path, key, device)
-        except DAMAGE as error:
-            what = str(error).partition(": copy or download")[0]  # there is a nearer way out
-            raise ValueError(
-                f"{path} is damaged ({what}); delete that one file, and its decoder block is pruned again"
-            ) from error
+
+    def tensors(self) -> dict[str, Path]:
+        """The file of every tensor of the finished layers, by name; what was tuned last counts.
+
+        Raises:
+            ValueError: see `read`.
+        """
+        found: dict[str, Path] = {}
+        for path in sorted(path for path in _held(self.folder) if BLOCK.fullmatch(path.name)):  # a tail after blocks
+            with _told(path):
+                check_seal(path)
+                with safe_open(path, "pt") as stored:
+                    found |= dict.fromkeys(stored.keys(), path)
+        return found
 
     def _read(self, path: Path, key: str, device: Any) -> Finished:
         with safe_open(path, "pt") as stored:
@@ -182,6 +191,18 @@ class Journal:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever reading a damaged file ends with becomes one error, with a sentence."""
+    try:
+        yield
+    except DAMAGE as error:
+        what = str(error).partition(": copy or download")[0]  # there is a nearer way out
+        raise ValueError(
+            f"{path} is damaged ({what}); delete that one file, and its decoder block is pruned again"
+        ) from error
 
 
 def remove_leftover(folder: Path) -> None:
@@ -290,10 +311,13 @@ def flat_manifest(config: Mapping[str, Any], **others: Any) -> dict[str, Any]:
 
 def model_fingerprint(model: nn.Module) -> str:
     """The sha256, in hexadecimal, over names, dtypes, shapes and bytes of all tensors of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor_digest(tensor)}\n".encode())
-    return digest.hexdigest()
+    return fingerprint_of(digests(model.state_dict()))
+
+
+def fingerprint_of(tensors: Mapping[str, str]) -> str:
+    """The same, from the `tensor_digest` of each tensor."""
+    lines = (f"{name} {digest}\n" for name, digest in sorted(tensors.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def tokens_fingerprint(tokens: Tensor) -> str:

@@ -30,7 +30,8 @@ class LayerReport:
         sweeps: the number of the last sweep that was accepted; 0 where the start was kept, or nothing sweeps.
         seconds: spent on this layer's own method, the baselines not counted.
         dense_bytes, bytes: of the weight before and of what replaces it.
-        tokens: that the statistics were gathered from.
+        tokens: that the statistics were gathered from; of an expert's layer, those that were routed to it. H is then
+            shrunk towards that of all the module's experts (`armorfact_hf.pruning.experts`).
         status: how the solver ended. notes: warnings on the way.
         factorized_loss: as in ``losses``, of this method, before the layer was tuned with its decoder block.
     """
@@ -156,10 +157,10 @@ def _fit(weight: Tensor, gram: Tensor, config: PruneConfig, layer: Layer) -> _Fi
         core = Core.from_dense(pruned, Pattern.parse(config.pattern))
         loss = energy(weight.double() - pruned, gram) / (energy(weight, gram) or 1.0)
         return _Fit((core, None, None), loss, loss, 0, "pruned in one shot")
-    given = shrunk(gram, config.diagonal_weight) if config.objective == "gram" else diagonal
+    given = (shrunk(gram, config.diagonal_weight) if config.objective == "gram" else diagonal).float()
     result = factorize(
         weight.to(dtype),
-        given.float(),
+        given,
         block=cast(tuple[int, int], layer.block),  # what no block fits stays dense
         pattern=config.pattern,
         init=config.init,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from armorfact import BlockDiagonal, Core, Factors
 from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.pruning.aims import Aim, StateAim
 from armorfact_hf.pruning.schedule import Matching, kept_aside
 
@@ -79,14 +80,14 @@ def match_block_(
     if not mixed and any(layer.values.dtype != torch.float32 for layer in layers.values()):
         return dict(layers), BlockReport(decoder_block, before, before, False, (NOT_MIXED,), aim.unit)
     masters = {name: _master(layer) for name, layer in layers.items()}
-    _put(model, masters)
+    put_layers_(model, masters)
     notes = _train(masters, aim, matching, decoder_block, mixed)
     tuned = {name: _stored(masters[name], layer) for name, layer in layers.items()}
-    _put(model, tuned)
+    put_layers_(model, tuned)
     after = _distance(aim)
     kept = after < before and len(notes) <= MOST_HALVINGS  # NaN is not smaller
     if not kept:
-        _put(model, layers)
+        put_layers_(model, layers)
     return dict(tuned if kept else layers), BlockReport(decoder_block, before, after, kept, tuple(notes), aim.unit)
 
 
@@ -95,11 +96,6 @@ def _distance(aim: Aim) -> float:
     """The mean over the windows kept aside."""
     distances = [aim.distance(aim.run(window), window) for window in kept_aside(aim.windows)]
     return sum(distances) / len(distances)
-
-
-def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
 
 
 def _master(layer: FactorizedLinear) -> FactorizedLinear:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from armorfact import Pattern
 from armorfact_hf.layers.cuts import Share
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.model.moments import Statistics
-from armorfact_hf.model.stream import BlockStream, evaluating
+from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.model.structure import DenseLayer, Layer, Select
-from armorfact_hf.pruning.aims import LOGITS_A_STEP
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.estimate import estimated_seconds
 from armorfact_hf.pruning.fitting import fitting_block
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.layer import prune_layer
-from armorfact_hf.pruning.side_by_side import layer_flops
-from armorfact_hf.pruning.states import States
-
-BACKWARD = 3.5  # what forward, backward and a step cost, in forward passes
-SOLVER_COPIES = 6.5  # a generous estimate of one factorization's peak, in float32 copies of W and H
+from armorfact_hf.pruning.memory import Memory, memory_of, model_bytes, statistics_bytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,8 @@ class Plan:
         parameters: of the whole model.
         weights: parameters in the matrices of the decoder blocks, those of stacked experts among them.
         model_bytes: of the whole model, before.
-        peak_bytes: an estimate of the memory that pruning takes at most, the model included.
+        memory: an estimate of what pruning takes at most. streamed: whether decoder blocks are read one at a time.
+        waiting_bytes: of what waits on disk between blocks, 0 where that is in memory.
         seconds: an estimate from running the first decoder block and pruning one layer, or None.
     """
 
@@ -69,8 +61,20 @@ class Plan:
     parameters: int
     weights: int
     model_bytes: int
-    peak_bytes: int
+    memory: Memory
+    streamed: bool
+    waiting_bytes: int
     seconds: float | None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of memory, at most."""
+        return self.memory.peak
+
+    @property
+    def disk_bytes(self) -> int:
+        """What is written at most at a time: the finished folder, what it is made of, and what waits."""
+        return 2 * self.bytes + self.model_bytes - self.dense_bytes + self.waiting_bytes
 
     @property
     def stays_dense(self) -> float:
@@ -134,16 +138,17 @@ def plan_job(job: Job, *, measure: bool = True) -> Plan:
     Args:
         measure: estimate the time, by running one window through the first decoder block and pruning one of its layers.
     """
-    model_bytes = sum(parameter.nbytes for parameter in job.model.parameters())
     return Plan(
         layers=tuple(_planned(layer, job.config) for layer in job.layers),
         dense_layers=job.dense_layers,
         tensor_parallel=job.config.tensor_parallel,
         parameters=sum(parameter.numel() for parameter in job.model.parameters()),
         weights=sum(weight.numel() for block in job.blocks for weight in block.parameters() if weight.ndim > 1),
-        model_bytes=model_bytes,
-        peak_bytes=_peak_bytes(job, model_bytes),
-        seconds=_estimated_seconds(job) if measure else None,
+        model_bytes=model_bytes(job),
+        memory=memory_of(job),
+        streamed=isinstance(job.weights, OnDisk),
+        waiting_bytes=job.states_bytes + statistics_bytes(job, job.tail) if job.spilled else 0,
+        seconds=estimated_seconds(job) if measure else None,
     )
 
 
@@ -163,84 +168,3 @@ def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
         max(cut.of_format(stored).nbytes(dtype) for cut in cuts),
         layer.decoder_block is not None,
     )
-
-
-def _peak_bytes(job: Job, model_bytes: int) -> int:
-    """Weights, hidden states, second moments (of the largest block, or the last ones), and the largest work space."""
-    width = job.model.get_input_embeddings().embedding_dim
-    copies = job.follows_pruned + job.follows_dense
-    states = job.tokens.numel() * width * job.layers[0].weight.element_size() * (copies + bool(job.tail))
-    by_block: dict[int | None, int] = {}
-    for layer in job.layers:
-        d_in = layer.shape[1]
-        square = d_in * d_in if job.config.needs_correlations else d_in
-        by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + 8 * square * copies
-    sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in job.layers))
-    at_once = torch.get_num_threads() if job.layers[0].weight.device.type == "cpu" else 1
-    solving = SOLVER_COPIES * sum(sizes[-at_once:])
-    moments = max(max(by_block.values()), sum(by_block.get(block, 0) for block in job.tail))
-    return int(model_bytes + states + moments + max(solving, _tuning_bytes(job)))
-
-
-def _tuning_bytes(job: Job) -> int:
-    """Factors in float32 with gradient, Adam's two moments and a copy to undo with; what one window leaves to go back.
-
-    An estimate: every layer keeps its input and output in 16 bits, and as much again lies between the layers.
-    """
-    if job.matching is None:
-        return 0
-    by_block: dict[int | None, int] = {}
-    for layer in job.layers:
-        pattern, (d_out, d_in) = Pattern.parse(job.config.pattern), layer.shape
-        (b_out, b_in) = layer.block or (0, 0)
-        factors = d_out * d_in * pattern.keep // pattern.group + b_out * d_out + b_in * d_in
-        dense = 2 * d_out * d_in  # W, formed anew for every step, and its gradient
-        passing = 4 * job.tokens.shape[1] * (d_out + d_in)
-        by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + 20 * factors + 4 * dense + passing
-    return max(max(by_block.values()), sum(by_block.get(block, 0) for block in job.tail))
-
-
-def _estimated_seconds(job: Job) -> float:
-    """Time one window and one layer of the first block that is pruned, and scale by the work."""
-    first = min(job.last_block if layer.decoder_block is None else layer.decoder_block for layer in job.layers)
-    here = [layer for layer in job.layers if layer.decoder_block == first]
-    statistics = Statistics(job.config.needs_correlations)
-    with evaluating(job.model):
-        states = States.before_the_first(BlockStream(job.model, job.blocks), job.prefix, job.tokens[:1].split(1))
-        for index in range(first):
-            states.advance(index, 0)
-        states.inputs(first, 0, {}, advance=False)  # warms caches and lazily built parts
-        plain = _seconds(lambda: states.inputs(first, 0, {}, advance=False))
-        modules = {layer.name: layer.module for layer in here}
-        gathering = _seconds(lambda: statistics.add(states.inputs(first, 0, modules, advance=False)))
-    reached = [layer for layer in here if layer.name in statistics.leader]
-    solving = _seconds_a_flop(reached[0], statistics, job.config) * _flops(job) if reached else 0.0
-    passes = job.follows_pruned + job.follows_dense * job.follows_pruned
-    flowing = len(job.tokens) * (job.last_block + 1) * (gathering + passes * plain)
-    return flowing + solving + plain * _tuning_passes(job)
-
-
-def _tuning_passes(job: Job) -> float:
-    """What tuning costs, in passes of a window through a decoder block."""
-    length, embedding = job.tokens.shape[1], job.model.get_input_embeddings()
-    logits = min(length * embedding.num_embeddings, LOGITS_A_STEP)
-    weights = max(sum(parameter.numel() for parameter in block.parameters()) for block in job.blocks)
-    head = 4 * logits * embedding.embedding_dim / (length * weights)  # run twice, and back
-    towards_words = job.tail_steps * (BACKWARD * len(job.tail) + head)
-    return BACKWARD * sum(job.tuning_steps.values()) + towards_words
-
-
-def _flops(job: Job) -> float:
-    return sum(map(layer_flops, job.layers))
-
-
-def _seconds_a_flop(layer: Layer, statistics: Statistics, config: PruneConfig) -> float:
-    moments = replace(statistics.of(layer.name), cross=None)
-    prune_layer(layer, moments, replace(config, sweeps=min(config.sweeps, 1)))  # compiles, and warms caches
-    return _seconds(lambda: prune_layer(layer, moments, config)) / layer_flops(layer)
-
-
-def _seconds(act: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from torch import nn
 from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
+from armorfact_hf.files import workshop
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.experts import stack_experts_
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock, units
@@ -66,6 +69,7 @@ def prune_(
     select: Select | None = None,
     journal: Path | str | None = None,
     observer: Observer | None = None,
+    states: str = "auto",
     workers: Choice = None,
 ) -> PruneReport:
     """Replace linear layers of a causal language model by `FactorizedLinear`, block by block, in place.
@@ -78,6 +82,9 @@ def prune_(
         journal: folder in which every finished block is kept. Called again with the same arguments on the same dense
             model, after a run that was killed, `prune_` continues from there and ends with the same weights.
         observer: is told of every unit of work.
+        states: where the hidden states of the calibration windows wait between blocks: "memory", "disk" (in the
+            journal, or a temporary folder), or "auto", which is the disk if they would take more than a quarter of the
+            memory that is free. The weights come out the same.
         workers: who does the work: None is this process, a number is so many others of this machine, "ray" is the
             cluster at RAY_ADDRESS. The weights do not depend on it.
 
@@ -102,7 +109,7 @@ def prune_(
     FactorizedLinear(in_features=16, out_features=32, bias=False, pattern=2:4, block=(4, 4))
     """
     check_workers(workers)
-    job, observer = make_job(model, calibration, config, select), observer or Observer()
+    job, observer = make_job(model, calibration, config, select, states=states), observer or Observer()
     if journal is None:
         return prune_job_(job, None, observer, workers)
     with Journal.open(Path(journal), job.manifest, job.config.pattern) as stored:
@@ -113,21 +120,41 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer, workers: C
     """`prune_`, for arguments that were checked."""
     job.model.eval()
     progress = Progress(observer, units(job))
-    with hired(workers, job, progress) as those, damping_noted():
-        run = BlockByBlock(job, journal, those, progress, Clock())
+    with (
+        damping_noted(),
+        _folder_of_states(job, journal) as folder,
+        hired(workers, job, progress, folder) as those,
+    ):
+        run = BlockByBlock(job, journal, those, progress, Clock(), folder=folder)
         reports = run.reports()
-    describe_(job.model, job.config, reports)
+    stack_experts_(job.model)
+    describe_(job, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
     dense_layers = (*job.dense_layers, *missed)
     return PruneReport(job.config, reports, dense_layers, run.clock.seconds(), tuple(run.blocks))
 
 
-def describe_(model: CausalLM, config: PruneConfig, reports: Sequence[LayerReport]) -> None:
+@contextmanager
+def _folder_of_states(job: Job, journal: Journal | None) -> Iterator[Path | None]:
+    """Where states wait on disk, if they do; a folder that goes in the end."""
+    if not job.spilled:
+        yield None
+        return
+    with workshop(Path(gettempdir()) if journal is None else journal.folder, "states") as folder:
+        folder.mkdir()
+        yield folder
+
+
+def describe_(job: Job, reports: Sequence[LayerReport]) -> None:
     """Write into the model's config what its pruned layers are, so that transformers saves and loads them."""
-    pattern = Pattern.parse(config.pattern)
-    layers = {report.name: LayerFormat(report.name, report.shape, pattern, report.block) for report in reports}
+    model, pattern = job.model, Pattern.parse(job.config.pattern)
+    places = {layer.name: layer.stored_in for layer in job.layers}
+    layers: dict[str, LayerFormat] = {}
+    for report in reports:
+        name, experts = places[report.name]
+        layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts)
     dtype = str(model.dtype).removeprefix("torch.")
-    attach_(model, Description(pattern, dtype, layers, config.to_dict()))
+    attach_(model, Description(pattern, dtype, layers, job.config.to_dict()))
     if any(report.decoder_block is None for report in reports):
         model.config.tie_word_embeddings = False

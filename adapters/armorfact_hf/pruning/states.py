@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from armorfact_hf.model.moments import Inputs, recorded_inputs
 from armorfact_hf.model.nonfinite import NonFiniteActivations, first_nonfinite
 from armorfact_hf.model.stream import BlockStream
+from armorfact_hf.pruning.spilled import Hidden, nowhere
 
 
 @dataclass(frozen=True)
@@ -20,22 +22,25 @@ class States:
     Args:
         stream: runs the blocks. prefix: the name of their list in the model.
         windows: (1, length) tokens each.
-        hidden: by window, (1, length, width) what the block before returned; None before the first. It moves on.
+        hidden: by window, (1, length, width) what the block before returned; None before the first. It moves on. It
+            is a list, or acts as one whose states are on disk.
     """
 
     stream: BlockStream
     prefix: str
     windows: tuple[Tensor, ...]
-    hidden: list[Tensor | None]
+    hidden: Hidden
 
     @classmethod
-    def before_the_first(cls, stream: BlockStream, prefix: str, windows: tuple[Tensor, ...]) -> States:
-        """The states of a model of which nothing was run yet."""
-        return cls(stream, prefix, windows, [None] * len(windows))
+    def before_the_first(
+        cls, stream: BlockStream, prefix: str, windows: tuple[Tensor, ...], folder: Path | None = None
+    ) -> States:
+        """The states of a model of which nothing was run yet; they are kept in files of ``folder`` if there is one."""
+        return cls(stream, prefix, windows, nowhere(len(windows), folder))
 
     def copy(self) -> States:
         """The same states, which stay where they are when these move on."""
-        return replace(self, hidden=list(self.hidden))
+        return replace(self, hidden=self.hidden.copy())
 
     def advance(self, block: int, window: int) -> None:
         """Move the states of a window on through a block."""

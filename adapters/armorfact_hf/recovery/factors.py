@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.stack import PRUNED, FactorizedStack
 from armorfact_hf.model.stream import frozen
 
 
@@ -27,7 +28,7 @@ class TrainedFactors:
 
     def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
         self.model = model
-        self.stored = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+        self.stored = {name: module for name, module in model.named_modules() if isinstance(module, PRUNED)}
         self.masters = {name: _master(layer) for name, layer in self.stored.items()}
         self.parameters = {
             f"{name}.{part}": tensor
@@ -98,5 +99,5 @@ def trained_factors(model: nn.Module, parts: Sequence[str]) -> Iterator[TrainedF
                 layer.use_(way)
 
 
-def _master(layer: FactorizedLinear) -> FactorizedLinear:
+def _master(layer: FactorizedLinear | FactorizedStack) -> FactorizedLinear | FactorizedStack:
     return copy.deepcopy(layer).to(torch.promote_types(layer.values.dtype, torch.float32))

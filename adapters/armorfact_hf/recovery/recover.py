@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import armorfact
-from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.checks import checked_tokens
 from armorfact_hf.pruning.journal import Journal, flat_manifest, model_fingerprint, tokens_fingerprint
@@ -80,12 +80,12 @@ def _check_windows(tokens: Tensor) -> None:
 
 
 def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
-    layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, PRUNED)]
     if not layers:
         raise ValueError("the model holds no pruned layer: prune it first, or load a folder that is pruned")
     if settings.train == "wrappers" and all(layer.left is None for layer in layers):
         raise ValueError("no pruned layer has wrappers, which train='wrappers' asks for: take train='factors'")
-    if any(isinstance(module, FactorizedLinear) for module in teacher.modules()):
+    if any(isinstance(module, PRUNED) for module in teacher.modules()):
         raise ValueError("the teacher is pruned: give the dense model, loaded beside the pruned one")
     sizes = [x.get_input_embeddings().num_embeddings for x in (model, teacher)]
     if sizes[0] != sizes[1]:
@@ -102,7 +102,7 @@ def _opened(
 ) -> AbstractContextManager[Journal | None]:
     if state is None:
         return nullcontext()
-    pattern = next(module.pattern for module in model.modules() if isinstance(module, FactorizedLinear))
+    pattern = next(module.pattern for module in model.modules() if isinstance(module, PRUNED))
     return Journal.open(Path(state), manifest_of(model, teacher, tokens, settings), pattern)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.recovery.settings import TRAINED
 
@@ -23,7 +24,7 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
     """
     if train not in TRAINED:
         raise ValueError(f"train must be one of {', '.join(TRAINED)}, got {train!r}")
-    layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, PRUNED)]
     factors = [tensor for layer in layers for part in TRAINED[train] if (tensor := getattr(layer, part)) is not None]
     if not factors:
         raise ValueError(
@@ -32,7 +33,8 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
         )
     model.requires_grad_(False)
     for layer in layers:
-        layer.use_(None)
+        if isinstance(layer, FactorizedLinear):
+            layer.use_(None)
     for factor in factors:
         factor.requires_grad_(True)
     model.hf_quantizer.trains_factors = True

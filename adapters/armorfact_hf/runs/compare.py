@@ -12,12 +12,13 @@ from armorfact_hf.data.origin import CARD
 from armorfact_hf.data.texts import evaluation_source
 from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, perplexity_of
 from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
-from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
+from armorfact_hf.runs.load_to_prune import fits_whole, load_to_prune
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 
 
@@ -134,7 +135,7 @@ def evaluate_dense(
     Raises:
         ValueError: the model is pruned; `evaluate_folder` compares it with its dense one.
     """
-    if any(isinstance(module, FactorizedLinear) for module in loaded.model.modules()):
+    if any(isinstance(module, PRUNED) for module in loaded.model.modules()):
         raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
     observer = Observer() if observer is None else observer
     return Figures(
@@ -211,6 +212,8 @@ def compare(
     *,
     dtype: str = "auto",
     device: str | None = None,
+    stream: bool | None = None,
+    states: str = "auto",
     observer: Observer | None = None,
     workers: Choice = None,
 ) -> list[Row]:
@@ -219,8 +222,9 @@ def compare(
     What is finished already is reused.
 
     Args:
-        model, dtype, device: see `load_model`.
+        model, dtype, device: see `load_model`. stream, states: see `prune_to_folder`.
         methods: of one shot; each goes to the folder ``<out>-<method>``.
+        evaluations: left out, with a sentence, where the dense model does not fit into memory.
         observer: is told how it goes; prints sentences by default.
         workers: see `prune_`.
     """
@@ -231,11 +235,14 @@ def compare(
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
     for method, folder in {**beside, config.method: out}.items():
         observer.say(f"Pruning {model} by {method}, into {folder}.")
-        loaded = load_model(model, dtype, device, observer.say)
         # What the others would be compared with on every layer stands in the report of the chosen method already.
         chosen = config if folder == out else replace(config, method=method, baselines=())
-        prune_to_folder(loaded, folder, chosen, calibration, observer=observer, workers=workers)
+        loaded = load_to_prune(model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer)
+        prune_to_folder(loaded, folder, chosen, calibration, states=states, observer=observer, workers=workers)
+        whole = fits_whole(loaded)
         del loaded
-    if evaluations:
+    if evaluations and not whole:
+        observer.say(f"Perplexity is not measured: {model} does not fit into memory; `armorfact eval {out}` does it.")
+    elif evaluations:
         evaluate_folder(out, evaluations, device=device, beside=list(beside.values()), observer=observer)
     return rows(out, list(beside.values()))

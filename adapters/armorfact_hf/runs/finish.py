@@ -8,26 +8,43 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from armorfact_hf.checkpoint.assembly import assemble
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.folder import describe_folder, save_pruned
+from armorfact_hf.checkpoint.quantizer import put_layers_
 from armorfact_hf.checkpoint.verify import check_headers, verify_folder
+from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.files import flush, room_for, workshop
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.on_disk import OnDisk
+from armorfact_hf.model.structure import is_linear
 from armorfact_hf.pruning.journal import DifferentRun, Journal
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import Report
 
 
-def finish(model: CausalLM, tokenizer: Any, report: Report, out: Path, journal: Journal) -> None:
+def finish(loaded: Loaded, report: Report, out: Path, journal: Journal) -> None:
     """Write the pruned model, its tokenizer, its report and its model card to ``out``, and remove the journal.
+
+    Of a model on disk, the finished layers are taken from the journal, and all else from its files.
 
     Raises:
         DiskFull: there is no room. OSError: what was written is not what is in memory. DifferentRun: somebody else made
             ``out`` meanwhile. The journal is kept then.
     """
+    model = loaded.model
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     with room_for(out, needed), workshop(journal.folder, out.name) as draft:
-        save_pruned(model, draft, tokenizer)
+        if isinstance(loaded.weights, OnDisk):
+            _assemble(loaded.weights, journal, draft)
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(draft)
+        else:
+            save_pruned(model, draft, loaded.tokenizer)
         report.write(draft)
         flush(draft)
         _check_written(draft, model, out)
@@ -36,6 +53,30 @@ def finish(model: CausalLM, tokenizer: Any, report: Report, out: Path, journal: 
             raise DifferentRun(f"{out} was made by somebody else meanwhile: remove it, and the same call writes it")
         draft.rename(out)
     journal.remove()
+
+
+def _assemble(weights: OnDisk, journal: Journal, draft: Path) -> None:
+    finished = journal.tensors()
+    layers = weights.model.hf_quantizer.quantization_config.description.modules.values()
+    members = {
+        f"{layer.name}.{part}": [f"{member}.{part}" for member in layer.members]
+        for layer in layers
+        if layer.experts is not None
+        for part in (*layer.tensors, "bias")
+    }
+    # A head tied to the embedding is pruned in memory.
+    empty = (x for x in layers if x.experts is not None or is_linear(weights.model.get_submodule(x.name)))
+    put_layers_(weights.model, empty, weights.model.dtype)
+
+    def read(name: str) -> Tensor:
+        if name in members:
+            return torch.stack([read(member) for member in members[name]])
+        if name not in finished:
+            return weights.read(name)
+        with safe_open(finished[name], "pt") as stored:
+            return stored.get_tensor(name)
+
+    assemble(weights.model, draft, read)
 
 
 def _check_written(draft: Path, model: CausalLM, out: Path) -> None:

@@ -16,15 +16,18 @@ class HeldLayer:
     """A pruned layer as it lies on disk.
 
     Args:
-        name, shape, block: which layer; block is None for a core alone.
+        name, shape, block: which layer, or stack of experts' layers; block is None for a core alone.
+        experts: how many layers are in the stack, or None.
         bytes: of its tensors. dense_bytes: of the weight they stand for, in the same dtype.
         theory: bytes of core and wrappers by the formula of docs/format.md.
-        loss, sparsegpt_loss: relative losses in the report, this one's and SparseGPT's; None where it has none.
+        loss, sparsegpt_loss: relative losses in the report, this one's and SparseGPT's; None where it has none. That
+            of a stack is the mean.
     """
 
     name: str
     shape: tuple[int, int]
     block: tuple[int, int] | None
+    experts: int | None
     bytes: int
     dense_bytes: int
     theory: tuple[float, float]
@@ -41,17 +44,18 @@ def inspect_folder(folder: Path) -> list[HeldLayer]:
     """
     description = describe_folder(folder)
     held = verify_folder(folder, description)
-    losses = _losses(folder, description.prune.get("method"))
+    losses, method = _losses(folder), description.prune.get("method", "")
     return [
         HeldLayer(
             name=layer.name,
             shape=layer.shape,
             block=layer.block,
+            experts=layer.experts,
             bytes=held.bytes[layer.name],
-            dense_bytes=layer.shape[0] * layer.shape[1] * held.dtypes[layer.name].itemsize,
+            dense_bytes=(layer.experts or 1) * layer.shape[0] * layer.shape[1] * held.dtypes[layer.name].itemsize,
             theory=_theory(layer, held.dtypes[layer.name].itemsize),
-            loss=losses.get(layer.name, (None, None))[0],
-            sparsegpt_loss=losses.get(layer.name, (None, None))[1],
+            loss=_mean_loss(layer, losses, method),
+            sparsegpt_loss=_mean_loss(layer, losses, "sparsegpt"),
         )
         for layer in description.modules.values()
     ]
@@ -61,12 +65,14 @@ def _theory(layer: LayerFormat, itemsize: int) -> tuple[float, float]:
     """N / M of the weight, at its own size and some bits for its position; and the blocks."""
     (d_out, d_in), pattern = layer.shape, layer.pattern
     core = d_out * d_in * pattern.keep / pattern.group * (itemsize + pattern.index_bits / 8)
-    (b_out, b_in) = layer.block or (0, 0)
-    return core, itemsize * (b_out * d_out + b_in * d_in)
+    (b_out, b_in), count = layer.block or (0, 0), layer.experts or 1
+    return count * core, count * itemsize * (b_out * d_out + b_in * d_in)
 
 
-def _losses(folder: Path, method: str | None) -> dict[str, tuple[float | None, float | None]]:
-    if not (folder / FILE).exists():
-        return {}
-    losses = {layer.name: layer.losses for layer in Report.read(folder).layers}
-    return {name: (found.get(method or ""), found.get("sparsegpt")) for name, found in losses.items()}
+def _losses(folder: Path) -> dict[str, dict[str, float]]:
+    return {layer.name: layer.losses for layer in Report.read(folder).layers} if (folder / FILE).exists() else {}
+
+
+def _mean_loss(layer: LayerFormat, losses: dict[str, dict[str, float]], method: str) -> float | None:
+    found = [losses[name][method] for name in layer.members if method in losses.get(name, {})]
+    return sum(found) / len(found) if found else None

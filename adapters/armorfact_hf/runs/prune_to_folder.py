@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import armorfact
-from armorfact_hf.data.load_model import Loaded, Log, load_model
+from armorfact_hf.data.load_model import Loaded, Log
 from armorfact_hf.data.origin import DEMO, origin_of
 from armorfact_hf.data.texts import calibration_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
@@ -18,13 +18,14 @@ from armorfact_hf.files import check_room
 from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.job import Job, make_job
+from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
 from armorfact_hf.pruning.plan import Plan, plan_job
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
 from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.record import FILE, CalibrationFacts, ModelFacts, Report, Totals
 from armorfact_hf.runs.finish import check_whole, finish
+from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def prune_to_folder(
     *,
     observer: Observer | None = None,
     select: Select | None = None,
+    stream: bool | None = None,
+    states: str = "auto",
     workers: Choice = None,
 ) -> Report:
     """Prune a model and write the finished folder: checkpoint, tokenizer, `report.json`, `report.html`.
@@ -73,7 +76,9 @@ def prune_to_folder(
         out: the folder to write.
         config, calibration: what to prune and how, and on which tokens.
         observer: is told of slow steps, of the plan, and of every unit of work; it prints sentences by default.
-        select, workers: see `prune_`.
+        select, states, workers: see `prune_`.
+        stream: for a model given by name, whether its decoder blocks are read from disk one at a time; None is where
+            the model and the work on it would not fit into the memory that is free. The files come out the same.
 
     Returns:
         The report, which is in the folder too.
@@ -87,20 +92,22 @@ def prune_to_folder(
     if out.exists() and not (out / FILE).exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
     check_workers(workers)
-    loaded = load_model(model, log=observer.say) if isinstance(model, str) else model
-    check_workers(workers, loaded.model.device)
-    job = make_job(loaded.model, calibration.tokens(loaded, observer.say), config, select)
+    loaded = model
+    if isinstance(loaded, str):
+        loaded = load_to_prune(loaded, config, calibration, stream=stream, observer=observer)
+    job = job_of(loaded, config, calibration, observer, select, states)
+    check_workers(workers, job)
     if out.exists():
         return _found_finished(out, loaded, job, observer)
     plan = plan_job(job, measure=observer.wants_plan)
     observer.plan(plan)
-    check_room(out, 2 * plan.bytes + plan.model_bytes - plan.dense_bytes)
+    check_room(out, plan.disk_bytes)
     facts = _model_facts(loaded, job)
     with Journal.open(_journal(out), job.manifest, job.config.pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago
             return _found_finished(out, loaded, job, observer)
         report = _report(facts, calibration, job, prune_job_(job, journal, observer, workers), plan)
-        finish(loaded.model, loaded.tokenizer, report, out, journal)
+        finish(loaded, report, out, journal)
     return report
 
 

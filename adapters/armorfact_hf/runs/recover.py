@@ -13,7 +13,7 @@ from torch import nn
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
-from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
 from armorfact_hf.recovery.recover import manifest_of, recover_
@@ -78,7 +78,7 @@ def recover_to_folder(
             loaded.model, tokens, dense, settings, state=journal.folder, save_every=save_every, observer=observer
         )
         report = replace(report, manifest=manifest, evaluations=(), tasks=(), recovery=done)
-        finish(loaded.model, loaded.tokenizer, report, out, journal)
+        finish(loaded, report, out, journal)
     return report
 
 
@@ -109,7 +109,7 @@ def _teacher(report: Report, name: str | None, device: str | None, observer: Obs
 
 def _needed(model: nn.Module) -> int:
     """Bytes on disk: the state and the one that takes its place, then the finished folder."""
-    layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, PRUNED)]
     tensors = [tensor for layer in layers for tensor in layer.parameters()]
     state = sum(tensor.nbytes + 3 * tensor.numel() * max(tensor.itemsize, 4) for tensor in tensors)
     return 2 * state + sum(tensor.nbytes for tensor in model.state_dict().values())

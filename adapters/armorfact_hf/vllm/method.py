@@ -15,10 +15,12 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from armorfact_hf.checkpoint.contents import AGAIN
 from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.joined import JoinedLinears, refusal
 from armorfact_hf.vllm.parts import Part
 from armorfact_hf.vllm.ranks import shares
 from armorfact_hf.vllm.routing import ignoring, part_number
 
+FEW_AND_MANY = (1, 128)  # tokens: on either side of what any way to run a layer draws a line at
 TENSORS = ("values", "positions", "left", "right", "weight")  # under any module, but for the bias
 
 
@@ -96,10 +98,19 @@ class PrunedLinearMethod(LinearMethodBase):
             self._check_complete(part, layer)
         for name in TENSORS:
             delattr(layer, name)
-        layer.parts = nn.ModuleList(part.module for part in self.parts)
+        modules = [part.module for part in self.parts]
+        layer.parts = nn.ModuleList(modules) if refusal(modules) else JoinedLinears(modules)
         use_measured_(layer.parts, Path(get_current_vllm_config().model_config.model))
-        for part in self.parts:
-            part.warm()
+        self._warm(layer)
+
+    @torch.inference_mode()
+    def _warm(self, layer: LinearBase) -> None:
+        """Compute once, of few tokens and of many, so that no request waits for kernels to be compiled."""
+        weight = next(layer.parts.parameters())
+        for tokens in FEW_AND_MANY:
+            self.apply(
+                layer, torch.zeros(tokens, self.parts[0].share.shape[1], dtype=weight.dtype, device=weight.device)
+            )
 
     def _check_complete(self, part: Part, layer: LinearBase) -> None:
         if missing := sorted(f"{part.name}.{name}" for name in part.missing):
@@ -111,6 +122,8 @@ class PrunedLinearMethod(LinearMethodBase):
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y (..., outputs of this rank) for x (..., inputs of this rank)."""
-        outputs = [part(x) for part in layer.parts]
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if isinstance(layer.parts, JoinedLinears):
+            y = layer.parts(x)
+        else:
+            y = torch.cat([part(x) for part in layer.parts], dim=-1)
         return y if bias is None else y + bias

@@ -10,8 +10,6 @@ from armorfact_hf.layers.cuts import Share
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
 
-FEW_AND_MANY = (1, 128)  # tokens: on either side of what any way to run a layer draws a line at
-
 
 class Part:
     """A `FactorizedLinear`, or a dense layer beside one, that is filled tensor by tensor.
@@ -50,13 +48,6 @@ class Part:
         held = share.of_weight(tensor) if whole is None else share.of_factor(whole, part, tensor)
         getattr(self.module, part).copy_(held)
         self.missing.discard(part)
-
-    @torch.inference_mode()
-    def warm(self) -> None:
-        """Compute once, of few tokens and of many, so that no request waits for kernels to be compiled."""
-        weight = next(self.module.parameters())
-        for tokens in FEW_AND_MANY:
-            self.module(torch.zeros(tokens, self.share.shape[1], dtype=weight.dtype, device=weight.device))
 
     def _check(self, part: str, tensor: Tensor) -> None:
         where, found = f"tensor {self.name}.{part}", tuple(tensor.shape)

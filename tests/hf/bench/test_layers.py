@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from armorfact_hf import Calibration, Execution, PruneConfig, load_pruned, prune_, prune_to_folder
 from armorfact_hf.bench import layers as bench
+from armorfact_hf.bench import timing as clock
 from armorfact_hf.bench.layers import Timing, bench_folder, choose, crossover, time_layers
 from armorfact_hf.checkpoint.measured import (
     FILE,
@@ -39,7 +40,7 @@ SHAPES = {"16x32 in 8x8", "32x32 in 8x8", "64x32 in 8x8", "32x64 in 8x8"}  # of 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Three rounds for each figure."""
-    monkeypatch.setattr(bench, "SECONDS", 0)
+    monkeypatch.setattr(clock, "SECONDS", 0)
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,14 @@ def files_below(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
+def test_a_model_is_planned_and_pruned_from_disk(model_folder, text_file, out):
+    planned = in_words(armorfact(*pruning(model_folder, out, text_file, "--stream", "--dry-run")))
+    assert "that stay on disk" in planned and "Disk, at most: " in planned and "Estimated time" in planned
+    assert not out.exists()
+    done = armorfact(*pruning(model_folder, out, text_file, "--stream", "--states", "memory"))
+    assert row(done, "wanda") and "report.html" in done
+
+
 def test_the_command_prunes_compares_and_reuses(model_folder, text_file, out):
     def run(*more: str) -> list[str]:
         arguments = [

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from armorfact_hf.model.structure import chosen_layers, decoder_blocks, matches
-from tests.hf.models import BLOCKS, COMMON, FAMILIES, GROUPED, INNER, TOKENS, WIDTH, tiny_model
+from tests.hf.models import BLOCKS, FAMILIES, INNER, WIDTH, tiny_model
 
 LINEARS = {"phi": 6, "opt": 6, "gpt2": 4, "falcon": 4}
 
@@ -63,18 +62,6 @@ def test_include_ignore_and_select_narrow_down():
 def test_the_head_is_pruned_when_asked_for():
     layers, _ = chosen_layers(tiny_model("llama"), head=True)
     assert (layers[-1].name, layers[-1].decoder_block) == ("lm_head", None)
-
-
-def test_experts_in_one_tensor_are_named_as_left_dense():
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        **COMMON, **TOKENS, **GROUPED, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
-    )
-    layers, dense = chosen_layers(transformers.AutoModelForCausalLM.from_config(config))
-    assert len(layers) == 4 * BLOCKS
-    named = [layer.name for layer in dense if "experts" in layer.name]
-    assert len(named) == 2 * BLOCKS
-    assert all("not a linear layer" in layer.reason for layer in dense)
 
 
 @pytest.mark.parametrize("where", [{"include": ("q_prj",)}, {"ignore": ("re:nothing",)}])

@@ -62,7 +62,8 @@ def run(block, states, layers):
 def aside_error(block, states, layers, targets):
     runs = run(block, states, layers)
     with torch.no_grad():
-        return float(torch.stack([relative_error(runs(k), targets[k]) for k in kept_aside(8)]).mean())
+        weights = StateAim(runs, targets).weights
+        return float(torch.stack([relative_error(runs(k), targets[k], weights) for k in kept_aside(8)]).mean())
 
 
 def test_the_error_on_windows_kept_aside_falls_and_is_that_of_the_stored_layers(block_and_targets, states):
@@ -179,4 +180,24 @@ def test_one_window_in_eight_is_kept_aside(windows, expected):
 def test_the_error_is_relative_for_each_token():
     target = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
     output = target + torch.tensor([[[5.0, 0.0], [0.0, 5.0]]])
-    assert relative_error(output, target) == pytest.approx((1 + 1e-4) / 2)
+    assert relative_error(output, target, torch.ones(2)) == pytest.approx((1 + 1e-4) / 2)
+
+
+def test_every_channel_counts_on_its_own_scale():
+    targets = [torch.randn(1, 6, 5) for _ in range(3)]
+    outputs = [target + 0.1 * torch.randn(1, 6, 5) for target in targets]
+    scales = torch.tensor([1.0, 1e3, 1e-2, 5.0, 300.0])
+    aim = StateAim(outputs.__getitem__, targets)
+    scaled = StateAim(outputs.__getitem__, [target * scales for target in targets])
+    energy = torch.cat(targets).double().square().mean((0, 1))
+    for window, (output, target) in enumerate(zip(outputs, targets, strict=True)):
+        error, whole = ((output - target).double() ** 2 / energy).sum(-1), (target.double() ** 2 / energy).sum(-1)
+        assert aim.distance(output, window) == pytest.approx(float((error / whole).mean()), rel=1e-5)
+        assert scaled.distance(output * scales, window) == pytest.approx(aim.distance(output, window), rel=1e-4)
+
+
+def test_a_silent_channel_makes_no_weight_infinite():
+    target = torch.randn(1, 6, 5) * torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
+    aim = StateAim([target].__getitem__, [target])
+    assert aim.weights.isfinite().all() and aim.distance(target, 0) == 0
+    assert StateAim([0 * target].__getitem__, [0 * target]).distance(0 * target, 0) == 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from armorfact_hf.cli.tables import plan_lines
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_
-from tests.hf.models import BLOCKS, COMMON, GROUPED, TOKENS, random_tokens, tiny_model
+from tests.hf.models import BLOCKS, random_tokens, tiny_model
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "wanda"}, {"block": 8, "pattern": "1:4"}, {"head": True}])
@@ -66,13 +65,10 @@ def test_the_share_of_the_blocks_weights_that_stays_dense(family):
     assert some.stays_dense == pytest.approx(1 - 1 / BLOCKS)
 
 
-def test_experts_in_one_tensor_are_counted_as_staying_dense():
-    torch.manual_seed(0)
-    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-    config = transformers.Qwen3MoeConfig(**COMMON, **TOKENS, **GROUPED, **sizes)
-    plan = make_plan(transformers.AutoModelForCausalLM.from_config(config), random_tokens(2), measure=False)
-    attention, experts, router = 32 * 32 * 2 + 32 * 16 * 2, 4 * 3 * 32 * 16, 4 * 32
-    assert plan.stays_dense == pytest.approx((experts + router) / (attention + experts + router))
+def test_weights_that_stay_dense_are_told():
+    plan = make_plan(tiny_model("llama"), random_tokens(2), PruneConfig(ignore=("q_proj",)), measure=False)
+    attention, mlp = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 64
+    assert plan.stays_dense == pytest.approx(32 * 32 / (attention + mlp))
     assert f"Of the weights in the decoder blocks {100 * plan.stays_dense:.1f}% stay dense" in list(plan_lines(plan))
 
 

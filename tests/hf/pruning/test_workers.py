@@ -8,12 +8,14 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
 from armorfact_hf.model.nonfinite import NonFiniteActivations
+from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.journal import model_fingerprint
 from armorfact_hf.pruning.prune import prune_
@@ -50,10 +52,20 @@ def test_without_ray_a_sentence_says_what_to_install(monkeypatch):
         prune_(None, None, workers=2)
 
 
-def test_a_model_on_a_gpu_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("weights", "stored_in", "way_out"),
+    [
+        (SimpleNamespace(device=torch.device("cuda")), ("up", None), "take --device cpu"),
+        (SimpleNamespace(device=torch.device("cpu")), ("experts.up", 4), "leave them dense"),
+        (OnDisk.__new__(OnDisk), ("up", None), "take --no-stream"),
+    ],
+)
+def test_what_other_processes_cannot_do_is_refused(weights, stored_in, way_out, monkeypatch):
     monkeypatch.setattr(choice, "find_spec", lambda name: name)
-    with pytest.raises(ValueError, match="take --device cpu"):
-        check_workers(2, torch.device("cuda"))
+    monkeypatch.setattr(OnDisk, "device", torch.device("cpu"), raising=False)
+    job = SimpleNamespace(weights=weights, layers=[SimpleNamespace(name="up", stored_in=stored_in)])
+    with pytest.raises(ValueError, match=f"{way_out}.* leave --workers out"):
+        check_workers(2, job)
 
 
 # With Ray

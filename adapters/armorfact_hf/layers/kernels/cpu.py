@@ -35,6 +35,10 @@ KEPT_COLUMNS = sum(np.uint32(1) << (4 * (k // 2) + (_CODES >> 2 * k & 3)).astype
 )
 # Rows of the core that one thread takes at a time where no wrapper sets the number.
 ROWS = 64
+# Columns up to which one row at a time is faster: a token of them stays in the nearest cache beside what streams by.
+SHORT = 2048
+# Kept values ahead of the ones in use that such a stream asks for.
+STREAM = 2048
 # A panel of 64 columns and 128 tokens (32 KiB) fits the nearest cache; 128 tokens are eight registers of sums.
 COLUMNS, TOKENS = 64, 128
 # Rows ahead whose values are asked for: they lie a whole row apart, where no hardware prefetcher finds them.
@@ -112,14 +116,23 @@ def _four_tokens(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at
 
 @njit(cache=True)
 def _one_row(values, positions, row, kept, row_bytes, x, x_at):
-    """One row of the core times one token."""
-    sums = zeros()
-    vectors = kept // 16 * 16
+    """One row of the core times one token; row after row, memory is read in a single stream."""
+    a, b, c, d = zeros(), zeros(), zeros(), zeros()
+    vectors, quads = kept // 16 * 16, kept // 64 * 64
     first, first_byte = row * kept, row * row_bytes
-    for k in range(0, vectors, 16):
+    for k in range(0, quads, 64):
+        at, byte, x_from = first + k, first_byte + (k >> 2), x_at + 2 * k
+        prefetch(values, at + STREAM)
+        prefetch(values, at + STREAM + 32)
+        prefetch(positions, byte + (STREAM >> 2))
+        a = fma(load(values, at), pick(x, x_from, read_places(positions, byte)), a)
+        b = fma(load(values, at + 16), pick(x, x_from + 32, read_places(positions, byte + 4)), b)
+        c = fma(load(values, at + 32), pick(x, x_from + 64, read_places(positions, byte + 8)), c)
+        d = fma(load(values, at + 48), pick(x, x_from + 96, read_places(positions, byte + 12)), d)
+    for k in range(quads, vectors, 16):
         where = read_places(positions, first_byte + (k >> 2))
-        sums = fma(load(values, first + k), pick(x, x_at + 2 * k, where), sums)
-    result = total(sums)
+        a = fma(load(values, first + k), pick(x, x_at + 2 * k, where), a)
+    result = (total(a) + total(b)) + (total(c) + total(d))
     for k in range(vectors, kept):
         result += element(values, first + k) * x[x_at + _column(positions, first_byte, k)]
     return result
@@ -134,7 +147,7 @@ def _core_rows(values, positions, row, rows, x, tokens, d_in, z):
         for r in range(rows):
             _four_tokens(values, positions, row + r, kept, row_bytes, x, t * d_in, d_in, z, t * rows + r, rows)
     for t in range(fours, tokens):
-        quads = rows // 4 * 4
+        quads = rows // 4 * 4 if d_in > SHORT else 0
         for r in range(0, quads, 4):
             _four_rows(values, positions, row + r, kept, row_bytes, x, t * d_in, z, t * rows + r)
         for r in range(quads, rows):
@@ -142,37 +155,51 @@ def _core_rows(values, positions, row, rows, x, tokens, d_in, z):
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def few_tokens(like, x, values, positions, left, right, y, tokens, d_out, d_in, block_out, block_in):
-    """y = A C B x for a handful of tokens, in two parallel passes: B, then C and A together.
+def few_tokens(like, x, y, tokens, d_in, parts):
+    """y = A C B x of one or several layers side by side, for a handful of tokens, in two parallel passes: B, then C, A.
 
     Arguments are addresses and sizes, since a small layer is done in the time that it takes to unwrap six arrays.
 
     Args:
-        like: an array of the layer's dtype: float32, int16 for float16, uint16 for bfloat16.
-        x: of (tokens, d_in). y: of (tokens, d_out), written. values: of (d_out, d_in / 2), all in that dtype.
-        positions: of (d_out, ceil(d_in / 8)) uint8, two bits a kept value.
-        left, right: of (blocks, size, size), in that dtype.
-        block_out, block_in: their sizes, 0 where there is no wrapper.
+        like: an array of the layers' dtype: float32, int16 for float16, uint16 for bfloat16.
+        x: of (tokens, d_in). y: of (tokens, d_out of all), written.
+        parts: (layers, 7) int64, for each layer the addresses of its factors, 0 for none, and its sizes:
+            values (d_out, d_in / 2), positions (d_out, ceil(d_in / 8)) uint8, two bits a kept value, left and right
+            (blocks, size, size), d_out, and the sizes of the blocks on the left and on the right, 0 for none.
     """
-    values = carray(pointer(values, like), d_out * (d_in // 2))
-    positions = carray(pointer(positions, BYTES), d_out * ((d_in + 7) // 8))
-    left = carray(pointer(left, like), d_out * block_out)
-    right = carray(pointer(right, like), d_in * block_in)
-    y = carray(pointer(y, like), tokens * d_out)
-    inputs = _widened(carray(pointer(x, like), tokens * d_in))
-    if block_in:
-        inputs = _right_product(right, inputs, tokens, d_in, block_in)
-    rows = block_out if block_out else ROWS
-    for i in prange((d_out + rows - 1) // rows):
-        row = i * rows
+    layers, width = parts.shape[0], np.sum(parts[:, 4])
+    y = carray(pointer(y, like), tokens * width)
+    wide = _widened(carray(pointer(x, like), tokens * d_in))
+    inputs = _right_products(like, wide, tokens, d_in, parts)
+    ends = np.empty(layers, dtype=np.int64)  # of each layer's pieces of rows
+    first_rows = np.empty(layers, dtype=np.int64)
+    pieces = rows_before = 0
+    for p in range(layers):
+        pieces += -(-parts[p, 4] // _piece(parts, p))
+        ends[p], first_rows[p] = pieces, rows_before
+        rows_before += parts[p, 4]
+    for i in prange(pieces):
+        p = np.searchsorted(ends, i, side="right")
+        d_out, block_out, rows = parts[p, 4], parts[p, 5], _piece(parts, p)
+        row = (i - (ends[p] + -d_out // rows)) * rows
         here = min(rows, d_out - row)
+        values = carray(pointer(parts[p, 0], like), d_out * (d_in // 2))
+        positions = carray(pointer(parts[p, 1], BYTES), d_out * ((d_in + 7) // 8))
+        left = carray(pointer(parts[p, 2], like), d_out * block_out)
         z = np.empty(tokens * here, dtype=np.float32)
-        _core_rows(values, positions, row, here, inputs, tokens, d_in, z)
+        given = inputs[p] if parts[p, 6] else wide
+        _core_rows(values, positions, row, here, given, tokens, d_in, z)
         for t in range(tokens):
             for r in range(here):
                 at = t * here
                 result = _dot(left, (row + r) * here, z, at, here) if block_out else z[at + r]
-                put(y, t * d_out + row + r, result)
+                put(y, t * width + first_rows[p] + row + r, result)
+
+
+@njit(cache=True, inline="always")
+def _piece(parts, p):
+    """How many rows of a layer's core a thread takes at a time."""
+    return parts[p, 5] if parts[p, 5] else ROWS
 
 
 @njit(cache=True)
@@ -185,15 +212,25 @@ def _widened(x):
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _right_product(right, x, tokens, d_in, size):
-    """B x, flat like x."""
-    product = np.empty_like(x)
-    for j in prange(d_in // size):
+def _right_products(like, x, tokens, d_in, parts):
+    """B x of every layer that has a B, each flat like x, (layers, tokens * d_in)."""
+    layers = parts.shape[0]
+    products = np.empty((layers, tokens * d_in), dtype=np.float32)
+    ends = np.empty(layers, dtype=np.int64)
+    blocks = 0
+    for p in range(layers):
+        blocks += d_in // parts[p, 6] if parts[p, 6] else 0
+        ends[p] = blocks
+    for i in prange(blocks):
+        p = np.searchsorted(ends, i, side="right")
+        size = parts[p, 6]
+        right = carray(pointer(parts[p, 3], like), d_in * size)
+        first = (i - (ends[p] - d_in // size)) * size
         for t in range(tokens):
-            at = t * d_in + j * size
+            at = t * d_in + first
             for r in range(size):
-                product[at + r] = _dot(right, (j * size + r) * size, x, at, size)
-    return product
+                products[p, at + r] = _dot(right, (first + r) * size, x, at, size)
+    return products
 
 
 @njit(cache=True, inline="always")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import numba
@@ -19,7 +21,8 @@ FEW_TOKENS = 24
 MOST_ROWS = 512
 # numba knows no 16-bit float: float16 goes as int16, bfloat16 as uint16.
 _STORED = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
-_LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in DTYPES}
+LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in DTYPES}
+Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # values, positions, left and right of a layer
 # numba's simplest pool of threads aborts the process when two threads of Python enter it at once.
 _one_at_a_time = threading.Lock()
 
@@ -31,19 +34,45 @@ def packed_product(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | 
         x: any strides. values, positions: the core, see `armorfact.Core`, in the dtype of x, one of `DTYPES`.
         left, right: blocks of A and B in the dtype of x, each may be None.
     """
-    (tokens, d_in), d_out = x.shape, values.shape[0]
-    _take_threads()
-    if tokens > FEW_TOKENS:
+    if x.shape[0] > FEW_TOKENS:
+        _take_threads()
         return _many_tokens(x, values, positions, left, right)
-    y = x.new_empty(tokens, d_out)
-    if not y.numel():
+    return FewTokens([(values, positions, left, right)])(x)
+
+
+class FewTokens:
+    """What `packed_product` makes of x with each of several layers, side by side: (tokens, d_out of all).
+
+    Made once for factors that stay where they are in memory: to describe them takes longer than some layers' product.
+
+    Args:
+        layers: values, positions, left and right of each, as there.
+    """
+
+    def __init__(self, layers: Sequence[Stored]) -> None:
+        self.held = [[_contiguous(tensor) for tensor in layer] for layer in layers]  # so that no address goes stale
+        self.parts = np.array([_described(*layer) for layer in self.held])
+        self.d_out = sum(layer[0].shape[0] for layer in layers)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y for at most `FEW_TOKENS` tokens x."""
+        tokens, d_in = x.shape
+        y = x.new_empty(tokens, self.d_out)
+        if y.numel():
+            x = x.contiguous()
+            with launching():
+                kernels.few_tokens(LIKE[x.dtype], x.data_ptr(), y.data_ptr(), tokens, d_in, self.parts)
         return y
-    held = [tensor if tensor is None else tensor.contiguous() for tensor in (x, values, positions, left, right)]
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in held]
-    sizes = [0 if tensor is None else tensor.shape[-1] for tensor in (left, right)]
-    with _one_at_a_time:
-        kernels.few_tokens(_LIKE[x.dtype], *addresses, y.data_ptr(), tokens, d_out, d_in, *sizes)
-    return y
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None else tensor.contiguous()
+
+
+def _described(values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None) -> list[int]:
+    """A layer as `kernels.few_tokens` takes it."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (values, positions, left, right)]
+    return [*addresses, values.shape[0], *(0 if tensor is None else tensor.shape[-1] for tensor in (left, right))]
 
 
 def _many_tokens(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -67,11 +96,18 @@ def _many_tokens(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | No
     return y.transpose(0, 1).reshape(tokens, -1).to(x.dtype)
 
 
+@contextmanager
+def launching() -> Iterator[None]:
+    """Inside, a compiled kernel may be called: no other thread calls one, and it has as many threads as PyTorch."""
+    _take_threads()
+    with _one_at_a_time:
+        yield
+
+
 def unpacked_rows(values: Tensor, positions: Tensor, first: int, end: int) -> Tensor:
     """Rows first..end of a 2:4 core with their zeros, (end - first, d_in)."""
     panel = values.new_empty(end - first, 2 * values.shape[1])
-    _take_threads()
-    with _one_at_a_time:
+    with launching():
         kernels.unpack(_array(values), positions.view(-1).numpy(), first, _array(panel))
     return panel
 

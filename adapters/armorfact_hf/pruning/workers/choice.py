@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.workers.in_process import InProcess
@@ -18,15 +18,15 @@ RAY = "ray"
 Choice = str | int | None
 
 
-def check_workers(choice: Choice, device: torch.device | None = None) -> None:
+def check_workers(choice: Choice, job: Job | None = None) -> None:
     """Refuse workers that cannot be had, before any work.
 
     Args:
         choice: None is this process, a number is so many processes of this machine, "ray" is what `joined` finds.
-        device: of the model, once it is known.
+        job: what they are to do, once it is known.
 
     Raises:
-        ValueError: another choice, or a model that is not on a CPU. ImportError: Ray is not installed.
+        ValueError: another choice, or a job that cannot be handed on. ImportError: Ray is not installed.
     """
     if choice is None:
         return
@@ -34,23 +34,31 @@ def check_workers(choice: Choice, device: torch.device | None = None) -> None:
         raise ValueError(f"workers must be 'ray' or a number of processes, 1 or more, got {choice!r}")
     if find_spec(RAY) is None:
         raise ImportError("workers in other processes need Ray: pip install 'armorfact[ray]', or leave --workers out")
-    if device is not None and device.type != "cpu":
-        raise ValueError(
-            f"the model is on {device}, and workers in other processes compute on CPUs: take --device cpu, or leave "
-            "--workers out"
-        )
+    if job is not None and (reason := _stays_here(job)):
+        raise ValueError(f"{reason}, or leave --workers out")
+
+
+def _stays_here(job: Job) -> str:
+    """Why other processes cannot do a job, and the way out; empty if they can."""
+    device = job.weights.device
+    if isinstance(job.weights, OnDisk):
+        return "a model that is read from disk one block at a time is pruned in one process so far: take --no-stream"
+    if device.type != "cpu":
+        return f"the model is on {device}, and workers in other processes compute on CPUs: take --device cpu"
+    experts = [layer.name for layer in job.layers if layer.stored_in[1] is not None]
+    return f"{experts[0]} and other experts are pruned in one process so far: leave them dense" if experts else ""
 
 
 @contextmanager
-def hired(choice: Choice, job: Job, progress: Progress) -> Iterator[Workers[Any]]:
-    """The workers of a job, before its first block.
+def hired(choice: Choice, job: Job, progress: Progress, folder: Path | None = None) -> Iterator[Workers[Any]]:
+    """The workers of a job, before its first block; in this process, states wait in ``folder`` if there is one.
 
     Raises:
         ValueError, ImportError: see `check_workers`. ConnectionError: no cluster answers.
     """
-    check_workers(choice, job.model.device)
+    check_workers(choice, job)
     if choice is None:
-        yield InProcess.of(job, progress)
+        yield InProcess.of(job, progress, folder)
         return
     from armorfact_hf.pruning.workers.on_ray import OnRay
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from torch import nn
+
+from armorfact_hf.model.experts import run_by_expert
 from armorfact_hf.model.moments import Inputs
 from armorfact_hf.model.stream import BlockStream
 from armorfact_hf.pruning.job import Job
@@ -37,9 +41,10 @@ class Flow:
     before_tail: States | None = None
 
     @classmethod
-    def of(cls, job: Job, windows: Sequence[int], told: Told) -> Flow:
-        """The windows before the first block."""
-        start = States.before_the_first(BlockStream(job.model, job.blocks), job.prefix, job.tokens.split(1))
+    def of(cls, job: Job, windows: Sequence[int], told: Told, folder: Path | None = None) -> Flow:
+        """The windows before the first block; their states wait in files of ``folder`` if there is one."""
+        stream = BlockStream(job.model, job.blocks)
+        start = States.before_the_first(stream, job.prefix, job.tokens.split(1), folder)
         pruned, dense = (start.copy() if followed else None for followed in (job.follows_pruned, job.follows_dense))
         return cls(job, windows, told, pruned, dense)
 
@@ -55,7 +60,7 @@ class Flow:
         Of the two, the first is what statistics are taken from; the other is left out where they are not paired. The
         dense model's states move on.
         """
-        layers = {layer.name: layer.module for layer in self.job.layers_of(index)}
+        layers = self._modules(index)
         seen = []
         for states in self._followed:
             if index is None:
@@ -63,17 +68,22 @@ class Flow:
                 seen.append(states.head_input(name, head, window))
             else:
                 self.told(index, window)
-                seen.append(states.inputs(index, window, layers, advance=states is self.dense))
+                with run_by_expert(layers):
+                    seen.append(states.inputs(index, window, layers, advance=states is self.dense))
         return seen if self.job.config.target == "output" else seen[:1]
 
     def pass_by(self, index: int) -> None:
         """Move the dense model's states on through a block while it is dense."""
-        for window in self.windows:
-            if self.pruned is not None:
-                self.told(index, window)
-            if self.dense is not None:
-                self.told(index, window)
-                self.dense.advance(index, window)
+        with run_by_expert(self._modules(index)):  # as where statistics are gathered, for the sake of equal bits
+            for window in self.windows:
+                if self.pruned is not None:
+                    self.told(index, window)
+                if self.dense is not None:
+                    self.told(index, window)
+                    self.dense.advance(index, window)
+
+    def _modules(self, index: int | None) -> dict[str, nn.Module]:
+        return {layer.name: layer.module for layer in self.job.layers_of(index)}
 
     def advance(self, index: int) -> None:
         """Move the pruned model's states on through a block as it is now."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import Moments, Statistics
 from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Pruned
 from armorfact_hf.pruning.matching import BlockReport
@@ -33,13 +36,13 @@ class InProcess:
     flow: Flow
 
     @classmethod
-    def of(cls, job: Job, progress: Progress) -> InProcess:
-        """The workers of a job, before its first block."""
+    def of(cls, job: Job, progress: Progress, folder: Path | None = None) -> InProcess:
+        """The workers of a job, before its first block; states wait in files of ``folder`` if there is one."""
 
         def told(index: int, window: int) -> None:
             progress.tell(1, f"decoder block {index + 1} of {len(job.blocks)}, window {window + 1}")
 
-        return cls(job, progress, Flow.of(job, range(len(job.tokens)), told))
+        return cls(job, progress, Flow.of(job, range(len(job.tokens)), told, folder))
 
     def statistics(self, index: int | None) -> Statistics:
         """The moments of the inputs of a block's layers, window by window; None is the head."""
@@ -48,6 +51,7 @@ class InProcess:
         found = Statistics(self.job.config.needs_correlations)
         for window in self.flow.windows:
             found.add(*self.flow.inputs(index, window))
+        pool_(found, self.job.layers_of(index))
         return found
 
     def pass_by(self, index: int) -> None:
@@ -71,14 +75,14 @@ class InProcess:
     def match_tail(self, blocks: Sequence[tuple[Pruned, Statistics]]) -> tuple[Pruned, BlockReport | None]:
         """The layers of the last blocks, tuned together towards the words of the dense model."""
         pruned = [layer for layers, _ in blocks for layer in layers]
-        moments = {report.name: statistics.of(report.name) for layers, statistics in blocks for _, report in layers}
+        statistics = {report.name: found for layers, found in blocks for _, report in layers}
+        self.replace(pruned)
         tuned = tune_tail(self.job, layers_by_name(pruned), self.flow.around_tail, self._told)
-        return self._with_losses(pruned, tuned, moments.__getitem__)
+        return self._with_losses(pruned, tuned, lambda name: statistics[name].of(name))
 
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model."""
-        for layer, report in pruned:
-            self.job.model.set_submodule(report.name, layer)
+        put_layers_(self.job.model, layers_by_name(pruned))
 
     def advance(self, index: int) -> None:
         """Move the pruned model's states on through a block as it is now."""

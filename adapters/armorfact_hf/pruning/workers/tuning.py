@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -40,7 +40,7 @@ def tune_block(
         gradients = _told(told, f"decoder block {index + 1}")
         return given.stream.run(index, given.windows[window], given.hidden[window], gradients)
 
-    aim = StateAim(run, cast(list[Tensor], dense.hidden))
+    aim = StateAim(run, cast(Sequence[Tensor], dense.hidden))
     return _tune(job, layers, aim, _matching(job).of(index), index)
 
 

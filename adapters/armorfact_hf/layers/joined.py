@@ -1,0 +1,86 @@
+"""Several pruned layers that are given the same input, run as one: a server's fused projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from armorfact_hf.layers import operators as operators  # registers what `run` is
+from armorfact_hf.layers.execution import default_execution
+from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, FewTokens
+from armorfact_hf.layers.linear import FactorizedLinear
+
+run = torch.ops.armorfact.factorized_linears.default
+
+
+class JoinedLinears(nn.ModuleList):
+    """The outputs of several `FactorizedLinear`, side by side: y (..., the sum of their d_out) for x (..., d_in).
+
+    A few tokens on a CPU take one launch of the packed kernel, where each layer by itself takes one. For inference:
+    no gradients pass.
+
+    Args:
+        layers: `FactorizedLinear` of the same d_in, pattern, dtype and device, without biases.
+
+    Raises:
+        ValueError: layers that differ in one of these, or have biases.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        if (reason := refusal(layers)) is not None:
+            raise ValueError(f"these layers cannot run as one: {reason}; call one after the other")
+        super().__init__(layers)
+        self.pattern = cast(FactorizedLinear, layers[0]).pattern
+        self._prepared: _Prepared | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y; the strategies are those that each layer would take by itself."""
+        layers = cast(list[FactorizedLinear], list(self._modules.values()))
+        flat = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and (few := self._few(layers, flat.shape[0])):
+            y = few(flat)
+        else:
+            factors = [tensor for layer in layers for tensor in layer.tensors]
+            y = run(flat, factors, self.pattern.keep, self.pattern.group, [layer.choice for layer in layers])
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _few(self, layers: list[FactorizedLinear], tokens: int) -> FewTokens | None:
+        """The prepared launch for so many tokens, if all layers are for one."""
+        if tokens > FEW_TOKENS:
+            return None
+        state = [(layer.choice, layer.values.data_ptr()) for layer in layers]
+        if self._prepared is None or self._prepared.state != state:
+            self._prepared = _Prepared.of(layers, state)
+        return self._prepared.launch if tokens in self._prepared.tokens else None
+
+
+class _Prepared(NamedTuple):
+    """A launch, the numbers of tokens that it is right for, and the choices and addresses that it was made for."""
+
+    launch: FewTokens
+    tokens: frozenset[int]
+    state: list[tuple[str, int]]
+
+    @classmethod
+    def of(cls, layers: list[FactorizedLinear], state: list[tuple[str, int]]) -> _Prepared:
+        executions = [layer.execution or default_execution(layer.kind) for layer in layers]
+        packed = [n for n in range(FEW_TOKENS + 1) if all(each.at(n) == "packed" for each in executions)]
+        factors = [(x.values.detach(), x.positions, _detached(x.left), _detached(x.right)) for x in layers]
+        return cls(FewTokens(factors), frozenset(packed), state)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def refusal(layers: Sequence[nn.Module]) -> str | None:
+    """Why layers cannot run as one; None if they can."""
+    if not layers or not all(isinstance(layer, FactorizedLinear) for layer in layers):
+        return "not all of them are pruned"
+    if any(layer.bias is not None for layer in layers):
+        return "some have biases of their own"
+    alike = {(x.in_features, x.pattern, x.values.dtype, x.values.device) for x in layers}
+    return None if len(alike) == 1 else "they differ in their inputs, pattern, dtype or device"

@@ -1,0 +1,59 @@
+"""Reads experts' packed 2:4 cores straight from memory, those of all experts that were chosen in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from armorfact_hf.layers.kernels import cpu_experts as kernels
+from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, Stored, launching
+from armorfact_hf.layers.packed import refusal
+from armorfact_hf.layers.strategy import Kind
+
+
+def runs(kind: Kind, counts: Sequence[int]) -> bool:
+    """Whether layers of a kind can be run so, and each expert has few enough tokens that it is worth it."""
+    return kind.device.type == "cpu" and max(counts, default=0) <= FEW_TOKENS and refusal(kind) is None
+
+
+def product(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
+    """y = A C B x of the experts' layers, (rows, d_out of all stacks), those of several stacks side by side.
+
+    Args:
+        x: (rows, d_in), the tokens of one expert after those of another. counts: how many rows each expert has.
+        stacks: values, positions, left and right of the layers, experts first; all of one d_in and dtype.
+    """
+    (rows, d_in), x = x.shape, x.contiguous()
+    widths = [values.shape[1] for values, *_ in stacks if values is not None]
+    y = x.new_empty(rows, sum(widths))
+    if not y.numel():
+        return y
+    held = [[tensor if tensor is None else tensor.contiguous() for tensor in stack] for stack in stacks]
+    tokens = np.array(counts)
+    hit = np.flatnonzero(tokens)
+    own = np.stack([np.cumsum(tokens)[hit] - tokens[hit], tokens[hit]], axis=1)
+    columns = np.cumsum([0, *widths])
+    parts = np.concatenate([_parts(stack, hit, own, column) for stack, column in zip(held, columns, strict=False)])
+    with launching():
+        kernels.expert_rows(LIKE[x.dtype], x.data_ptr(), y.data_ptr(), rows, d_in, y.shape[1], parts)
+    return y
+
+
+def _parts(stack: Sequence[Tensor | None], hit: np.ndarray, own: np.ndarray, column: int) -> np.ndarray:
+    """(experts that were hit, 10), a stack as `kernels.expert_rows` takes it."""
+    found = np.empty((len(hit), 10), dtype=np.int64)
+    for place, tensor in enumerate(stack):
+        found[:, place] = 0 if tensor is None else tensor.data_ptr() + hit * tensor.stride(0) * tensor.element_size()
+    values, _, left, right = stack
+    found[:, 4] = 0 if values is None else values.shape[1]
+    found[:, 5:7] = [0 if tensor is None else tensor.shape[-1] for tensor in (left, right)]
+    found[:, 7:9], found[:, 9] = own, column
+    return found
+
+
+def biases(bias: Tensor, counts: Sequence[int]) -> Tensor:
+    """For each row its expert's bias, (rows, d_out)."""
+    return bias.repeat_interleave(torch.tensor(counts, device=bias.device), dim=0)

@@ -1,0 +1,81 @@
+"""The sha256 of a model that is on disk: its tensors are read once, and again only when a file has changed.
+
+The digest of every tensor is kept in the cache folder, under the names, sizes and times of the files that it was read
+from. The sha256 over them is the one that the model has in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from armorfact_hf.checkpoint.description import tensor_digest
+from armorfact_hf.files import written_beside
+from armorfact_hf.model.on_disk import OnDisk
+from armorfact_hf.pruning.journal import fingerprint_of
+from armorfact_hf.typed_json import from_json, to_json
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as it was when it was read; nanoseconds since 1970."""
+
+    path: str
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> _File:
+        found = path.resolve().stat()
+        return cls(str(path.resolve()), found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is known of a model, and of which files it is known."""
+
+    files: tuple[_File, ...]
+    dtype: str
+    digests: Mapping[str, str]
+
+
+def disk_fingerprint(weights: OnDisk) -> str:
+    """The `model_fingerprint` of a model on disk.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinite values.
+    """
+    files, dtype = tuple(_File.of(path) for path in weights.files), str(weights.model.dtype)
+    path = _path(weights, files, dtype)
+    kept = _read(path)
+    if kept is None or (kept.files, kept.dtype) != (files, dtype):
+        kept = _Kept(files, dtype, {name: _digest(name, weights.read(name)) for name in weights.model.state_dict()})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(path) as draft:
+            draft.write_text(json.dumps(to_json(kept)), encoding="utf-8")
+    return fingerprint_of(kept.digests)
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinite values: copy or download the model again")
+    return tensor_digest(tensor)
+
+
+def _path(weights: OnDisk, files: tuple[_File, ...], dtype: str) -> Path:
+    name = hashlib.sha256("\n".join([dtype, *(file.path for file in files)]).encode()).hexdigest()
+    return weights.known / f"{name[:32]}.json"
+
+
+def _read(path: Path) -> _Kept | None:
+    """What is kept, or None where that is nothing or damaged: it is read from the model then."""
+    try:
+        return from_json(_Kept, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None

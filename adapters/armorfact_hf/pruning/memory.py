@@ -1,0 +1,130 @@
+"""How much memory a run takes at most, from the shapes of what is pruned alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from armorfact import Pattern
+from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.model.on_disk import HEAD, Key, OnDisk
+from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.job import Job
+
+SOLVER_COPIES = 11  # a generous count of W and H in float32 at the peak of one layer, where SparseGPT uses float64
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that are held at once at most.
+
+    Args:
+        weights: of the model, or of as much of it as is in memory at a time. pruned: of what replaces them meanwhile.
+        states: of the calibration windows, in every copy that is kept of them.
+        statistics: second moments of the largest decoder block, or, where they wait in memory, of the last ones.
+        work: of the largest factorizations, or of tuning a block.
+    """
+
+    weights: int
+    pruned: int
+    states: int
+    statistics: int
+    work: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.weights + self.pruned + self.states + self.statistics + self.work
+
+
+def memory_of(job: Job, streamed: bool | None = None, spilled: bool | None = None) -> Memory:
+    """What a job takes; by default, as it stands.
+
+    Args:
+        streamed: whether decoder blocks are read one at a time. spilled: whether states wait on disk.
+    """
+    streamed = isinstance(job.weights, OnDisk) if streamed is None else streamed
+    spilled = job.spilled if spilled is None else spilled
+    return Memory(
+        weights=_held_bytes(job) if streamed else model_bytes(job),
+        pruned=_pruned_bytes(job) if streamed else 0,
+        states=job.window_bytes * (3 if spilled else len(job.tokens) * job.copies_of_states),
+        statistics=_statistics_bytes(job, spilled),
+        work=max(_solving_bytes(job), _tuning_bytes(job)),
+    )
+
+
+def model_bytes(job: Job) -> int:
+    """Of the whole model."""
+    return sum(parameter.nbytes for parameter in job.model.parameters())
+
+
+def _held_bytes(job: Job) -> int:
+    """What lies around the decoder blocks, and the blocks (and the head) that are held together."""
+    bytes_of: dict[Key, int] = {
+        index: sum(parameter.nbytes for parameter in block.parameters()) for index, block in enumerate(job.blocks)
+    }
+    head, embedding = job.model.get_output_embeddings(), job.model.get_input_embeddings()
+    own_head = head is not None and getattr(head, "weight", None) is not embedding.weight
+    bytes_of[HEAD] = sum(parameter.nbytes for parameter in head.parameters()) if own_head else 0
+    around = model_bytes(job) - sum(bytes_of.values())
+    words = bytes_of[HEAD] if job.uses_head else 0
+    together = sum(bytes_of[block] for block in job.tail) + words
+    return around + max(*(bytes_of[block] for block in range(job.last_block + 1)), together)
+
+
+def _pruned_bytes(job: Job) -> int:
+    pattern, wrapped = Pattern.parse(job.config.pattern), job.config.method == "armorfact"
+
+    def nbytes(layer: Layer) -> int:
+        stored = LayerFormat(layer.name, layer.shape, pattern, layer.block if wrapped else None)
+        return stored.nbytes(layer.weight.dtype)
+
+    return _largest(job, job.layers, nbytes)
+
+
+def _largest(job: Job, layers: Iterable[Layer], bytes_of: Callable[[Layer], int]) -> int:
+    """The sum over the layers of one decoder block, of that with the largest, or over those of the last ones."""
+    by_block: dict[int | None, int] = {}
+    for layer in layers:
+        by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + bytes_of(layer)
+    return max(max(by_block.values()), sum(by_block.get(block, 0) for block in job.tail))
+
+
+def statistics_bytes(job: Job, blocks: Sequence[int | None]) -> int:
+    """Of the second moments of these decoder blocks, float64; layers that share an input share them."""
+    paired = 1 + (job.config.target == "output")
+    leaders = (layer for block in blocks for layer in job.layers_of(block) if job.leads(layer))
+    sizes = (layer.shape[1] for layer in leaders)
+    return sum(8 * paired * (size * size if job.config.needs_correlations else size) for size in sizes)
+
+
+def _statistics_bytes(job: Job, spilled: bool) -> int:
+    largest = max(statistics_bytes(job, [block]) for block in {layer.decoder_block for layer in job.layers})
+    return largest if spilled else max(largest, statistics_bytes(job, job.tail))
+
+
+def _solving_bytes(job: Job) -> int:
+    sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in job.layers))
+    at_once = torch.get_num_threads() if job.weights.device.type == "cpu" else 1
+    return SOLVER_COPIES * sum(sizes[-at_once:])
+
+
+def _tuning_bytes(job: Job) -> int:
+    """Factors in float32 with gradient, Adam's two moments and a copy to undo with; what one window leaves to go back.
+
+    An estimate: every layer keeps its input and output in 16 bits, and as much again lies between the layers.
+    """
+    if job.matching is None:
+        return 0
+    pattern, length = Pattern.parse(job.config.pattern), job.tokens.shape[1]
+
+    def nbytes(layer: Layer) -> int:
+        (d_out, d_in), (b_out, b_in) = layer.shape, layer.block or (0, 0)
+        factors = d_out * d_in * pattern.keep // pattern.group + b_out * d_out + b_in * d_in
+        dense = 2 * d_out * d_in  # W, formed anew for every step, and its gradient
+        return 20 * factors + 4 * dense + 4 * length * (d_out + d_in)
+
+    return _largest(job, job.layers, nbytes)

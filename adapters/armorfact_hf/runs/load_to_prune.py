@@ -1,0 +1,92 @@
+"""Load a model to prune it: into memory if there is room for it and for the work, else open it on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from armorfact_hf.data.load_model import Loaded, device_of, load_model, open_model
+from armorfact_hf.free_memory import available
+from armorfact_hf.model.on_disk import NotStreamable
+from armorfact_hf.model.structure import Select
+from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.job import Job, make_job
+from armorfact_hf.pruning.memory import memory_of
+
+if TYPE_CHECKING:
+    from armorfact_hf.runs.prune_to_folder import Calibration
+
+CLOSER_LOOK = 1 / 8  # of the memory that is free: a model of fewer bytes fits with all that is made of it
+
+
+def load_to_prune(
+    model: str,
+    config: PruneConfig | None,
+    calibration: Calibration,
+    *,
+    stream: bool | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    observer: Observer,
+) -> Loaded:
+    """The model of that name, for `prune_to_folder`.
+
+    Args:
+        model, dtype, device: see `load_model`.
+        config, calibration: what memory goes by.
+        stream: True opens it on disk, False loads it into memory. None does what there is memory for; a name on the hub
+            is loaded then.
+
+    Raises:
+        NotStreamable: ``stream`` is True, and the model can only be loaded as a whole.
+        ValueError: see `load_model`.
+    """
+    if stream is None and not _large(model, device):
+        stream = False
+    if stream is False:
+        return load_model(model, dtype, device, observer.say)
+    try:
+        opened = open_model(model, dtype, device, observer.say)
+        if stream or not _fits(opened, config, calibration, observer):
+            return opened
+    except NotStreamable:
+        if stream:
+            raise
+    return load_model(model, dtype, device, observer.say)
+
+
+def job_of(
+    loaded: Loaded,
+    config: PruneConfig | None,
+    calibration: Calibration,
+    observer: Observer,
+    select: Select | None = None,
+    states: str = "auto",
+) -> Job:
+    """The job of pruning a loaded model; see `make_job`."""
+    tokens = calibration.tokens(loaded, observer.say)
+    return make_job(loaded.model, tokens, config, select, weights=loaded.weights, states=states)
+
+
+def fits_whole(loaded: Loaded) -> bool:
+    """Whether there is room for all weights of a model in memory."""
+    needed = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    return loaded.weights is None or needed < available(loaded.weights.device)
+
+
+def _large(model: str, device: str | None) -> bool:
+    folder, place = Path(model), device_of(device)
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if model and folder.is_dir() else 0
+    return stored > CLOSER_LOOK * available(place)
+
+
+def _fits(opened: Loaded, config: PruneConfig | None, calibration: Calibration, observer: Observer) -> bool:
+    job = job_of(opened, config, calibration, observer)
+    needed, free = memory_of(job, streamed=False).peak, available(job.weights.device)
+    if needed > free:
+        observer.say(
+            f"In memory this would take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: decoder blocks are read "
+            "from disk one at a time."
+        )
+    return needed <= free

@@ -1,0 +1,122 @@
+"""Pruned experts: all that were chosen in one compiled call, or one after another, agree with the dense weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from armorfact import Pattern
+from armorfact_hf.layers import packed_experts
+from armorfact_hf.layers.experts import FactorizedExperts
+from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.routed import Gating, by_expert
+from armorfact_hf.layers.stack import FactorizedStack
+from tests.hf.checkpoint.cases import random_layer
+
+EXPERTS, WIDTH, INNER = 5, 16, 24
+
+
+class Dense(nn.Module):
+    """What gating asks of an experts module."""
+
+    is_concatenated = True
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.tanh(gate) * up
+
+    def act_fn(self, up):
+        return torch.tanh(up)
+
+
+def experts_of(gate=True, block=(8, 8), bias=True, dtype=torch.float32, pattern="2:4") -> FactorizedExperts:
+    shapes = {"gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
+    stacks = {
+        name: FactorizedStack.of(
+            [random_layer(pattern, block, bias, dtype, shape, seed=10 * place + e) for e in range(EXPERTS)]
+        )
+        for place, (name, shape) in enumerate(shapes.items())
+        if gate or name != "gate"
+    }
+    return FactorizedExperts(stacks, Gating(Dense()))
+
+
+def call(tokens: int, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:2] for _ in range(tokens)])
+    weights = torch.rand(tokens, 2, generator=generator)
+    return torch.randn(tokens, WIDTH, generator=generator).to(dtype), chosen, weights.to(dtype)
+
+
+def expected(experts: FactorizedExperts, x, chosen, weights):
+    """By hand, in float64, a token at a time."""
+    rows = []
+    for token in range(len(x)):
+        total = torch.zeros(WIDTH, dtype=torch.float64)
+        for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+            layers = {name: stack.layer(expert).double() for name, stack in experts.stacks.items()}
+            up = layers["up"](x[token].double())
+            inner = torch.tanh(layers["gate"](x[token].double())) * up if "gate" in layers else torch.tanh(up)
+            total += weight.double() * layers["down"](inner)
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def close(found, wanted, dtype) -> bool:
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    return bool(((found.double() - wanted).norm() <= tolerance * wanted.norm()).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(("block", "bias", "gate"), [((8, 8), True, True), ((4, 8), False, True), (None, True, False)])
+@torch.no_grad()
+def test_all_at_once_is_one_after_another(dtype, tokens, block, bias, gate):
+    experts, (x, chosen, weights) = experts_of(gate, block, bias, dtype), call(tokens, dtype)
+    assert all(stack.runs_packed(x, [tokens] * EXPERTS) for stack in experts.stacks.values())
+    found = experts(x, chosen, weights)
+    assert found.dtype == dtype and close(found, expected(experts, x, chosen, weights), dtype)
+    apart = by_expert(x, chosen, weights, EXPERTS, experts._apart)
+    assert close(apart, expected(experts, x, chosen, weights), dtype)
+
+
+@torch.no_grad()
+def test_many_tokens_go_one_expert_after_another():
+    experts, given = experts_of(), call(60)
+    assert not experts.up.runs_packed(given[0], [25, 0, 0, 0, 0])
+    assert close(experts(*given), expected(experts, *given), torch.float32)
+
+
+@torch.no_grad()
+def test_another_pattern_runs_unpacked():
+    experts, given = experts_of(pattern="1:4"), call(3)
+    assert not experts.up.runs_packed(given[0], [3])
+    assert close(experts(*given), expected(experts, *given), torch.float32)
+
+
+def test_a_gradient_or_autocast_takes_the_plain_way():
+    experts, (x, chosen, weights) = experts_of(), call(3)
+    assert not experts.up.runs_packed(x.clone().requires_grad_(), [3])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not experts.up.runs_packed(x, [3])
+        found = experts(x, chosen, weights)
+    assert found.dtype == torch.float32 and close(found, expected(experts, x, chosen, weights), torch.bfloat16)
+
+
+def test_no_row_is_no_work():
+    stack = experts_of().up
+    factors = (stack.values, stack.positions, stack.left, stack.right)
+    assert packed_experts.product(torch.ones(0, WIDTH), [0] * EXPERTS, [factors]).shape == (0, INNER)
+
+
+def test_only_like_layers_are_stacked():
+    with pytest.raises(ValueError, match="of one shape, block and dtype can be stacked, got 2 kinds"):
+        FactorizedStack.of([random_layer(), random_layer(block=(4, 4))])
+
+
+def test_the_names_of_the_layers_in_a_stack():
+    layout = LayerFormat("mlp.experts.up", (8, 8), Pattern(2, 4), None, 2)
+    assert layout.members == ["mlp.experts.0.up", "mlp.experts.1.up"]
+    assert layout.tensors["values"] == (2, 8, 4) and layout.bias == (2, 8)
+    assert LayerFormat("q_proj", (8, 8), Pattern(2, 4), None).members == ["q_proj"]

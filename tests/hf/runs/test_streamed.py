@@ -1,0 +1,254 @@
+"""A model pruned from disk, a decoder block at a time: the same files as from memory, and refused before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from armorfact_hf.data.load_model import Loaded, load_model, open_model
+from armorfact_hf.model.on_disk import NotStreamable, OnDisk
+from armorfact_hf.pruning import fingerprint
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.journal import DifferentRun, model_fingerprint
+from armorfact_hf.pruning.plan import plan_job
+from armorfact_hf.report.record import Report
+from armorfact_hf.runs import load_to_prune as choosing
+from armorfact_hf.runs import prune_to_folder as workflow
+from armorfact_hf.runs.inspect import inspect_folder
+from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
+from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from tests.hf.models import BLOCKS, COMMON, GROUPED, TOKENS, word_tokenizer
+from tests.hf.observers import Silent, Stepping
+from tests.hf.processes import begin, exit_code
+from tests.hf.runs.folders import QUICK, names, prune, saved, silent
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+MATCHED = PruneConfig(sweeps=1, passes=1, tail=2, baselines=())
+SETTINGS = {
+    "layers alone": replace(MATCHED, refine=None),
+    "blocks and tail": MATCHED,
+    "with the head": replace(MATCHED, head=True),
+}
+
+
+def loaded(model: Path, stream: bool) -> Loaded:
+    """The model; with a tokenizer of words, which transformers replaces by its own for some families."""
+    found = (open_model if stream else load_model)(str(model), log=silent)
+    return replace(found, tokenizer=word_tokenizer())
+
+
+def pruned_files(model: Path, out: Path, text: Path, config: PruneConfig, stream: bool) -> dict[str, bytes]:
+    """What is written but for the report, which holds times."""
+    calibration = Calibration(str(text), 4, 24)
+    prune_to_folder(loaded(model, stream), out, config, calibration, observer=Silent())
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".safetensors", ".json")} | {
+        "report.json": b""
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, "blocks and tail") for family in ("llama", "qwen2", "gemma3", "gpt2", "falcon")),
+        *((family, "layers alone") for family in ("llama", "gemma3")),
+        ("qwen2", "with the head"),
+        ("gemma3", "with the head"),
+        ("gpt_oss", "layers alone"),
+        ("gpt_oss", "blocks and tail"),
+    ],
+)
+def test_the_files_are_those_of_the_run_in_memory(family, settings, tmp_path, text_file):
+    model = saved(family, tmp_path / "model", dtype=torch.bfloat16, max_shard_size="50KB")
+    from_memory, from_disk = (
+        pruned_files(model, tmp_path / f"out-{stream}", text_file, SETTINGS[settings], stream)
+        for stream in (False, True)
+    )
+    assert from_disk == from_memory
+    assert names(tmp_path) == {"model", "text.txt", "out-False", "out-True"}
+    assert len(inspect_folder(tmp_path / "out-True")) >= 4 * BLOCKS
+
+
+def test_blocks_are_on_the_meta_device_unless_they_are_at_work(model_folder, text_file, out):
+    opened = open_model(str(model_folder), log=silent)
+    held: list[set[int]] = []
+
+    def look(_):
+        found = enumerate(opened.weights.blocks)
+        held.append({index for index, block in found if not next(block.parameters()).is_meta})
+
+    calibration = Calibration(str(text_file), 4, 24)
+    prune_to_folder(opened, out, replace(MATCHED, tail=2), calibration, observer=Stepping(look))
+    assert {index for one in held for index in one} == set(range(BLOCKS))
+    assert max(map(len, held)) == 2  # the tail
+    assert sum(len(one) > 1 for one in held) < len(held) / 2
+
+
+def test_in_another_dtype(tmp_path, text_file):
+    model = saved("llama", tmp_path / "model")
+    written = {}
+    for stream in (False, True):
+        found = (open_model if stream else load_model)(str(model), "bfloat16", log=silent)
+        prune_to_folder(found, tmp_path / f"{stream}", QUICK, Calibration(str(text_file), 4, 24), observer=Silent())
+        written[stream] = (tmp_path / f"{stream}" / "model.safetensors").read_bytes()
+    assert written[True] == written[False]
+
+
+# Killed, and continued
+
+
+def run_until(at: int | None, model: Path, out: Path, text: Path) -> None:
+    """Prune from disk, and be killed at a step."""
+    left = at or 10**9
+
+    def act(_):
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    prune(model, out, text, MATCHED, observer=Stepping(act), stream=True)
+
+
+def test_a_killed_run_ends_with_the_same_bits(model_folder, text_file, out, tmp_path):
+    prune(model_folder, tmp_path / "whole", text_file, MATCHED)
+    for at in (20, 45, 60):
+        assert exit_code(begin(run_until, at, model_folder, out, text_file)) == -signal.SIGKILL
+    assert exit_code(begin(run_until, None, model_folder, out, text_file)) == 0
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert names(tmp_path) == {"model", "text.txt", "pruned", "whole"}
+
+
+def test_a_run_begun_in_memory_goes_on_from_disk(model_folder, text_file, out):
+    prune(model_folder, out, text_file)
+    assert prune(model_folder, out, text_file, stream=True) == Report.read(out)  # it is finished: the same run
+
+
+# The fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_model_in_memory_and_read_once(model_folder, monkeypatch):
+    assert open_model(str(model_folder), log=silent).fingerprint == model_fingerprint(
+        load_model(str(model_folder), log=silent).model
+    )
+    monkeypatch.setattr(fingerprint, "tensor_digest", None)
+    opened = open_model(str(model_folder), log=silent)
+    assert len(opened.fingerprint) == 64
+    os.utime(opened.weights.files[0], ns=(1, 1))
+    with pytest.raises(TypeError):
+        open_model(str(model_folder), log=silent).fingerprint  # noqa: B018 (it is read again)
+
+
+def test_changed_weights_are_another_run(model_folder, text_file, out):
+    prune(model_folder, out, text_file, stream=True)
+    saved("llama", model_folder, seed=1)
+    with pytest.raises(DifferentRun, match="model: "):
+        prune(model_folder, out, text_file, stream=True)
+
+
+def changed(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_numbers_that_are_none_are_told_before_the_work(model_folder, text_file, out, monkeypatch):
+    changed(model_folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")))
+    monkeypatch.setattr(workflow, "prune_job_", None)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite values"):
+        prune(model_folder, out, text_file, stream=True)
+
+
+# Refused
+
+
+def test_a_missing_tensor_is_told(model_folder, text_file, out):
+    changed(model_folder, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
+    with pytest.raises(
+        ValueError, match=r"lacks the tensors model\.layers\.2\.mlp\.up_proj\.weight \(1 in all\): copy"
+    ):
+        prune(model_folder, out, text_file, stream=True)
+
+
+def test_a_missing_shard_is_told(tmp_path, text_file, out):
+    folder = saved("llama", tmp_path / "sharded", max_shard_size="50KB")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks model-00002-of-00003\.safetensors, which its index lists"):
+        prune(folder, out, text_file, stream=True)
+
+
+def test_experts_that_transformers_merges_are_refused_and_merged_ones_are_read(tmp_path, text_file):
+    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    config = transformers.Qwen3MoeConfig(**COMMON, **TOKENS, **GROUPED, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for folder in ("apart", "merged"):
+        model.save_pretrained(tmp_path / folder, save_original_format=folder == "apart")
+        word_tokenizer().save_pretrained(tmp_path / folder)
+    with pytest.raises(NotStreamable, match=r"makes .*experts\..* of .*experts\.0\..*weight .*--no-stream"):
+        open_model(str(tmp_path / "apart"), log=silent)
+    config = replace(MATCHED, refine=None)
+    from_memory, from_disk = (
+        pruned_files(tmp_path / "merged", tmp_path / str(stream), text_file, config, stream) for stream in (False, True)
+    )
+    assert from_disk == from_memory
+
+
+def test_a_pruned_model_is_refused(model_folder, text_file, out, tmp_path):
+    prune(model_folder, out, text_file)
+    with pytest.raises(ValueError, match="is pruned already"):
+        prune(out, tmp_path / "again", text_file, stream=True)
+
+
+def test_an_unknown_place_for_states_is_told(model_folder, text_file, out):
+    with pytest.raises(ValueError, match="states must be one of auto, memory, disk, got 'cloud'"):
+        prune(model_folder, out, text_file, states="cloud")
+
+
+# Chosen by memory, and planned
+
+
+@pytest.mark.parametrize(("free", "on_disk"), [(10**12, False), (10**5, True)])
+def test_what_does_not_fit_into_memory_is_opened_on_disk(free, on_disk, model_folder, text_file, monkeypatch):
+    monkeypatch.setattr(choosing, "available", lambda device: free)
+    told: list[str] = []
+    observer = Silent()
+    observer.say = told.append
+    found = load_to_prune(str(model_folder), QUICK, Calibration(str(text_file), 4, 24), observer=observer)
+    assert isinstance(found.weights, OnDisk) == on_disk
+    assert on_disk == any("decoder blocks are read from disk one at a time" in sentence for sentence in told)
+
+
+def test_the_plan_of_a_model_on_disk_reads_no_block(model_folder, text_file, monkeypatch):
+    opened = open_model(str(model_folder), log=silent)
+    job = job_of(opened, MATCHED, Calibration(str(text_file), 4, 24), Silent())
+    plan = plan_job(job)
+    monkeypatch.setattr(type(opened.weights.stored), "__getitem__", None)
+    assert plan_job(job).layers == plan.layers and plan.seconds > 0
+    whole = plan_job(
+        job_of(load_model(str(model_folder), log=silent), MATCHED, Calibration(str(text_file), 4, 24), Silent())
+    )
+    assert plan.layers == whole.layers and plan.model_bytes == whole.model_bytes
+    assert plan.memory.weights < whole.memory.weights and plan.disk_bytes > whole.disk_bytes
+    assert plan.streamed and not whole.streamed
+
+
+def test_the_index_of_a_sharded_folder_is_transformers_own(tmp_path, text_file, monkeypatch):
+    from armorfact_hf.checkpoint import assembly
+
+    model = saved("gpt2", tmp_path / "model")
+    opened = loaded(model, True)
+    monkeypatch.setattr(assembly, "SHARD", "60KB")
+    monkeypatch.setattr(assembly.assemble, "__defaults__", ("60KB",))
+    prune_to_folder(opened, tmp_path / "out", QUICK, Calibration(str(text_file), 4, 24), observer=Silent())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    inspect_folder(tmp_path / "out")
+    assert len(set(index["weight_map"].values())) > 1
