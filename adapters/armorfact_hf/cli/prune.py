@@ -162,9 +162,11 @@ def _prune(
     dry_run: bool,
 ) -> None:
     from armorfact_hf.pruning.plan import plan_job
+    from armorfact_hf.pruning.workers.choice import check_workers
     from armorfact_hf.runs.compare import compare
     from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
 
+    check_workers(workers)
     for method in methods:
         settings.PruneConfig(method=method)
     if dry_run:
