@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import torch
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -14,6 +13,8 @@ def available(device: torch.device) -> int:
     """Bytes that can be had now: of the GPU, or of this machine or the control group that the process is in."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil  # asks for a module that not every system has
+
     free: int = psutil.virtual_memory().available
     try:
         most, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))

@@ -74,6 +74,7 @@ class Adversary:
         ended, said = exit_code(self.start()), (self.work / "says").read_text()
         if ended == 0 or not re.search(re.escape(str(path)) + r" is damaged \(.*delete that one file", said):
             self.soak.found["damage that was not told"] += 1
+            print(ended, said, names(self.work))
         path.unlink(missing_ok=True)
 
     def run_two(self) -> None:

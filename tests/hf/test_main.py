@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from armorfact_hf import __main__ as command
-from armorfact_hf.data import load_model as loading
+from armorfact_hf.runs import load_to_prune as loading
 
 
 def test_too_little_memory_is_a_sentence(monkeypatch):

@@ -23,6 +23,7 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer
 from armorfact_hf.report.record import Report, TaskRecord
 from armorfact_hf.runs import compare as comparing
+from armorfact_hf.runs import load_to_prune as choosing
 from armorfact_hf.runs import prune_to_folder as workflow
 from armorfact_hf.runs.compare import compare, evaluate_folder
 from armorfact_hf.runs.compare import rows as rows_of
@@ -160,6 +161,7 @@ def test_one_model_is_in_memory_at_a_time(tasks, model_folder, text_file, out, m
         return loaded
 
     monkeypatch.setattr(comparing, "load_model", load)
+    monkeypatch.setattr(choosing, "load_model", load)
     compared(model_folder, out, text_file, text_file, methods=("wanda", "magnitude"))
     evaluate_folder(out, [Evaluation(str(text_file), 1, 24)], ["piqa"], observer=Silent())
     assert most == [0] * 9  # three to prune; the dense one, two beside and its own; the dense one and its own
