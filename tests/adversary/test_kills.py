@@ -64,7 +64,7 @@ class Adversary:
         """Flip a bit of the journal; it has to be told, and deleting what is named has to be the way out."""
         journal = self.work / "out.journal"
         files = sorted(journal.glob("block-*.safetensors"))
-        if not files:
+        if not files or (self.work / "out").exists():  # nothing needs the journal of a finished folder
             return
         path = self.source.choice(files)
         content = bytearray(path.read_bytes())
