@@ -94,7 +94,7 @@ class ArmorfactQuantizer(HfQuantizer):
             model.get_submodule(name).requires_grad_(False)  # transformers asks gradients of all that it loads
         return use_measured_(model, Path(model.name_or_path))
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+    def update_weight_conversions(self, weight_conversions: list, *_: Any) -> list:  # the model, since 5.20
         """None where experts are pruned: tensors are saved, and loaded, under the names that they have in the model."""
         return [] if self.quantization_config.description.has_experts else weight_conversions
 
