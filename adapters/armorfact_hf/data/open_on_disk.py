@@ -6,9 +6,7 @@ files, and renames them as for a model in memory. What it would have to make ane
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import HEAD, Key, NotStreamable, OnDisk, Piece
 from armorfact_hf.model.structure import decoder_blocks
+from armorfact_hf.quiet import quiet
 
 IN_MEMORY = "prune it in memory (--no-stream)"
 
@@ -53,7 +52,7 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
     _index(empty, folder, files)
     prefix, _ = decoder_blocks(empty)
     head = _own_head(empty)
-    with _quiet():
+    with quiet("accelerate.big_modeling"):  # warns of parameters on the meta device, as asked for
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -171,15 +170,3 @@ def _pieces(model: CausalLM, prefix: str, head: str | None) -> dict[Key, Piece]:
 def _piece(name: str, whole: nn.Module) -> Piece:
     named = ((f"{name}.{inner}".rstrip("."), module) for inner, module in whole.named_modules())
     return Piece({found: module for found, module in named if next(module.parameters(recurse=False), None) is not None})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """accelerate warns that there are parameters on the meta device, as was asked for."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

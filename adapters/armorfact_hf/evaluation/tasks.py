@@ -10,8 +10,7 @@ with a leaderboard.
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from armorfact_hf.data.questions import TASKS, Question, fetch_questions
 from armorfact_hf.data.wheels import Log
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.quiet import quiet
 
 _log: Log = logging.getLogger(__name__).info
 
@@ -113,7 +113,7 @@ def _scorer(model: CausalLM, tokenizer: Any) -> Any:
 
     batch = max(1, min(LARGEST_BATCH, BATCH_LOGITS // model.config.get_text_config().vocab_size))
     own_tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
-    with _quiet():
+    with quiet("lm_eval"):  # its advice is for users of its command line
         return HFLM(
             _AsItIs(model), backend="causal", tokenizer=own_tokenizer, softmax_dtype="float32", batch_size=batch
         )
@@ -155,17 +155,5 @@ def _harness_task(task: str, questions: list[Question]) -> Any:
         "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics],
         **how,
     }
-    with _quiet():
+    with quiet("lm_eval"):
         return ConfigurableTask(config=config)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the advice that lm-eval gives to users of its command line; what it says while it scores is heard."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -35,7 +35,6 @@ def packed_product(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | 
         left, right: blocks of A and B in the dtype of x, each may be None.
     """
     if x.shape[0] > FEW_TOKENS:
-        _take_threads()
         return _many_tokens(x, values, positions, left, right)
     return FewTokens([(values, positions, left, right)])(x)
 
@@ -85,7 +84,7 @@ def _many_tokens(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | No
         inputs = torch.bmm(right, x.view(tokens, count, size).permute(1, 2, 0).to(right.dtype)).view(-1, tokens)
     z = x.new_empty(values.shape[0], tokens, dtype=torch.float32)
     rows = min(MOST_ROWS, -(-values.shape[0] // torch.get_num_threads()))
-    with _one_at_a_time:
+    with launching():
         kernels.many_tokens(
             inputs.float().contiguous().numpy(), _array(values), positions.view(-1).numpy(), z.numpy(), rows
         )
