@@ -27,12 +27,20 @@ SPARSE |= {"fp32 packed": ("packed", torch.float32), "fp32 unpacked": ("unpacked
 
 
 def random_layer(
-    d_out: int, d_in: int, block: int, dtype: torch.dtype, device: torch.device | None = None
+    d_out: int,
+    d_in: int,
+    block: int | tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> FactorizedLinear:
-    """A layer of random factors."""
+    """A layer of random factors; ``block`` is the size of the blocks of A and B, or both sizes."""
+    sizes = (block, block) if isinstance(block, int) else block
     weight = torch.randn(d_out, d_in, device=device)
     core = Core.from_dense((weight * PAIR.top_mask(weight.abs())).to(dtype), PAIR)
-    wrappers = (torch.randn(d // block, block, block, device=device) / block**0.5 for d in (d_out, d_in))
+    wrappers = (
+        torch.randn(d // size, size, size, device=device) / size**0.5
+        for d, size in zip((d_out, d_in), sizes, strict=True)
+    )
     left, right = (BlockDiagonal(blocks.to(dtype)) for blocks in wrappers)
     return FactorizedLinear.of(core, left, right)
 

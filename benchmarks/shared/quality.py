@@ -1,0 +1,100 @@
+"""Perplexity, layer losses and bytes of a model whose projections share their right wrapper, or do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from armorfact_hf.data.load_model import load_model
+from armorfact_hf.evaluation.measure import perplexity_of
+from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.strategy import PAIR
+from armorfact_hf.model.structure import decoder_blocks
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.prune import PruneReport, prune_
+from armorfact_hf.runs.prune_to_folder import Calibration
+from benchmarks.evidence.tables import table
+from benchmarks.results import TEXTS
+from benchmarks.shared.sharing import Sharing, shared_right
+
+FORMS = {
+    "one each": None,
+    "shared square": Sharing(square=True),
+    "shared wide": Sharing(),
+    "shared square relative": Sharing(square=True, relative=True),
+    "shared wide relative": Sharing(relative=True),
+}
+
+
+def measured(model: str, form: str, every: int, out: Path, calibration: Calibration | None = None) -> dict[str, Any]:
+    """The figures of a form, measured unless they are kept in ``out``.
+
+    Args:
+        every: one decoder block in so many is pruned.
+    """
+    calibration = Calibration() if calibration is None else calibration
+    key = json.dumps([model, form, every, calibration.windows, calibration.length])
+    path = out / f"shared-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        path.write_text(json.dumps(_measure(model, form, every, calibration)), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _measure(model: str, form: str, every: int, calibration: Calibration) -> dict[str, Any]:
+    loaded = load_model(model, "bfloat16")
+    prefix, blocks = decoder_blocks(loaded.model)
+    chosen = "|".join(map(str, range(0, len(blocks), every)))
+    config = PruneConfig(include=(f"re:{prefix}\\.({chosen})\\.",), sweeps=10, refine=None, baselines=())
+    with shared_right(FORMS[form]):
+        report = prune_(loaded.model, calibration.tokens(loaded, print), config)
+    return figures(report) | {"perplexity": [perplexity_of(loaded, text).perplexity for text in TEXTS]}
+
+
+def figures(report: PruneReport) -> dict[str, Any]:
+    """Losses by projection and in the mean, the bytes of the wrappers, seconds and blocks."""
+    found: dict[str, list[LayerReport]] = {}
+    for layer in report.layers:
+        found.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    return {
+        "loss": report.mean_loss(),
+        "losses": {name: fmean(x.losses["armorfact"] for x in layers) for name, layers in found.items()},
+        "wrapper bytes": sum(map(wrapper_bytes, report.layers)),
+        "dense bytes": sum(layer.dense_bytes for layer in report.layers),
+        "seconds": report.seconds,
+        "blocks": {name: layers[0].block for name, layers in found.items()},
+    }
+
+
+def wrapper_bytes(report: LayerReport) -> int:
+    """The bytes of a bfloat16 layer that are not its core's."""
+    return report.bytes - LayerFormat(report.name, report.shape, PAIR, None).nbytes(torch.bfloat16)
+
+
+def quality_table(found: dict[str, dict[str, Any]], dense: list[float]) -> str:
+    """A line a form; a gap is the share of what "one each" loses that the form wins back."""
+    header = ["run", "gensim-enwiki", "qasper", "gap closed", "mean layer loss", "wrappers", "seconds"]
+    rows = [["dense", *(f"{value:.2f}" for value in dense), "", "", "", ""]]
+    alone = found["one each"]["perplexity"]
+    for form, line in found.items():
+        gaps = [(old - new) / (old - best) for old, new, best in zip(alone, line["perplexity"], dense, strict=True)]
+        share = line["wrapper bytes"] / line["dense bytes"]
+        first, second = (f"{value:.2f}" for value in line["perplexity"])
+        closed = ", ".join(f"{gap:+.1%}" for gap in gaps)
+        rows.append([form, first, second, closed, f"{line['loss']:.4f}", f"{share:.4f}", f"{line['seconds']:.0f}"])
+    return table(header, rows)
+
+
+def loss_table(found: dict[str, dict[str, Any]]) -> str:
+    """A line a form, a column a projection: its mean loss over the decoder blocks, and its blocks of A and B."""
+    names = list(next(iter(found.values()))["losses"])
+    rows = []
+    for form, line in found.items():
+        cells = [f"{line['losses'][name]:.4f} ({'x'.join(map(str, line['blocks'][name]))})" for name in names]
+        rows.append([form, *cells])
+    return table(["run", *names], rows)
