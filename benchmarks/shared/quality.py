@@ -25,6 +25,7 @@ from benchmarks.shared.sharing import Sharing, shared_right
 
 FORMS = {
     "one each": None,
+    "one each even": Sharing(apart=True),
     "shared square": Sharing(square=True),
     "shared wide": Sharing(),
     "shared square relative": Sharing(square=True, relative=True),

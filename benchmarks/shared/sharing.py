@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -36,14 +36,17 @@ class Sharing:
     Args:
         square: blocks of A and B of one size; otherwise A takes what it took before, and B all that is left.
         relative: every projection counts by its relative loss, not by its own energy.
+        apart: they are not stacked after all: each has a B, and all get the same square blocks. So much of what is
+            gained comes from sharing out the bytes in another way.
     """
 
     square: bool = False
     relative: bool = False
+    apart: bool = False
 
 
 def common_block(shapes: Sequence[Shape], blocks: Sequence[Shape], sharing: Sharing, pattern: str = "2:4") -> Shape:
-    """(block_out, block_in) of wrappers around stacked layers, of no more entries than their own wrappers have.
+    """(block_out, block_in) of wrappers around such layers, of no more entries than their own wrappers have.
 
     Blocks of A lie within one layer.
 
@@ -55,8 +58,9 @@ def common_block(shapes: Sequence[Shape], blocks: Sequence[Shape], sharing: Shar
     budget = lefts + sum(size * d_in for _, size in blocks)
     of_left = fitting(math.gcd(*rows), 1, math.gcd(*rows))
     of_right = fitting(d_in, Pattern.parse(pattern).group, d_in)
-    if sharing.square:
-        size = max(b for b in of_right if b in of_left and b * (sum(rows) + d_in) <= budget)
+    if sharing.square or sharing.apart:
+        rights = len(shapes) if sharing.apart else 1
+        size = max(b for b in of_right if b in of_left and b * (sum(rows) + rights * d_in) <= budget)
         return size, size
     left = max(b for b in of_left if b * sum(rows) <= lefts)
     return left, max(b for b in of_right if left * sum(rows) + b * d_in <= budget)
@@ -69,17 +73,21 @@ def factorized_stack(layers: Sequence[Layer], gram: Tensor, config: PruneConfig,
         layers: given the same inputs, with their own blocks. gram: of these inputs, (d_in, d_in).
     """
     stacked, given = torch.cat([layer.weight for layer in layers]), shrunk(gram, config.diagonal_weight)
-    blocks = [cast(Shape, layer.block) for layer in layers]
     return factorize(
         stacked,
         given.float(),
-        block=common_block([layer.shape for layer in layers], blocks, sharing, config.pattern),
+        block=_block_of(layers, config, sharing),
         pattern=config.pattern,
         init=config.init,
         row_weight=relative_weights([layer.weight for layer in layers], given) if sharing.relative else None,
         max_sweeps=config.sweeps,
         rtol=config.rtol,
     )
+
+
+def _block_of(layers: Sequence[Layer], config: PruneConfig, sharing: Sharing) -> Shape:
+    blocks = [cast(Shape, layer.block) for layer in layers]
+    return common_block([layer.shape for layer in layers], blocks, sharing, config.pattern)
 
 
 def relative_weights(weights: Sequence[Tensor], gram: Tensor) -> Tensor:
@@ -130,15 +138,24 @@ def prune_stack(layers: Sequence[Layer], moments: Moments, config: PruneConfig, 
 def prune_shared(
     work: Work, config: PruneConfig, finished: Callable[[Layer], object], sharing: Sharing
 ) -> list[Pruned]:
-    """`prune_layers`, where layers of the same inputs share their B."""
+    """`prune_layers`, where layers of the same inputs share their B, or the size of their blocks."""
     groups: dict[int, list[tuple[Layer, Moments]]] = {}
     for layer, moments in work:
         groups.setdefault(id(moments.gram), []).append((layer, moments))
-    alone = [group[0] for group in groups.values() if len(group) == 1]
+    alone, stacks = [], []
+    for group in groups.values():
+        layers = [layer for layer, _ in group]
+        if sharing.apart:
+            block = _block_of(layers, config, sharing)
+            alone += [(replace(layer, block=block), moments) for layer, moments in group]
+        elif len(group) > 1:
+            stacks.append((layers, group[0][1]))
+        else:
+            alone += group
     found = prune_layers(alone, config, finished)
-    for group in (group for group in groups.values() if len(group) > 1):
-        found += prune_stack([layer for layer, _ in group], group[0][1], config, sharing)
-        for layer, _ in group:
+    for layers, moments in stacks:
+        found += prune_stack(layers, moments, config, sharing)
+        for layer in layers:
             finished(layer)
     by_name = {report.name: (pruned, report) for pruned, report in found}
     return [by_name[layer.name] for layer, _ in work]

@@ -39,6 +39,11 @@ def test_b_grows_by_what_the_other_b_took():
     assert common_block(*SMOLLM2, Sharing()) == (24, 72)
 
 
+def test_even_blocks_count_a_b_for_each():
+    assert common_block(*SMOLLM2, Sharing(apart=True)) == (24, 24)
+    assert entries(*SMOLLM2) >= 3 * 24 * 576 + 24 * 960
+
+
 def stacked(seed=0):
     """Two weights of very different sizes, and the Gram matrix of their inputs."""
     generator = torch.Generator().manual_seed(seed)
@@ -78,6 +83,17 @@ def test_a_model_is_pruned_with_one_b_for_those_of_the_same_input():
     assert sum(x.bytes for x in report.layers) == sum(m.nbytes for m in in_model) - copies
     assert found["losses"].keys() == {x.name.rpartition(".")[2] for x in report.layers}
     assert 0 < found["loss"] < 1
+
+
+def test_even_blocks_leave_every_layer_its_b():
+    model = tiny_model("llama")
+    with shared_right(Sharing(apart=True)):
+        report = prune_(model, random_tokens(), PruneConfig(sweeps=1, refine=None, baselines=()))
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.block == attention.k_proj.block
+    assert not torch.equal(attention.q_proj.right, attention.k_proj.right)
+    in_model = [m for m in model.modules() if isinstance(m, FactorizedLinear)]
+    assert sum(x.bytes for x in report.layers) == sum(m.nbytes for m in in_model)
 
 
 def test_the_command_prints_both_tables_and_measures_once(model_folder, text_file, tmp_path, monkeypatch, capsys):
