@@ -4,13 +4,14 @@
     python -m benchmarks.expert_speed --experts 8 --top 2 --inner 4096 --tokens 1 64
 
 Random 2:4 cores between wrappers of random blocks, in a gated experts module as Mixtral has it; the dense weights are
-their products A C B. Tokens choose experts at random. Each figure is the median over passes; the forms take turns in one
-run. "batched_mm" copies the weights for each token, and is left out where these copies would take more than a gigabyte.
+their products A C B. Tokens choose experts at random. Each figure is the median over passes; the forms take turns in
+one run. "batched_mm" copies the weights for each token, and is left out where that takes more than a gigabyte.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
 from transformers import MixtralConfig
@@ -70,13 +71,15 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=128, help="of the wrappers; 0 is none")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--processor", action="store_true", help="the processor's time, for one thread beside others")
     args = parser.parse_args()
     torch.manual_seed(0)
+    clock = time.process_time if args.processor else time.perf_counter
     dtype: torch.dtype = getattr(torch, args.dtype)
     made = random_experts(args.experts, args.top, args.width, args.inner, args.block or None, dtype)
     print("| experts | tokens | dense µs | its form | pruned µs | dense / pruned |\n|---|---|---|---|---|---|")
     for tokens in args.tokens:
-        print(row(args.experts, args.top, tokens, seconds_by_form([made], tokens)), flush=True)
+        print(row(args.experts, args.top, tokens, seconds_by_form([made], tokens, clock)), flush=True)
 
 
 if __name__ == "__main__":

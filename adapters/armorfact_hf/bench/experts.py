@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from armorfact_hf.bench.timing import DENSE_BYTES, Timing, time_side_by_side
+from armorfact_hf.bench.timing import DENSE_BYTES, Clock, Timing, time_side_by_side
 from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.model.dense_experts import dense_experts
 
@@ -64,13 +65,16 @@ def _dense_bytes(experts: FactorizedExperts) -> int:
 
 
 @torch.inference_mode()
-def seconds_by_form(modules: Sequence[FactorizedExperts], tokens: int) -> dict[str, float]:
-    """Median seconds of one of some experts modules that are alike, by form: `AS_STORED`, and those of `RIVALS` that run.
+def seconds_by_form(
+    modules: Sequence[FactorizedExperts], tokens: int, clock: Clock = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds of one of some experts modules that are alike, by form: `AS_STORED` and `RIVALS`.
 
     "batched_mm" copies the weights of an expert for each token; it is left out where that takes more than a gigabyte.
 
     Args:
         tokens: the number of rows in the input, each for as many experts as the model's config says.
+        clock: as for `time_side_by_side`.
     """
     first, top = modules[0], _top(modules[0])
     held, d_in = first.stacks["up"].values, first.stacks["up"].layout.shape[1]
@@ -82,7 +86,7 @@ def seconds_by_form(modules: Sequence[FactorizedExperts], tokens: int) -> dict[s
     for name in RIVALS:
         if name != "batched_mm" or tokens * top * _dense_bytes(first) <= first.num_experts * DENSE_BYTES:
             forms[name] = [_Routed(_run_by(name, experts), chosen, weights) for experts in dense]
-    return time_side_by_side(forms, x)
+    return time_side_by_side(forms, x, clock)
 
 
 def _run_by(name: str, experts: nn.Module) -> nn.Module:

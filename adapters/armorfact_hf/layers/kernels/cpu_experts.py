@@ -1,12 +1,27 @@
-"""The compiled CPU product of several experts' packed 2:4 layers, each with its own few tokens, in one call."""
+"""The compiled CPU product of several experts' packed 2:4 layers, each with its own few tokens, in one call.
+
+Two rows of a core are multiplied with four tokens at a time: what is loaded of either serves all of the other. The sums
+are those of a row and a token by themselves, so that the bits do not depend on how many there are.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import carray, njit, prange
 
-from armorfact_hf.layers.kernels.cpu import BYTES, _core_rows, _dot, _piece, _widened
-from armorfact_hf.layers.kernels.simd import pointer, put
+from armorfact_hf.layers.kernels.cpu import BYTES, _column, _core_rows, _dot, _piece, _widened
+from armorfact_hf.layers.kernels.simd import (
+    element,
+    fma,
+    load,
+    pick,
+    pointer,
+    prefetch,
+    put,
+    read_places,
+    total,
+    zeros,
+)
 
 
 @njit(cache=True, parallel=True, nogil=True)
@@ -43,12 +58,12 @@ def expert_rows(like, x, y, rows, d_in, width, parts):
         z = np.empty(tokens * here, dtype=np.float32)
         at = starts[p] if parts[p, 6] else first * d_in
         given = inputs[at : at + tokens * d_in] if parts[p, 6] else wide[at : at + tokens * d_in]
-        _core_rows(values, positions, row, here, given, tokens, d_in, z)
+        _rows_of_core(values, positions, row, here, given, tokens, d_in, z)
+        if block_out:
+            z = _block(left, row * here, here, z, 0, here, tokens)
         for t in range(tokens):
             for r in range(here):
-                k = t * here
-                result = _dot(left, (row + r) * here, z, k, here) if block_out else z[k + r]
-                put(y, (first + t) * width + column + row + r, result)
+                put(y, (first + t) * width + column + row + r, z[t * here + r])
 
 
 @njit(cache=True, parallel=True, nogil=True)
@@ -69,8 +84,83 @@ def _right_products(like, x, d_in, parts, starts):
         size, first, tokens = parts[p, 6], parts[p, 7], parts[p, 8]
         right = carray(pointer(parts[p, 3], like), d_in * size)
         channel = (i - (ends[p] - d_in // size)) * size
+        product = _block(right, channel * size, size, x, first * d_in + channel, d_in, tokens)
         for t in range(tokens):
             for r in range(size):
-                result = _dot(right, (channel + r) * size, x, (first + t) * d_in + channel, size)
-                products[starts[p] + t * d_in + channel + r] = result
+                products[starts[p] + t * d_in + channel + r] = product[t * size + r]
     return products
+
+
+@njit(cache=True)
+def _rows_of_core(values, positions, row, rows, x, tokens, d_in, z):
+    """z (tokens, rows), flat = rows row..row + rows - 1 of the core times every token."""
+    kept, row_bytes = d_in // 2, (d_in + 7) // 8
+    fours, pairs = tokens // 4 * 4, rows // 2 * 2
+    for t in range(0, fours, 4):
+        for r in range(0, pairs, 2):
+            _two_rows(values, positions, row + r, kept, row_bytes, x, t * d_in, d_in, z, t * rows + r, rows)
+    for r in range(pairs, rows if fours else pairs):
+        last = np.empty(fours, dtype=np.float32)
+        _core_rows(values, positions, row + r, 1, x, fours, d_in, last)
+        for t in range(fours):
+            z[t * rows + r] = last[t]
+    if fours < tokens:
+        _core_rows(values, positions, row, rows, x[fours * d_in :], tokens - fours, d_in, z[fours * rows :])
+
+
+@njit(cache=True)
+def _two_rows(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at, z_step):
+    """z[z_at + t z_step + r] = rows row + r, r = 0, 1, of the core times tokens t = 0..3."""
+    a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
+    b0, b1, b2, b3 = zeros(), zeros(), zeros(), zeros()
+    vectors = kept // 16 * 16
+    first, first_byte = row * kept, row * row_bytes
+    second, second_byte = first + kept, first_byte + row_bytes
+    for k in range(0, vectors, 16):
+        prefetch(values, second + k + kept)
+        prefetch(values, second + k + 2 * kept)
+        a, a_where = load(values, first + k), read_places(positions, first_byte + (k >> 2))
+        b, b_where = load(values, second + k), read_places(positions, second_byte + (k >> 2))
+        at = x_at + 2 * k
+        a0 = fma(a, pick(x, at, a_where), a0)
+        b0 = fma(b, pick(x, at, b_where), b0)
+        a1 = fma(a, pick(x, at + d_in, a_where), a1)
+        b1 = fma(b, pick(x, at + d_in, b_where), b1)
+        a2 = fma(a, pick(x, at + 2 * d_in, a_where), a2)
+        b2 = fma(b, pick(x, at + 2 * d_in, b_where), b2)
+        a3 = fma(a, pick(x, at + 3 * d_in, a_where), a3)
+        b3 = fma(b, pick(x, at + 3 * d_in, b_where), b3)
+    z[z_at], z[z_at + z_step], z[z_at + 2 * z_step], z[z_at + 3 * z_step] = total(a0), total(a1), total(a2), total(a3)
+    z_at += 1
+    z[z_at], z[z_at + z_step], z[z_at + 2 * z_step], z[z_at + 3 * z_step] = total(b0), total(b1), total(b2), total(b3)
+    for k in range(vectors, kept):
+        a_at, b_at = x_at + _column(positions, first_byte, k), x_at + _column(positions, second_byte, k)
+        for t in range(4):
+            z[z_at - 1 + t * z_step] += element(values, first + k) * x[a_at + t * d_in]
+            z[z_at + t * z_step] += element(values, second + k) * x[b_at + t * d_in]
+
+
+@njit(cache=True)
+def _block(block, at, size, x, x_at, x_step, tokens):
+    """(tokens, size), flat: the block at block[at], (size, size), times x[x_at + t x_step : … + size] for every t."""
+    result = np.empty(tokens * size, dtype=np.float32)
+    fours, vectors = tokens // 4 * 4, size // 16 * 16
+    for r in range(size):
+        for t in range(0, fours, 4):
+            a, b, c, d = zeros(), zeros(), zeros(), zeros()
+            row, from_at = at + r * size, x_at + t * x_step
+            for k in range(0, vectors, 16):
+                weights = load(block, row + k)
+                a = fma(weights, load(x, from_at + k), a)
+                b = fma(weights, load(x, from_at + x_step + k), b)
+                c = fma(weights, load(x, from_at + 2 * x_step + k), c)
+                d = fma(weights, load(x, from_at + 3 * x_step + k), d)
+            sums = (total(a), total(b), total(c), total(d))
+            for i in range(4):
+                entry = sums[i]
+                for k in range(vectors, size):
+                    entry += element(block, row + k) * x[from_at + i * x_step + k]
+                result[(t + i) * size + r] = entry
+        for t in range(fours, tokens):
+            result[t * size + r] = _dot(block, at + r * size, x, x_at + t * x_step, size)
+    return result
