@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def seconds_by_form(
 
 def _run_by(name: str, experts: nn.Module) -> nn.Module:
     """The same experts, run by one of transformers' implementations."""
-    other = copy.copy(experts)
+    other: Any = copy.copy(experts)
     other.config = copy.copy(other.config)
     other.config._experts_implementation = name
     return other

@@ -13,14 +13,18 @@ from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, Stored, lau
 from armorfact_hf.layers.packed import refusal
 from armorfact_hf.layers.strategy import Kind
 
-# Rows of an expert up to which a GPU takes all experts in one launch: above, a product is bound by arithmetic, which
-# dense tensor cores do best, and launches are few for the work in them. Reasoned, not measured yet.
+# Rows of an expert that was chosen, on average, up to which all go at once. On a GPU a product is bound by arithmetic
+# above, which dense tensor cores do best, and launches are few for the work in them: reasoned, not measured yet.
 MOST_ROWS = {"cpu": FEW_TOKENS, "cuda": 256}
 
 
 def runs(kind: Kind, counts: Sequence[int]) -> bool:
-    """Whether layers of a kind can be run so, and each expert has few enough tokens that it is worth it."""
-    return max(counts, default=0) <= MOST_ROWS.get(kind.device.type, 0) and refusal(kind) is None
+    """Whether layers of a kind can be run so, and the experts have few enough tokens that it is worth it.
+
+    The time grows with all rows, and that of one expert after another with the experts: so their ratio decides.
+    """
+    chosen = sum(count > 0 for count in counts)
+    return sum(counts) <= MOST_ROWS.get(kind.device.type, -1) * chosen and refusal(kind) is None
 
 
 def product(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:

@@ -204,10 +204,12 @@ def dense_again(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[N
     Args:
         layers: dense linear layers of the model by name, experts' among them.
     """
-    dense = {}
+    dense: dict[str, nn.Module] = {}
     for name, layer in layers.items():
-        expert = isinstance(layer, ExpertLinear)
-        dense[name.rsplit(".", 2)[0] if expert else name] = layer.stacked.module if expert else layer
+        if isinstance(layer, ExpertLinear):
+            dense[name.rsplit(".", 2)[0]] = layer.stacked.module
+        else:
+            dense[name] = layer
     before = {name: model.get_submodule(name) for name in dense}
     try:
         for name, module in dense.items():

@@ -104,7 +104,7 @@ def test_projections_side_by_side():
 def test_experts_on_a_gpu_run_in_one_launch(monkeypatch):
     kind = Kind((64, 64), PAIR, torch.bfloat16, torch.device("cuda"))
     monkeypatch.setattr("armorfact_hf.layers.packed.HAS_TRITON", True)
-    assert packed_experts.runs(kind, [256, 0]) and not packed_experts.runs(kind, [257, 0])
+    assert packed_experts.runs(kind, [500, 12, 0]) and not packed_experts.runs(kind, [500, 13, 0])
     assert not packed_experts.runs(kind._replace(pattern=Pattern(1, 4)), [1])
     assert not packed_experts.runs(kind._replace(device=torch.device("meta")), [1])
     monkeypatch.setattr("armorfact_hf.layers.packed.HAS_TRITON", False)

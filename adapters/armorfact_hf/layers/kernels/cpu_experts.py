@@ -1,7 +1,7 @@
 """The compiled CPU product of several experts' packed 2:4 layers, each with its own few tokens, in one call.
 
-Two rows of a core are multiplied with four tokens at a time: what is loaded of either serves all of the other. The sums
-are those of a row and a token by themselves, so that the bits do not depend on how many there are.
+Two rows of a core are multiplied with four tokens at a time, and a row of a block with four: what is loaded of either
+serves all of the other.
 """
 
 from __future__ import annotations

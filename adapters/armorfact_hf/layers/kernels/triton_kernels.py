@@ -222,17 +222,7 @@ def expert_cores(
 
 
 @triton.jit
-def expert_blocks(
-    x,
-    blocks,
-    y,
-    tiles,
-    width,
-    size,
-    OUT: tl.constexpr,
-    TOKENS: tl.constexpr,
-    INNER: tl.constexpr,
-):
+def expert_blocks(x, blocks, y, tiles, width, size, OUT: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr):
     """y = diag(blocks) x, each row by the blocks of its expert: x and y (rows, width), blocks (experts, n, size, size).
 
     Grid (n * ceil(size / OUT), tiles), n = width / size.

@@ -111,6 +111,6 @@ def chunks_of(layers: Sequence[Layer], experts: int | None) -> list[list[Layer]]
     """
     found: dict[int, list[Layer]] = {0: []}
     for layer in layers:
-        chunked = experts is not None and isinstance(layer.module, ExpertLinear)
-        found.setdefault(layer.module.expert // experts if chunked else 0, []).append(layer)
+        expert = layer.module.expert if isinstance(layer.module, ExpertLinear) else 0
+        found.setdefault(expert // experts if experts else 0, []).append(layer)
     return [found[number] for number in sorted(found)]
