@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from armorfact_hf.layers.kernels import cpu_experts as kernels
+from armorfact_hf.layers.kernels.bf16 import beats_dense
 from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, Stored, launching
 from armorfact_hf.layers.packed import refusal
 from armorfact_hf.layers.strategy import Kind
 
-# Rows of an expert that was chosen, on average, up to which all go at once. On a GPU a product is bound by arithmetic
-# above, which dense tensor cores do best, and launches are few for the work in them: reasoned, not measured yet.
+# Rows of an expert that was chosen, on average, up to which all go at once; in bfloat16 on a CPU that multiplies pairs
+# of them, `MOST_IN_PAIRS` (benchmarks/expert_speed.py). On a GPU a product is bound by arithmetic above, which dense
+# tensor cores do best, and launches are few for the work in them: reasoned, not measured yet.
 MOST_ROWS = {"cpu": FEW_TOKENS, "cuda": 256}
+MOST_IN_PAIRS = 64
 
 
 def runs(kind: Kind, counts: Sequence[int]) -> bool:
@@ -24,7 +27,12 @@ def runs(kind: Kind, counts: Sequence[int]) -> bool:
     The time grows with all rows, and that of one expert after another with the experts: so their ratio decides.
     """
     chosen = sum(count > 0 for count in counts)
-    return sum(counts) <= MOST_ROWS.get(kind.device.type, -1) * chosen and refusal(kind) is None
+    return sum(counts) <= _most_rows(kind) * chosen and refusal(kind) is None
+
+
+def _most_rows(kind: Kind) -> int:
+    in_pairs = kind.device.type == "cpu" and kind.dtype == torch.bfloat16 and beats_dense()
+    return MOST_IN_PAIRS if in_pairs else MOST_ROWS.get(kind.device.type, -1)
 
 
 def product(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:

@@ -1,15 +1,19 @@
 """The compiled CPU product of several experts' packed 2:4 layers, each with its own few tokens, in one call.
 
 Two rows of a core are multiplied with four tokens at a time, and a row of a block with four: what is loaded of either
-serves all of the other.
+serves all of the other. In bfloat16, on a processor that multiplies pairs of them, four tokens and more are in bfloat16
+between the factors (`cpu_pairs`); fewer, and all other dtypes, are in float32.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit, prange
+from numba import carray, njit, prange, types
+from numba.extending import overload
 
+from armorfact_hf.layers.kernels.bf16 import has_bf16
 from armorfact_hf.layers.kernels.cpu import BYTES, _column, _core_rows, _dot, _piece, _widened
+from armorfact_hf.layers.kernels.cpu_pairs import FEWEST, block_in_pairs, core_in_pairs
 from armorfact_hf.layers.kernels.simd import (
     element,
     fma,
@@ -38,9 +42,11 @@ def expert_rows(like, x, y, rows, d_in, width, parts):
             of x and y, how many rows those are, and the first of its columns of y.
     """
     y = carray(pointer(y, like), rows * width)
-    wide = _widened(carray(pointer(x, like), rows * d_in))
+    stored = carray(pointer(x, like), rows * d_in)
+    wide = _widened(stored)
+    pairs = _pairs(stored, wide)
     starts = np.empty(parts.shape[0], dtype=np.int64)  # of each part's B x
-    inputs = _right_products(like, wide, d_in, parts, starts)
+    wide_inputs, pair_inputs = _right_products(like, wide, pairs, d_in, parts, starts)
     ends = np.empty(parts.shape[0], dtype=np.int64)  # of each part's pieces of rows
     pieces = 0
     for p in range(parts.shape[0]):
@@ -57,18 +63,27 @@ def expert_rows(like, x, y, rows, d_in, width, parts):
         left = carray(pointer(parts[p, 2], like), d_out * block_out)
         z = np.empty(tokens * here, dtype=np.float32)
         at = starts[p] if parts[p, 6] else first * d_in
-        given = inputs[at : at + tokens * d_in] if parts[p, 6] else wide[at : at + tokens * d_in]
-        _rows_of_core(values, positions, row, here, given, tokens, d_in, z)
+        end = at + tokens * d_in
+        given = wide_inputs[at:end] if parts[p, 6] else wide[at:end]
+        given_pairs = pair_inputs[at:end] if parts[p, 6] else pairs[at:end]
+        _rows_of_core(values, positions, row, here, given, given_pairs, tokens, d_in, z)
         if block_out:
-            z = _block(left, row * here, here, z, 0, here, tokens)
+            rounded = np.empty(tokens * here, dtype=pairs.dtype)
+            for k in range(tokens * here):
+                put(rounded, k, z[k])
+            z = _block(left, row * here, here, z, rounded, 0, here, tokens)
         for t in range(tokens):
             for r in range(here):
                 put(y, (first + t) * width + column + row + r, z[t * here + r])
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _right_products(like, x, d_in, parts, starts):
-    """B x of every part that has a B, on its rows, flat one after another; where each starts goes into ``starts``."""
+def _right_products(like, wide, pairs, d_in, parts, starts):
+    """B x of every part that has a B, on its rows, flat one after another; where each starts goes into ``starts``.
+
+    Returns:
+        them in float32, and in the dtype of ``pairs``.
+    """
     count = 0
     blocks = 0
     ends = np.empty(parts.shape[0], dtype=np.int64)
@@ -78,22 +93,70 @@ def _right_products(like, x, d_in, parts, starts):
             count += parts[p, 8] * d_in
             blocks += d_in // parts[p, 6]
         ends[p] = blocks
-    products = np.empty(count, dtype=np.float32)
+    products, rounded = np.empty(count, dtype=np.float32), np.empty(count, dtype=pairs.dtype)
     for i in prange(blocks):
         p = np.searchsorted(ends, i, side="right")
         size, first, tokens = parts[p, 6], parts[p, 7], parts[p, 8]
         right = carray(pointer(parts[p, 3], like), d_in * size)
         channel = (i - (ends[p] - d_in // size)) * size
-        product = _block(right, channel * size, size, x, first * d_in + channel, d_in, tokens)
+        product = _block(right, channel * size, size, wide, pairs, first * d_in + channel, d_in, tokens)
         for t in range(tokens):
             for r in range(size):
-                products[starts[p] + t * d_in + channel + r] = product[t * size + r]
-    return products
+                at = starts[p] + t * d_in + channel + r
+                products[at] = product[t * size + r]
+                put(rounded, at, product[t * size + r])
+    return products, rounded
+
+
+def _pairs(stored, wide):
+    """What is multiplied in pairs: x as it is stored, if it can be; else the float32 that it is anyhow."""
+
+
+def _rows_of_core(values, positions, row, rows, wide, pairs, tokens, d_in, z):
+    """z (tokens, rows), flat = rows row..row + rows - 1 of the core times every token, which come in two dtypes."""
+
+
+def _block(block, at, size, wide, pairs, x_at, x_step, tokens):
+    """(tokens, size), flat: the block at block[at], (size, size), times x[x_at + t x_step : … + size] for every t."""
+
+
+@overload(_pairs)
+def _pairs_of(stored, wide):
+    if stored.dtype == types.uint16 and has_bf16():
+        return lambda stored, wide: stored
+    return lambda stored, wide: wide
+
+
+@overload(_rows_of_core)
+def _rows_of_core_by(values, positions, row, rows, wide, pairs, tokens, d_in, z):
+    def widely(values, positions, row, rows, wide, pairs, tokens, d_in, z):
+        _wide_rows(values, positions, row, rows, wide, tokens, d_in, z)
+
+    def in_pairs(values, positions, row, rows, wide, pairs, tokens, d_in, z):
+        if tokens >= FEWEST and rows > 1 and d_in % 64 == 0:
+            core_in_pairs(values, positions, row, rows, pairs, tokens, d_in, z)
+        else:
+            _wide_rows(values, positions, row, rows, wide, tokens, d_in, z)
+
+    return in_pairs if pairs.dtype == types.uint16 else widely
+
+
+@overload(_block)
+def _block_by(block, at, size, wide, pairs, x_at, x_step, tokens):
+    def widely(block, at, size, wide, pairs, x_at, x_step, tokens):
+        return _wide_block(block, at, size, wide, x_at, x_step, tokens)
+
+    def in_pairs(block, at, size, wide, pairs, x_at, x_step, tokens):
+        if tokens >= FEWEST and size % 32 == 0:
+            return block_in_pairs(block, at, size, pairs, x_at, x_step, tokens)
+        return _wide_block(block, at, size, wide, x_at, x_step, tokens)
+
+    return in_pairs if pairs.dtype == types.uint16 else widely
 
 
 @njit(cache=True)
-def _rows_of_core(values, positions, row, rows, x, tokens, d_in, z):
-    """z (tokens, rows), flat = rows row..row + rows - 1 of the core times every token."""
+def _wide_rows(values, positions, row, rows, x, tokens, d_in, z):
+    """`_rows_of_core` in float32."""
     kept, row_bytes = d_in // 2, (d_in + 7) // 8
     fours, pairs = tokens // 4 * 4, rows // 2 * 2
     for t in range(0, fours, 4):
@@ -141,8 +204,8 @@ def _two_rows(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at, z
 
 
 @njit(cache=True)
-def _block(block, at, size, x, x_at, x_step, tokens):
-    """(tokens, size), flat: the block at block[at], (size, size), times x[x_at + t x_step : … + size] for every t."""
+def _wide_block(block, at, size, x, x_at, x_step, tokens):
+    """`_block` in float32."""
     result = np.empty(tokens * size, dtype=np.float32)
     fours, vectors = tokens // 4 * 4, size // 16 * 16
     for r in range(size):
