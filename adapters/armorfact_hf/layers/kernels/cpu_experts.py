@@ -68,10 +68,7 @@ def expert_rows(like, x, y, rows, d_in, width, parts):
         given_pairs = pair_inputs[at:end] if parts[p, 6] else pairs[at:end]
         _rows_of_core(values, positions, row, here, given, given_pairs, tokens, d_in, z)
         if block_out:
-            rounded = np.empty(tokens * here, dtype=pairs.dtype)
-            for k in range(tokens * here):
-                put(rounded, k, z[k])
-            z = _block(left, row * here, here, z, rounded, 0, here, tokens)
+            z = _block(left, row * here, here, z, _rounded(z, pairs, tokens), 0, here, tokens)
         for t in range(tokens):
             for r in range(here):
                 put(y, (first + t) * width + column + row + r, z[t * here + r])
@@ -104,12 +101,17 @@ def _right_products(like, wide, pairs, d_in, parts, starts):
             for r in range(size):
                 at = starts[p] + t * d_in + channel + r
                 products[at] = product[t * size + r]
-                put(rounded, at, product[t * size + r])
+                if tokens >= FEWEST:
+                    put(rounded, at, product[t * size + r])
     return products, rounded
 
 
 def _pairs(stored, wide):
     """What is multiplied in pairs: x as it is stored, if it can be; else the float32 that it is anyhow."""
+
+
+def _rounded(z, pairs, tokens):
+    """The float32 z in the dtype of ``pairs``; nothing where there are too few tokens for that to be used."""
 
 
 def _rows_of_core(values, positions, row, rows, wide, pairs, tokens, d_in, z):
@@ -125,6 +127,17 @@ def _pairs_of(stored, wide):
     if stored.dtype == types.uint16 and has_bf16():
         return lambda stored, wide: stored
     return lambda stored, wide: wide
+
+
+@overload(_rounded)
+def _rounded_to(z, pairs, tokens):
+    def rounded(z, pairs, tokens):
+        found = np.empty(z.shape[0] if tokens >= FEWEST else 0, dtype=pairs.dtype)
+        for k in range(found.shape[0]):
+            put(found, k, z[k])
+        return found
+
+    return rounded if pairs.dtype == types.uint16 else lambda z, pairs, tokens: z
 
 
 @overload(_rows_of_core)
