@@ -136,7 +136,12 @@ def prune_stack(layers: Sequence[Layer], moments: Moments, config: PruneConfig, 
 
 
 def prune_shared(
-    work: Work, config: PruneConfig, finished: Callable[[Layer], object], sharing: Sharing
+    work: Work,
+    config: PruneConfig,
+    finished: Callable[[Layer], object],
+    each: int | None = None,
+    *,
+    sharing: Sharing,
 ) -> list[Pruned]:
     """`prune_layers`, where layers of the same inputs share their B, or the size of their blocks."""
     groups: dict[int, list[tuple[Layer, Moments]]] = {}
@@ -152,7 +157,7 @@ def prune_shared(
             stacks.append((layers, group[0][1]))
         else:
             alone += group
-    found = prune_layers(alone, config, finished)
+    found = prune_layers(alone, config, finished, each)
     for layers, moments in stacks:
         found += prune_stack(layers, moments, config, sharing)
         for layer in layers:
