@@ -86,6 +86,12 @@ class LayerFormat:
         return {part: (*self._stacked, *shape) for part, shape in shapes.items()}
 
     @property
+    def integers(self) -> dict[str, torch.dtype]:
+        """The dtypes of those tensors that hold whole numbers, by their part; all others are floating."""
+        core = {} if self.core_dtype is None else {"values": CORE_DTYPES[self.core_dtype]}
+        return {"positions": torch.uint8, **core}
+
+    @property
     def bias(self) -> tuple[int, ...]:
         """The shape of the bias, where there is one."""
         return (*self._stacked, self.shape[0])
@@ -102,8 +108,7 @@ class LayerFormat:
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of all tensors but the bias, the floating ones in ``dtype``."""
-        whole = ("positions",) if self.core_dtype is None else ("positions", "values")
-        return sum(prod(shape) * (1 if part in whole else dtype.itemsize) for part, shape in self.tensors.items())
+        return sum(prod(shape) * self.integers.get(part, dtype).itemsize for part, shape in self.tensors.items())
 
     @classmethod
     def from_dict(cls, entry: Any, place: int, pattern: Pattern, optional: Collection[str] = ()) -> LayerFormat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from armorfact import BlockDiagonal, Core, Pattern
 from armorfact_hf.layers import operators as operators  # registers what `forward` calls
 from armorfact_hf.layers import plain
 from armorfact_hf.layers.execution import STRATEGIES, Execution
-from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.format import CORE_DTYPES, LayerFormat
 from armorfact_hf.layers.strategy import Kind, Operands
 
 
@@ -90,6 +90,14 @@ class FactorizedLinear(nn.Module):
         self.register_buffer("compressed", None, persistent=False)
 
     @classmethod
+    def empty(
+        cls, layout: LayerFormat, bias: bool, dtype: torch.dtype | None = None, device: Any = None
+    ) -> FactorizedLinear:
+        """A layer of these sizes that holds zeros."""
+        core_dtype = CORE_DTYPES.get(layout.core_dtype or "")
+        return cls(*layout.shape, layout.pattern, layout.block, bias, dtype, device, core_dtype)
+
+    @classmethod
     def of(
         cls,
         core: Core,
@@ -117,9 +125,8 @@ class FactorizedLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the floating tensors, and so of the inputs."""
-        left = self.left
-        found: torch.dtype = (self.values if left is None else left).dtype
-        return found
+        held = self.values if self.left is None else self.left
+        return cast(Tensor, held).dtype
 
     @property
     def layout(self) -> LayerFormat:

@@ -14,9 +14,10 @@ from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Pruned
+from armorfact_hf.pruning.layer import round_layer
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.progress import Progress
-from armorfact_hf.pruning.side_by_side import prune_layers
+from armorfact_hf.pruning.side_by_side import prune_layers, side_by_side
 from armorfact_hf.pruning.workers.flow import Flow
 from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail, with_losses
 
@@ -79,6 +80,16 @@ class InProcess:
         self.replace(pruned)
         tuned = tune_tail(self.job, layers_by_name(pruned), self.flow.around_tail, self._told)
         return self._with_losses(pruned, tuned, lambda name: statistics[name].of(name))
+
+    def round(self, pruned: Pruned, statistics: Statistics) -> Pruned:
+        """The layers with their cores rounded to the dtype that the settings ask for; as they are, if to none."""
+        config, dense = self.job.config, {layer.name: layer for layer in self.job.layers}
+        if config.core_dtype is None:
+            return pruned
+        return side_by_side(
+            lambda layer, *given: round_layer(layer, *given, statistics.of(layer.name), config),
+            [(dense[report.name], layer, report) for layer, report in pruned],
+        )
 
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model."""
