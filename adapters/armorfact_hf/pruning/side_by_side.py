@@ -34,8 +34,9 @@ def side_by_side(
 ) -> list[Result]:
     """``act`` on the layers of one decoder block, in order.
 
-    On the CPU they are worked on side by side, each by a share of the cores: that takes no longer than one after the other
-    by all cores, and, as threads then hardly wait for each other, five times less on a machine with other work to do.
+    On the CPU they are worked on side by side, each by a share of the cores: that takes no longer than one after the
+    other by all cores, and, as threads then hardly wait for each other, five times less on a machine with other work
+    to do.
 
     Args:
         work: the arguments for each layer; the dense layer is the first of them.

@@ -49,7 +49,8 @@ def refuse_integers(model: nn.Module, train: str) -> None:
     """Raise ValueError if kept values are to be trained that are integers."""
     for name, module in model.named_modules():
         if "values" in TRAINED[train] and isinstance(module, PRUNED) and not module.values.is_floating_point():
+            dtype = str(module.values.dtype).removeprefix("torch.")
             raise ValueError(
-                f"the core of {name} is {str(module.values.dtype).removeprefix('torch.')}, which cannot be trained: take "
-                "train='wrappers' (--train wrappers), or train a folder that was pruned without --core-dtype"
+                f"the core of {name} is {dtype}, which cannot be trained: take train='wrappers' (--train wrappers), or "
+                "train a folder that was pruned without --core-dtype"
             )
