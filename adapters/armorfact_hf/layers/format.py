@@ -62,7 +62,7 @@ class LayerFormat:
     def _check_core(self) -> None:
         if self.core_dtype is None:
             return
-        if self.core_dtype not in CORE_DTYPES:
+        if not isinstance(self.core_dtype, str) or self.core_dtype not in CORE_DTYPES:
             known = ", ".join(CORE_DTYPES)
             raise ValueError(f"module {self.name}: expected a core_dtype of {known}, got {shown(self.core_dtype)}")
         if self.block is None or self.experts is not None:
