@@ -112,9 +112,10 @@ class FactorizedLinear(nn.Module):
         """
         wrappers = {} if left is None or right is None else {"left": left.blocks, "right": right.blocks}
         block = (wrappers["left"].shape[-1], wrappers["right"].shape[-1]) if wrappers else None
-        values = core.values
-        dtype = wrappers.get("left", values).dtype
-        layer = cls(*core.shape, core.pattern, block, bias is not None, dtype, values.device, values.dtype)
+        values, dtype, core_dtype = core.values, core.values.dtype, None
+        if not values.is_floating_point():
+            dtype, core_dtype = wrappers["left"].dtype if wrappers else None, values.dtype
+        layer = cls(*core.shape, core.pattern, block, bias is not None, dtype, values.device, core_dtype)
         given = {"values": values, "positions": core.packed, "bias": bias, **wrappers}
         with torch.no_grad():
             for name, tensor in given.items():

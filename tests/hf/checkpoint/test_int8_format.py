@@ -85,7 +85,7 @@ def test_every_damage_is_named(part, change, message, tmp_path):
 def test_whole_numbers_that_are_not_described_are_refused(tmp_path):
     tensors, description = int8_model()
     plain = replace(description.modules[NAME], core_dtype=None)
-    with pytest.raises(ValueError, match="values is I8, expected F32"):
+    with pytest.raises(ValueError, match="values is I8, expected F16 or BF16 or F32 or F64"):
         verify([written(tmp_path, tensors)], replace(description, modules=description.modules | {NAME: plain}))
 
 

@@ -116,6 +116,8 @@ def test_layers_run_as_one_if_their_cores_are_alike():
 def test_int8_needs_wrappers_and_other_integers_are_unknown():
     with pytest.raises(ValueError, match="core_dtype of a core without blocks"):
         FactorizedLinear(12, 36, core_dtype=torch.int8)
+    with pytest.raises(ValueError, match="core_dtype of a core without blocks"):
+        FactorizedLinear.of(int8_layer().core)
     with pytest.raises(ValueError, match="core_dtype of a core of experts"):
         LayerFormat("experts.up", (12, 36), PAIR, (6, 12), 4, "int8")
     with pytest.raises(ValueError, match="expected a core_dtype of int8, got 'int4'"):

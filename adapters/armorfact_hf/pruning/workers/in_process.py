@@ -87,7 +87,7 @@ class InProcess:
         if config.core_dtype is None:
             return pruned
         return side_by_side(
-            lambda layer, *given: round_layer(layer, *given, statistics.of(layer.name), config),
+            lambda layer, given, report: round_layer(layer, given, report, statistics.of(layer.name), config),
             [(dense[report.name], layer, report) for layer, report in pruned],
         )
 
