@@ -22,15 +22,17 @@ def prune_layers(
     work: Sequence[tuple[Layer, Moments]],
     config: PruneConfig,
     finished: Callable[[Layer], object] = lambda layer: None,
+    each: int | None = None,
 ) -> list[tuple[FactorizedLinear, LayerReport]]:
     """`prune_layer` for the layers of one decoder block, in order."""
-    return side_by_side(lambda layer, moments: prune_layer(layer, moments, config), work, finished)
+    return side_by_side(lambda layer, moments: prune_layer(layer, moments, config), work, finished, each)
 
 
 def side_by_side(
     act: Callable[..., Result],
     work: Sequence[tuple[Any, ...]],
     finished: Callable[[Layer], object] = lambda layer: None,
+    each: int | None = None,
 ) -> list[Result]:
     """``act`` on the layers of one decoder block, in order.
 
@@ -41,9 +43,10 @@ def side_by_side(
     Args:
         work: the arguments for each layer; the dense layer is the first of them.
         finished: called with each layer once it is done, from the calling thread.
+        each: the threads for a layer, where others of its block are not among these; see `threads_each`.
     """
     cores = torch.get_num_threads()
-    each = threads_each([layer for layer, *_ in work], cores)
+    each = threads_each([layer for layer, *_ in work], cores) if each is None else each
     workers = min(len(work), cores // each)
     if workers <= 1:
         return [_told(finished, arguments[0], act(*arguments)) for arguments in work]
