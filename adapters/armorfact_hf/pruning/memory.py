@@ -24,7 +24,7 @@ class Memory:
         weights: of the model, or of as much of it as is in memory at a time. pruned: of what replaces them meanwhile.
         states: of the calibration windows, in every copy that is kept of them.
         statistics: second moments of the largest decoder block, or, where they wait in memory, of the last ones.
-        work: of the largest factorizations, or of tuning a block.
+        work: of the largest factorizations, of tuning a block, or of making a tensor of stored ones.
     """
 
     weights: int
@@ -52,7 +52,7 @@ def memory_of(job: Job, streamed: bool | None = None, spilled: bool | None = Non
         pruned=_pruned_bytes(job) if streamed else 0,
         states=job.window_bytes * (3 if spilled else len(job.tokens) * job.copies_of_states),
         statistics=_statistics_bytes(job, spilled),
-        work=max(_solving_bytes(job), _tuning_bytes(job)),
+        work=max(_solving_bytes(job), _tuning_bytes(job), _making_bytes(job) if streamed else 0),
     )
 
 
@@ -104,6 +104,10 @@ def statistics_bytes(job: Job, blocks: Sequence[int | None]) -> int:
 def _statistics_bytes(job: Job, spilled: bool) -> int:
     largest = max(statistics_bytes(job, [block]) for block in {layer.decoder_block for layer in job.layers})
     return largest if spilled else max(largest, statistics_bytes(job, job.tail))
+
+
+def _making_bytes(job: Job) -> int:
+    return job.weights.making if isinstance(job.weights, OnDisk) else 0
 
 
 def _solving_bytes(job: Job) -> int:
