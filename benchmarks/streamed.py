@@ -163,7 +163,7 @@ def measured_run(settings: argparse.Namespace) -> None:
     with TemporaryDirectory() as place:  # imports and compiles all that a run needs
         _write_small(Path(place))
         prune(place, Path(place) / "out", 2, 8)
-    before, start = _forget_peak(), time.perf_counter()
+    before, start = forget_peak(), time.perf_counter()
     prune(folder, Path(out), settings.windows, settings.length)
     plan = observer.plans[-1]
     found = {
@@ -181,7 +181,7 @@ def _write_small(folder: Path) -> None:
     _write_text(folder / "text.txt", 64)
 
 
-def _forget_peak() -> int:
+def forget_peak() -> int:
     """Let Linux count the peak of this process anew; the bytes that it holds now."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     status = Path("/proc/self/status").read_text(encoding="utf-8")
