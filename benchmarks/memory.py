@@ -32,7 +32,8 @@ from benchmarks.streamed import forget_peak
 SMALL = (64, 64)
 TOKENS = 64
 BLOCK = 64
-PARTS = ("sparsegpt", "factorize", "prune_layer")
+TARGETS = {"prune_layer": "weight", "prune_layer, target output": "output"}
+PARTS = ("sparsegpt", "factorize", *TARGETS)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -48,7 +49,7 @@ def work(part: str, shape: tuple[int, int], sweeps: int) -> Callable[[], object]
     d_out, d_in = shape
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(d_out, d_in, generator=generator).to(torch.bfloat16)
-    inputs = torch.randn(d_in, TOKENS, generator=generator, dtype=torch.float64 if part == "prune_layer" else None)
+    inputs = torch.randn(d_in, TOKENS, generator=generator, dtype=torch.float64 if part in TARGETS else None)
     gram = inputs @ inputs.T
     gram.diagonal().add_(TOKENS)
     if part == "sparsegpt":
@@ -58,7 +59,9 @@ def work(part: str, shape: tuple[int, int], sweeps: int) -> Callable[[], object]
     linear = nn.Linear(d_in, d_out, bias=False, dtype=torch.bfloat16)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     layer = Layer("layer", linear, 0, (BLOCK, BLOCK))
-    return lambda: prune_layer(layer, Moments(gram, None, TOKENS), PruneConfig(sweeps=sweeps, baselines=()))
+    moments = Moments(gram, gram.clone() if TARGETS[part] == "output" else None, TOKENS)
+    config = PruneConfig(sweeps=sweeps, baselines=(), target=TARGETS[part])
+    return lambda: prune_layer(layer, moments, config)
 
 
 def measured(part: str, shape: tuple[int, int], sweeps: int) -> int:

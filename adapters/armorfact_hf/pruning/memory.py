@@ -13,7 +13,9 @@ from armorfact_hf.model.on_disk import HEAD, Key, OnDisk
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
 
-SOLVER_COPIES = 11  # a generous count of W and H in float32 at the peak of one layer, where SparseGPT uses float64
+# Copies of H and of W in float32, rounded up, that one layer takes at most (benchmarks/memory.py): while SparseGPT
+# factors H in float64, while the factors are swept and measured, and while a target of outputs is solved for.
+FACTORING, SWEEPING, TARGETING = (5, 5), (2, 12), (6, 12)
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,15 @@ def _making_bytes(job: Job) -> int:
 
 
 def _solving_bytes(job: Job) -> int:
-    sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in job.layers))
+    phases = [FACTORING, SWEEPING, *([TARGETING] if job.config.target == "output" else [])]
+    compared = len(job.config.baselines)  # a weight each, until the losses are known
+
+    def nbytes(layer: Layer) -> int:
+        d_out, d_in = layer.shape
+        return 4 * max(grams * d_in**2 + (weights + compared) * d_out * d_in for grams, weights in phases)
+
     at_once = torch.get_num_threads() if job.weights.device.type == "cpu" else 1
-    return SOLVER_COPIES * sum(sizes[-at_once:])
+    return sum(sorted(map(nbytes, job.layers))[-at_once:])
 
 
 def _tuning_bytes(job: Job) -> int:
