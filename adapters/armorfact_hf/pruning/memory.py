@@ -54,7 +54,7 @@ def memory_of(job: Job, streamed: bool | None = None, spilled: bool | None = Non
         pruned=_pruned_bytes(job) if streamed else 0,
         states=job.window_bytes * (3 if spilled else len(job.tokens) * job.copies_of_states),
         statistics=_statistics_bytes(job, spilled),
-        work=max(_solving_bytes(job), _tuning_bytes(job), _making_bytes(job) if streamed else 0),
+        work=max(_solving_bytes(job), _tuning_bytes(job)),
     )
 
 
@@ -108,11 +108,8 @@ def _statistics_bytes(job: Job, spilled: bool) -> int:
     return largest if spilled else max(largest, statistics_bytes(job, job.tail))
 
 
-def _making_bytes(job: Job) -> int:
-    return job.weights.making if isinstance(job.weights, OnDisk) else 0
-
-
 def _solving_bytes(job: Job) -> int:
+    """Of the largest factorizations at a time, or of making the tensors that they begin with."""
     phases = [FACTORING, SWEEPING, *([TARGETING] if job.config.target == "output" else [])]
     compared = len(job.config.baselines)  # a weight each, until the losses are known
 
@@ -121,7 +118,8 @@ def _solving_bytes(job: Job) -> int:
         return 4 * max(grams * d_in**2 + (weights + compared) * d_out * d_in for grams, weights in phases)
 
     at_once = torch.get_num_threads() if job.weights.device.type == "cpu" else 1
-    return sum(sorted(map(nbytes, job.layers))[-at_once:])
+    making = job.weights.making if isinstance(job.weights, OnDisk) else 0
+    return max(making, sum(sorted(map(nbytes, job.layers))[-at_once:]))
 
 
 def _tuning_bytes(job: Job) -> int:
