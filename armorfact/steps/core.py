@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from armorfact import arrays, blocks
-from armorfact.gram import DiagonalGram
+from armorfact.gram import DiagonalGram, FullGram
 from armorfact.pattern import Pattern
 from armorfact.problem import Factors, Problem
 from armorfact.steps.left import gram_root
@@ -50,7 +50,7 @@ def core_step(
         visit = _all_groups(problem)
     if isinstance(problem.gram, DiagonalGram):
         return _independent_blocks(problem, factors, core_gradient(factors, residual_gram), visit)
-    return _panels(problem, factors, residual_gram, visit)
+    return _panels(problem, problem.gram, factors, residual_gram, visit)
 
 
 def core_gradient(factors: Factors, residual_gram: Array) -> Array:
@@ -96,7 +96,9 @@ def _independent_blocks(problem: Problem, factors: Factors, gradient: Array, vis
     return factors.replace(core=blocks.join_grid(core)), fallen
 
 
-def _panels(problem: Problem, factors: Factors, residual_gram: Array, visit: Array) -> tuple[Factors, float]:
+def _panels(
+    problem: Problem, h: FullGram, factors: Factors, residual_gram: Array, visit: Array
+) -> tuple[Factors, float]:
     """Panels of columns from left to right, the gradient of each formed when it is its turn.
 
     What the panels before carry to it, (d_out, k) @ (k, panel), is all the large arithmetic there
@@ -104,14 +106,14 @@ def _panels(problem: Problem, factors: Factors, residual_gram: Array, visit: Arr
     stands in memory: a panel needs the columns of S that are its own, down to its end.
     """
     xp = arrays.namespace(residual_gram)
-    on_diagonal = factors.right @ problem.gram.diagonal_blocks(problem.block_in) @ arrays.transpose(factors.right)
+    on_diagonal = factors.right @ h.diagonal_blocks(problem.block_in) @ arrays.transpose(factors.right)
     groups = xp.reshape(group_grams(on_diagonal, problem.pattern), (-1, problem.pattern.group, problem.pattern.group))
     inverses = support_inverses(groups, problem.pattern)
     left_gram = arrays.transpose(factors.left) @ factors.left
     core = xp.asarray(factors.core, copy=True)
     carried = residual_gram
     fallen = 0.0
-    for lo, hi, gradient, gram in _gradient_panels(problem, factors, residual_gram):
+    for lo, hi, gradient, gram in _gradient_panels(problem, h, factors, residual_gram):
         if lo:
             gradient += carried[:, :lo] @ gram[:lo, :]
         groups = slice(lo // problem.pattern.group, hi // problem.pattern.group)
@@ -133,7 +135,7 @@ def _panels(problem: Problem, factors: Factors, residual_gram: Array, visit: Arr
 
 
 def _gradient_panels(
-    problem: Problem, factors: Factors, residual_gram: Array
+    problem: Problem, h: FullGram, factors: Factors, residual_gram: Array
 ) -> Iterator[tuple[int, int, Array, Array]]:
     """(lo, hi, Q[:, lo:hi], S[:, lo:hi] down to row hi at least) from left to right.
 
@@ -146,7 +148,7 @@ def _gradient_panels(
         end = min(j + at_once, factors.right.shape[0])
         right, start, stop = factors.right[j:end, ...], j * size, end * size
         gradient = core_gradient(factors.replace(right=right), residual_gram[:, start:stop])
-        gram = _wrapped(problem.gram.matrix[:stop, start:stop], factors.right[:end, ...], right)
+        gram = _wrapped(h.matrix[:stop, start:stop], factors.right[:end, ...], right)
         for lo in range(start, stop, panel):
             hi = min(lo + panel, stop)
             yield lo, hi, gradient[:, lo - start : hi - start], gram[:, lo - start : hi - start]
@@ -226,7 +228,7 @@ def core_step_naive(problem: Problem, factors: Factors) -> Factors:
     if isinstance(problem.gram, DiagonalGram):
         panels = [(lo, lo + size) for lo in range(0, core.shape[1], size)]
     else:
-        panels = [(lo, hi) for lo, hi, *_ in _gradient_panels(problem, factors, factors.core)]
+        panels = [(lo, hi) for lo, hi, *_ in _gradient_panels(problem, problem.gram, factors, factors.core)]
     for start, stop in panels:
         for r in range(core.shape[0]):
             for lo in range(start, stop, group):
