@@ -13,9 +13,9 @@ from armorfact_hf.model.on_disk import HEAD, Key, OnDisk
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
 
-# Copies of H and of W in float32, rounded up, that one layer takes at most (benchmarks/memory.py): while SparseGPT
-# factors H in float64, while the factors are swept and measured, and while a target of outputs is solved for.
-FACTORING, SWEEPING, TARGETING = (5, 5), (2, 12), (6, 12)
+# Copies of H and of W in float32 that one layer takes at most (benchmarks/memory.py), and about one for what an
+# allocator keeps: while SparseGPT factors H in float64, and while the factors are swept and measured.
+PHASES = (6, 6), (2, 12)
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,21 @@ def _statistics_bytes(job: Job, spilled: bool) -> int:
 
 def _solving_bytes(job: Job) -> int:
     """Of the largest factorizations at a time, or of making the tensors that they begin with."""
-    phases = [FACTORING, SWEEPING, *([TARGETING] if job.config.target == "output" else [])]
     compared = len(job.config.baselines)  # a weight each, until the losses are known
 
     def nbytes(layer: Layer) -> int:
         d_out, d_in = layer.shape
-        return 4 * max(grams * d_in**2 + (weights + compared) * d_out * d_in for grams, weights in phases)
+        return 4 * max(grams * d_in**2 + (weights + compared) * d_out * d_in for grams, weights in PHASES)
 
     at_once = torch.get_num_threads() if job.weights.device.type == "cpu" else 1
     making = job.weights.making if isinstance(job.weights, OnDisk) else 0
-    return max(making, sum(sorted(map(nbytes, job.layers))[-at_once:]))
+    return max(making, sum(sorted(map(nbytes, job.layers))[-at_once:])) + _product_bytes(job)
+
+
+def _product_bytes(job: Job) -> int:
+    """Of the largest weight in the decoder blocks: PyTorch keeps a copy of it in the order that its products want."""
+    weights = (weight for block in job.blocks for weight in block.parameters() if weight.ndim > 1)
+    return max(weight[0].nbytes if weight.ndim == 3 else weight.nbytes for weight in weights)
 
 
 def _tuning_bytes(job: Job) -> int:
