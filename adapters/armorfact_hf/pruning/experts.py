@@ -12,12 +12,65 @@ reached is no special case.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from armorfact_hf.model.moments import Statistics
 from armorfact_hf.model.structure import Layer
 
 BORROWED = 0.25  # n0, in tokens for each input of a layer: the best of a small mixture (benchmarks/experts.py)
+
+
+@dataclass
+class Pool:
+    """H_all of layers whose inputs are alike; it grows with the experts that are added.
+
+    Args:
+        names: of the layers, in the order of the model. gram: H_all so far, None for no token. tokens: N so far.
+    """
+
+    names: Sequence[str]
+    gram: Tensor | None = None
+    tokens: int = 0
+
+    def add(self, statistics: Statistics) -> None:
+        """Count experts, whose statistics are over all calibration tokens; in the order of the model."""
+        for name in self._leaders(statistics):
+            own = statistics.gram[name]
+            self.gram = own.clone() if self.gram is None else self.gram.add_(own)
+            self.tokens += statistics.tokens[name]
+
+    def shrink_(self, statistics: Statistics, borrowed: float = BORROWED) -> None:
+        """Shrink the moments of some or all of the experts towards those of all, in place.
+
+        Args:
+            statistics: over all calibration tokens, of layers in ``layers``; those not reached are put into it.
+            borrowed: n0, in tokens for each input of a layer.
+        """
+        if self.gram is None:  # no token reached any: they are left as they are
+            return
+        prior = self.gram * (borrowed * len(self.gram) / self.tokens)
+        for name in self._leaders(statistics):
+            statistics.gram[name] += prior
+        unreached = [name for name in self.names if name not in statistics.leader]
+        for name in unreached:
+            statistics.leader[name] = unreached[0]
+            statistics.gram[unreached[0]], statistics.tokens[unreached[0]] = prior, 0
+
+    def _leaders(self, statistics: Statistics) -> list[str]:
+        return [name for name in self.names if statistics.leader.get(name) == name]
+
+
+def pools_of(layers: Iterable[Layer]) -> list[Pool]:
+    """A pool for each kind of input that experts among the layers have."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for layer in layers:
+        if layer.stack:
+            kind = "inputs" if layer.name.endswith((".gate", ".up")) else "intermediate"
+            alike.setdefault((layer.stack, kind), []).append(layer.name)
+    return [Pool(names) for names in alike.values()]
 
 
 def pool_(statistics: Statistics, layers: Iterable[Layer], borrowed: float = BORROWED) -> None:
@@ -27,26 +80,6 @@ def pool_(statistics: Statistics, layers: Iterable[Layer], borrowed: float = BOR
         statistics: over all calibration tokens. layers: those of a decoder block, experts' among them or not.
         borrowed: n0, in tokens for each input of a layer.
     """
-    alike: dict[tuple[str, str], list[str]] = {}
-    for layer in layers:
-        if layer.stack:
-            kind = "inputs" if layer.name.endswith((".gate", ".up")) else "intermediate"
-            alike.setdefault((layer.stack, kind), []).append(layer.name)
-    for names in alike.values():
-        _pool(statistics, names, borrowed)
-
-
-def _pool(statistics: Statistics, names: list[str], borrowed: float) -> None:
-    """For layers whose inputs are alike."""
-    leaders = [name for name in names if statistics.leader.get(name) == name]
-    if not leaders:  # no token reached any: they are left as they are
-        return
-    pooled = sum(statistics.gram[name] for name in leaders[1:]) + statistics.gram[leaders[0]]
-    tokens = sum(statistics.tokens[name] for name in leaders)
-    pooled *= borrowed * len(pooled) / tokens
-    for name in leaders:
-        statistics.gram[name] += pooled
-    unreached = [name for name in names if name not in statistics.leader]
-    for name in unreached:
-        statistics.leader[name] = unreached[0]
-        statistics.gram[unreached[0]], statistics.tokens[unreached[0]] = pooled, 0
+    for pool in pools_of(layers):
+        pool.add(statistics)
+        pool.shrink_(statistics, borrowed)

@@ -20,6 +20,7 @@ def prune_layers(
     work: Sequence[tuple[Layer, Moments]],
     config: PruneConfig,
     finished: Callable[[Layer], object] = lambda layer: None,
+    each: int | None = None,
 ) -> list[tuple[FactorizedLinear, LayerReport]]:
     """`prune_layer` for the layers of one decoder block, in order.
 
@@ -28,9 +29,10 @@ def prune_layers(
 
     Args:
         finished: called with each layer once it is done, from the calling thread.
+        each: the threads for a layer, where others of its block are not among these; see `threads_each`.
     """
     cores = torch.get_num_threads()
-    each = threads_each([layer for layer, _ in work], cores)
+    each = threads_each([layer for layer, _ in work], cores) if each is None else each
     workers = min(len(work), cores // each)
     if workers <= 1:
         return [_told(finished, layer, prune_layer(layer, moments, config)) for layer, moments in work]
