@@ -37,12 +37,26 @@ def unpack_positions(packed: Array, bits: int, count: int) -> Array:
     return xp.reshape(codes, (packed.shape[0], -1))[:, :count]
 
 
+def _kept(matrix: Array, pattern: Pattern) -> tuple[Array, Array]:
+    """The values and the packed positions of a matrix that obeys the pattern; see `Core.from_dense`."""
+    if (most := pattern.most_kept(matrix)) > pattern.keep:
+        raise ValueError(f"a group of the matrix holds {most} non-zeros, {pattern} allows {pattern.keep}")
+    xp = arrays.namespace(matrix)
+    rows, columns = matrix.shape
+    grouped = xp.reshape(matrix, (rows, columns // pattern.group, pattern.group))
+    order = xp.argsort(xp.astype(grouped == 0, xp.uint8), axis=-1, stable=True)
+    positions = xp.sort(order[..., : pattern.keep], axis=-1)
+    values = xp.take_along_axis(grouped, positions, axis=-1)
+    flat = (rows, columns // pattern.group * pattern.keep)
+    return xp.reshape(values, flat), pack_positions(xp.reshape(positions, flat), pattern.index_bits)
+
+
 @dataclass(frozen=True)
 class Core:
     """An N:M matrix (d_out, d_in).
 
     Args:
-        values: (d_out, d_in * N / M), the kept values of each row from left to right.
+        values: (d_out, d_in * N / M), the kept values of each row from left to right: floating, or int8.
         packed: (d_out, bytes) uint8, the position of each value in its group, ascending, in
             ``pattern.index_bits`` bits each (2 for 2:4), the first in the low bits of its byte.
         pattern: N:M.
@@ -69,19 +83,11 @@ class Core:
         Raises:
             ValueError: a group holds more than N non-zeros.
         """
-        if pattern.most_kept(matrix) > pattern.keep:
-            raise ValueError(
-                f"a group of the matrix holds {pattern.most_kept(matrix)} non-zeros, {pattern} allows {pattern.keep}"
-            )
         xp = arrays.namespace(matrix)
-        rows, columns = matrix.shape
-        grouped = xp.reshape(matrix, (rows, columns // pattern.group, pattern.group))
-        order = xp.argsort(xp.astype(grouped == 0, xp.uint8), axis=-1, stable=True)
-        positions = xp.sort(order[..., : pattern.keep], axis=-1)
-        values = xp.take_along_axis(grouped, positions, axis=-1)
-        flat = (rows, columns // pattern.group * pattern.keep)
-        packed = pack_positions(xp.reshape(positions, flat), pattern.index_bits)
-        return cls(xp.reshape(values, flat), packed, pattern, columns)
+        # A panel of rows at a time: places in groups are sorted as numbers of 64 bits.
+        panels = [_kept(matrix[rows, :], pattern) for rows in arrays.panels(matrix.shape[0])]
+        values, packed = (xp.concat(parts, axis=0) for parts in zip(*panels, strict=True))
+        return cls(values, packed, pattern, matrix.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,9 +105,18 @@ class Core:
         xp = arrays.namespace(self.values)
         return self._scatter(xp.ones_like(self.values)) != 0
 
-    def dense(self) -> Array:
-        """(d_out, d_in), in the dtype of the values."""
-        return self._scatter(self.values)
+    @property
+    def places(self) -> Array:
+        """(d_out, d_in * N / M) int64: the column of each value."""
+        xp = arrays.namespace(self.packed)
+        count = xp.arange(self.values.shape[1], dtype=xp.int64, device=arrays.device(self.packed))
+        return xp.astype(self.positions, xp.int64) + count // self.pattern.keep * self.pattern.group
+
+    def dense(self, dtype: Any = None) -> Array:
+        """(d_out, d_in), in the dtype of the values if none is given."""
+        xp = arrays.namespace(self.values)
+        values = self.values if dtype is None else xp.astype(self.values, dtype, copy=False)
+        return self._scatter(values)
 
     def _scatter(self, values: Array) -> Array:
         xp = arrays.namespace(values)
@@ -122,7 +137,7 @@ class Core:
         for lo in range(0, self.shape[0], rows_at_once):
             rows = slice(lo, min(lo + rows_at_once, self.shape[0]))
             panel = Core(self.values[rows, :], self.packed[rows, :], self.pattern, self.columns)
-            outputs.append(x @ arrays.transpose(panel.dense()))
+            outputs.append(x @ arrays.transpose(panel.dense(x.dtype)))
         return xp.concat(outputs, axis=-1)
 
     @property

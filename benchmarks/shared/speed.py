@@ -8,13 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from armorfact import BlockDiagonal, Core
 from armorfact_hf.bench.timing import time_side_by_side
 from armorfact_hf.layers.execution import Execution
 from armorfact_hf.layers.joined import JoinedLinears
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.strategy import PAIR
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fitting import fitting_block
-from benchmarks.execution import COPIES_BYTES, copies, random_layer
+from benchmarks.execution import COPIES_BYTES, copies
 from benchmarks.shared.sharing import Shape, Sharing, common_block
 
 # Rows of the projections, and their inputs: SmolLM2-135M, then the sizes of Llama 3 8B.
@@ -62,7 +64,14 @@ def decode_seconds(rows: Sequence[int], d_in: int, held: int = COPIES_BYTES) -> 
 
 
 def _copies(d_out: int, d_in: int, block: Shape, count: int) -> list[FactorizedLinear]:
-    return cast(list[FactorizedLinear], copies(random_layer(d_out, d_in, block, torch.bfloat16), count, PACKED))
+    """So many layers of the same random factors, each with memory of its own."""
+    weight = torch.randn(d_out, d_in)
+    core = Core.from_dense((weight * PAIR.top_mask(weight.abs())).bfloat16(), PAIR)
+    left, right = (
+        BlockDiagonal((torch.randn(d // size, size, size) / size**0.5).bfloat16())
+        for d, size in zip((d_out, d_in), block, strict=True)
+    )
+    return cast(list[FactorizedLinear], copies(FactorizedLinear.of(core, left, right), count, PACKED))
 
 
 def speed_row(name: str, held: int = COPIES_BYTES) -> list[str]:

@@ -15,7 +15,9 @@ from armorfact_hf.model.on_disk import HEAD, Key, OnDisk
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
 
-SOLVER_COPIES = 11  # a generous count of W and H in float32 at the peak of one layer, where SparseGPT uses float64
+# Copies of H and of W in float32 that one layer takes at most (benchmarks/memory.py), and about one for what an
+# allocator keeps: while SparseGPT factors H in float64, and while the factors are swept and measured.
+PHASES = (6, 6), (2, 12)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Memory:
         weights: of the model, or of as much of it as is in memory at a time. pruned: of what replaces them meanwhile.
         states: of the calibration windows, in every copy that is kept of them.
         statistics: second moments of the largest decoder block, or, where they wait in memory, of the last ones.
-        work: of the largest factorizations, or of tuning a block.
+        work: of the largest factorizations, of tuning a block, or of making a tensor of stored ones.
     """
 
     weights: int
@@ -161,9 +163,22 @@ def _statistics_bytes(job: Job, spilled: bool, experts: int | None) -> int:
 
 
 def _solving_bytes(job: Job) -> int:
-    sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in job.layers))
+    """Of the largest factorizations at a time, or of making the tensors that they begin with."""
+    compared = len(job.config.baselines)  # a weight each, until the losses are known
+
+    def nbytes(layer: Layer) -> int:
+        d_out, d_in = layer.shape
+        return 4 * max(grams * d_in**2 + (weights + compared) * d_out * d_in for grams, weights in PHASES)
+
     at_once = torch.get_num_threads() if job.weights.device.type == "cpu" else 1
-    return SOLVER_COPIES * sum(sizes[-at_once:])
+    making = job.weights.making if isinstance(job.weights, OnDisk) else 0
+    return max(making, sum(sorted(map(nbytes, job.layers))[-at_once:])) + _product_bytes(job)
+
+
+def _product_bytes(job: Job) -> int:
+    """Of the largest weight in the decoder blocks: PyTorch keeps a copy of it in the order that its products want."""
+    weights = (weight for block in job.blocks for weight in block.parameters() if weight.ndim > 1)
+    return max(weight[0].nbytes if weight.ndim == 3 else weight.nbytes for weight in weights)
 
 
 def _tuning_bytes(job: Job) -> int:

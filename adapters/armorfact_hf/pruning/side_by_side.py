@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport, prune_layer
 
+Result = TypeVar("Result")
+
 
 def prune_layers(
     work: Sequence[tuple[Layer, Moments]],
@@ -22,24 +24,36 @@ def prune_layers(
     finished: Callable[[Layer], object] = lambda layer: None,
     each: int | None = None,
 ) -> list[tuple[FactorizedLinear, LayerReport]]:
-    """`prune_layer` for the layers of one decoder block, in order.
+    """`prune_layer` for the layers of one decoder block, in order."""
+    return side_by_side(lambda layer, moments: prune_layer(layer, moments, config), work, finished, each)
 
-    On the CPU they are pruned side by side, each by a share of the cores: that takes no longer than one after the other
-    by all cores, and, as threads then hardly wait for each other, five times less on a machine with other work to do.
+
+def side_by_side(
+    act: Callable[..., Result],
+    work: Sequence[tuple[Any, ...]],
+    finished: Callable[[Layer], object] = lambda layer: None,
+    each: int | None = None,
+) -> list[Result]:
+    """``act`` on the layers of one decoder block, in order.
+
+    On the CPU they are worked on side by side, each by a share of the cores: that takes no longer than one after the
+    other by all cores, and, as threads then hardly wait for each other, five times less on a machine with other work
+    to do.
 
     Args:
+        work: the arguments for each layer; the dense layer is the first of them.
         finished: called with each layer once it is done, from the calling thread.
         each: the threads for a layer, where others of its block are not among these; see `threads_each`.
     """
     cores = torch.get_num_threads()
-    each = threads_each([layer for layer, _ in work], cores) if each is None else each
+    each = threads_each([layer for layer, *_ in work], cores) if each is None else each
     workers = min(len(work), cores // each)
     if workers <= 1:
-        return [_told(finished, layer, prune_layer(layer, moments, config)) for layer, moments in work]
+        return [_told(finished, arguments[0], act(*arguments)) for arguments in work]
     largest_first = sorted(range(len(work)), key=lambda k: -layer_flops(work[k][0]))
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
     try:
-        futures = {pool.submit(prune_layer, *work[k], config): k for k in largest_first}
+        futures = {pool.submit(act, *work[k]): k for k in largest_first}
         for future in as_completed(futures):
             finished(work[futures[future]][0])
     finally:
@@ -55,7 +69,7 @@ def threads_each(layers: Sequence[Layer], cores: int) -> int:
     return max(1, cores // max(1, at_once))
 
 
-def _told(finished: Callable[[Layer], object], layer: Layer, result: Any) -> Any:
+def _told(finished: Callable[[Layer], object], layer: Layer, result: Result) -> Result:
     finished(layer)
     return result
 
