@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import cast
 
 import torch
@@ -57,8 +58,8 @@ def decode_seconds(rows: Sequence[int], d_in: int, held: int = COPIES_BYTES) -> 
     forms: dict[str, Sequence[nn.Module]] = {
         "one B each, in turn": [InTurn(group) for group in groups],
         "one B each, one launch": [JoinedLinears(group) for group in groups],
-        "one B": stacked,
-        "one B, as a launch": [JoinedLinears([layer]) for layer in stacked],
+        "one B, as a layer": stacked,
+        "one B, one launch": [JoinedLinears([layer]) for layer in stacked],
     }
     return time_side_by_side(forms, torch.randn(1, d_in).bfloat16())
 
@@ -74,16 +75,19 @@ def _copies(d_out: int, d_in: int, block: Shape, count: int) -> list[FactorizedL
     return cast(list[FactorizedLinear], copies(FactorizedLinear.of(core, left, right), count, PACKED))
 
 
-def speed_row(name: str, held: int = COPIES_BYTES) -> list[str]:
-    """A line of the table: the blocks, microseconds by form, and the gain of one B over one each in one launch."""
+def speed_row(name: str, held: int = COPIES_BYTES, repeats: int = 7) -> list[str]:
+    """A line of the table: the blocks, median microseconds by form, and the gain of one B, both in one launch.
+
+    The gain is the median over the repeats, with the smallest and the largest: other work on the machine moves it.
+    """
     rows, d_in = GROUPS[name]
     each, common = blocks_of(rows, d_in)
-    found = decode_seconds(rows, d_in, held)
-    gain = found["one B each, one launch"] / found["one B, as a launch"]
-    shown = ", ".join(str(size) for size, _ in each)
-    times = [f"{seconds * 1e6:,.1f}" for seconds in found.values()]
-    return [name, shown, f"{common[0]}x{common[1]}", *times, f"{gain:.3f}"]
+    found = [decode_seconds(rows, d_in, held) for _ in range(repeats)]
+    gains = [line["one B each, one launch"] / line["one B, one launch"] for line in found]
+    times = [f"{median(line[form] for line in found) * 1e6:,.0f}" for form in found[0]]
+    gain = f"{median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
+    return [name, ", ".join(str(size) for size, _ in each), f"{common[0]}x{common[1]}", *times, gain]
 
 
 HEADER = ["projections", "blocks, one B each", "blocks, one B"]
-HEADER += ["each in turn µs", "each, one launch µs", "one B, as a layer µs", "one B, as a launch µs", "gain"]
+HEADER += ["one B each, in turn", "one B each, one launch", "one B, as a layer", "one B, one launch", "gain"]

@@ -112,4 +112,4 @@ def test_the_command_prints_both_tables_and_measures_once(model_folder, text_fil
 def test_speed_is_measured_in_every_form(monkeypatch):
     monkeypatch.setitem(speed.GROUPS, "small", ((64, 32), 64))
     monkeypatch.setattr("armorfact_hf.bench.timing.SECONDS", 0)
-    assert len(speed.speed_row("small", held=1 << 16)) == len(speed.HEADER)
+    assert len(speed.speed_row("small", held=1 << 16, repeats=2)) == len(speed.HEADER)
