@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
 import torch
 
@@ -15,11 +14,15 @@ from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport, prune_layer
 
+Keep = Callable[[FactorizedLinear, LayerReport], object]
+
+
+def forget(layer: FactorizedLinear, report: LayerReport) -> None:
+    """A `Keep` that keeps nothing."""
+
 
 def prune_layers(
-    work: Sequence[tuple[Layer, Moments]],
-    config: PruneConfig,
-    finished: Callable[[Layer], object] = lambda layer: None,
+    work: Sequence[tuple[Layer, Moments]], config: PruneConfig, keep: Keep = forget, known: Collection[str] = ()
 ) -> list[tuple[FactorizedLinear, LayerReport]]:
     """`prune_layer` for the layers of one decoder block, in order.
 
@@ -27,19 +30,20 @@ def prune_layers(
     by all cores, and, as threads then hardly wait for each other, five times less on a machine with other work to do.
 
     Args:
-        finished: called with each layer once it is done, from the calling thread.
+        keep: called with each layer once it is done, from the calling thread.
+        known: names of layers that are left out. They count for the share of the others, as bits may depend on it.
     """
     cores = torch.get_num_threads()
     each = threads_each([layer for layer, _ in work], cores)
-    workers = min(len(work), cores // each)
-    if workers <= 1:
-        return [_told(finished, layer, prune_layer(layer, moments, config)) for layer, moments in work]
-    largest_first = sorted(range(len(work)), key=lambda k: -layer_flops(work[k][0]))
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
+    left = [(layer, moments) for layer, moments in work if layer.name not in known]
+    if each == cores:
+        return [_kept(keep, *prune_layer(layer, moments, config)) for layer, moments in left]
+    largest_first = sorted(range(len(left)), key=lambda k: -layer_flops(left[k][0]))
+    pool = ThreadPoolExecutor(cores // each, initializer=torch.set_num_threads, initargs=(each,))
     try:
-        futures = {pool.submit(prune_layer, *work[k], config): k for k in largest_first}
+        futures = {pool.submit(prune_layer, *left[k], config): k for k in largest_first}
         for future in as_completed(futures):
-            finished(work[futures[future]][0])
+            keep(*future.result())
     finally:
         stopped = not isinstance(sys.exception(), Exception | None)  # whoever presses Ctrl-C waits for nobody
         pool.shutdown(wait=not stopped, cancel_futures=True)
@@ -53,9 +57,9 @@ def threads_each(layers: Sequence[Layer], cores: int) -> int:
     return max(1, cores // max(1, at_once))
 
 
-def _told(finished: Callable[[Layer], object], layer: Layer, result: Any) -> Any:
-    finished(layer)
-    return result
+def _kept(keep: Keep, layer: FactorizedLinear, report: LayerReport) -> tuple[FactorizedLinear, LayerReport]:
+    keep(layer, report)
+    return layer, report
 
 
 def layer_flops(layer: Layer) -> float:

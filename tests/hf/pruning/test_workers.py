@@ -17,7 +17,7 @@ import torch
 from armorfact_hf.model.nonfinite import NonFiniteActivations
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.journal import model_fingerprint
+from armorfact_hf.pruning.fingerprint import model_fingerprint
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.workers import choice
 from armorfact_hf.pruning.workers.choice import check_workers

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import Moments, Statistics
 from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Pruned
+from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.progress import Progress
-from armorfact_hf.pruning.side_by_side import prune_layers
+from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers
 from armorfact_hf.pruning.workers.flow import Flow
 from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail, with_losses
 
@@ -59,10 +61,17 @@ class InProcess:
         self.flow.begin(index)
         self.flow.pass_by(index)
 
-    def prune(self, layers: Sequence[Layer], statistics: Statistics) -> Pruned:
+    def prune(
+        self, layers: Sequence[Layer], statistics: Statistics, keep: Keep = forget, known: Collection[str] = ()
+    ) -> Pruned:
         """What replaces each of the layers; one that no token reaches (of an expert, say) is left as it is."""
         work = [(layer, statistics.of(layer.name)) for layer in layers if layer.name in statistics.leader]
-        return prune_layers(work, self.job.config, lambda layer: self.progress.tell(1, layer.name))
+
+        def done(layer: FactorizedLinear, report: LayerReport) -> None:
+            keep(layer, report)
+            self.progress.tell(1, report.name)
+
+        return prune_layers(work, self.job.config, done, known)
 
     def match(self, index: int, pruned: Pruned, statistics: Statistics) -> tuple[Pruned, BlockReport | None]:
         """The layers of a block, tuned together towards the states of the dense model behind it."""

@@ -16,11 +16,11 @@ import ray
 
 from armorfact_hf.model.moments import agree
 from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Pruned
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.progress import Progress
-from armorfact_hf.pruning.side_by_side import layer_flops, threads_each
+from armorfact_hf.pruning.side_by_side import Keep, forget, layer_flops, threads_each
 from armorfact_hf.pruning.workers import remote
 from armorfact_hf.pruning.workers.cluster import RETRIES, Cluster, get, joined
 from armorfact_hf.pruning.workers.remote import Ref
@@ -108,21 +108,25 @@ class OnRay:
                 done, self.dense[window] = moved[window]
                 get(done)
 
-    def prune(self, layers: Sequence[Layer], statistics: Gathered) -> Pruned:
+    def prune(
+        self, layers: Sequence[Layer], statistics: Gathered, keep: Keep = forget, known: Collection[str] = ()
+    ) -> Pruned:
         """What replaces each of the layers, each by a task of its own, largest first."""
         work = {layer.name: layer for layer in layers if layer.name in statistics.leader}
         threads = threads_each(list(work.values()), self.cluster.threads)
         waiting = [
             _task(remote.prune, threads).remote(layer, statistics.of(layer.name), self.job.config, threads)
             for layer in sorted(work.values(), key=layer_flops, reverse=True)
+            if layer.name not in known
         ]
-        found = {}
+        found = []
         while waiting:
             [done], waiting = ray.wait(waiting)
             layer, report = get(done)
-            found[report.name] = layer, report
+            keep(layer, report)
+            found.append((layer, report))
             self.progress.tell(1, report.name)
-        return [found[name] for name in work]
+        return found
 
     def match(self, index: int, pruned: Pruned, statistics: Gathered) -> tuple[Pruned, BlockReport | None]:
         """The layers of a block, tuned together towards the states of the dense model behind it."""

@@ -19,8 +19,8 @@ from armorfact_hf.model.moments import Inputs, Moments, Statistics
 from armorfact_hf.model.stream import BlockStream
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Pruned
 from armorfact_hf.pruning.layer import LayerReport, prune_layer, with_tuned_loss
 from armorfact_hf.pruning.notes import damping_noted
 from armorfact_hf.pruning.states import States
