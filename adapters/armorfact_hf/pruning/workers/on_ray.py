@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import agree
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.entry import Pruned
@@ -23,25 +24,11 @@ from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.side_by_side import Keep, forget, layer_flops, threads_each
 from armorfact_hf.pruning.workers import remote
 from armorfact_hf.pruning.workers.cluster import RETRIES, Cluster, get, joined
-from armorfact_hf.pruning.workers.remote import Ref
+from armorfact_hf.pruning.workers.gathered import Gathered, task
+from armorfact_hf.pruning.workers.remote import Ref, alone
+from armorfact_hf.pruning.workers.tuning import layers_by_name
 
 Held = list[Ref]  # the state of each window
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """The statistics of a block.
-
-    Args:
-        leader: as in `Statistics`. moments: of each leader, a reference.
-    """
-
-    leader: dict[str, str]
-    moments: dict[str, Ref]
-
-    def of(self, name: str) -> Ref:
-        """Refers to what is known of the inputs of one layer."""
-        return self.moments[self.leader[name]]
 
 
 @dataclass
@@ -96,12 +83,15 @@ class OnRay:
             if self.dense is not None:
                 self.dense[window] = dense
         parts = dict(zip(names, zip(*(parts for _, _, *parts in called), strict=True), strict=True))
-        return Gathered(leader, {name: self._gathered(name, parts[name]) for name in dict.fromkeys(leader.values())})
+        found = {name: self._gathered(name, parts[name]) for name in dict.fromkeys(leader.values())}
+        gathered = Gathered(leader, found)
+        gathered.pool_(self.job.layers_of(index))
+        return gathered
 
     def pass_by(self, index: int) -> None:
         """Move the dense model's states on through a block that needs no statistics."""
         self._begin(index)
-        moved = [] if self.dense is None else self._advanced([index], self.dense)
+        moved = [self._passed_by(index, window, held) for window, held in enumerate(self.dense or [])]
         for window in self._windows:
             self._tell_window(index, window, self._followed)
             if self.dense is not None:
@@ -115,7 +105,7 @@ class OnRay:
         work = {layer.name: layer for layer in layers if layer.name in statistics.leader}
         threads = threads_each(list(work.values()), self.cluster.threads)
         waiting = [
-            _task(remote.prune, threads).remote(layer, statistics.of(layer.name), self.job.config, threads)
+            task(remote.prune, threads).remote(alone(layer), statistics.of(layer.name), self.job.config, threads)
             for layer in sorted(work.values(), key=layer_flops, reverse=True)
             if layer.name not in known
         ]
@@ -142,8 +132,7 @@ class OnRay:
 
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model, here and in every worker before it computes again."""
-        for layer, report in pruned:
-            self.job.model.set_submodule(report.name, layer)
+        put_layers_(self.job.model, layers_by_name(pruned))
         self.replaced.append(ray.put(pruned))
 
     def advance(self, index: int) -> None:
@@ -182,7 +171,7 @@ class OnRay:
 
     def _gathered(self, name: str, parts: Sequence[Ref]) -> Ref:
         threads, correlations = self.cluster.threads, self.job.config.needs_correlations
-        return _task(remote.gather, threads).remote(name, correlations, list(parts), threads)
+        return task(remote.gather, threads).remote(name, correlations, list(parts), threads)
 
     def _advanced(self, blocks: Collection[int], held: Held) -> list[list[Ref]]:
         """For each window, a sign that it is done and its state, both references."""
@@ -190,6 +179,10 @@ class OnRay:
             self._actor(window).advance.options(num_returns=2).remote(list(blocks), window, state, self.replaced)
             for window, state in enumerate(held)
         ]
+
+    def _passed_by(self, index: int, window: int, held: Ref) -> list[Ref]:
+        """As `_advanced` returns for a window."""
+        return self._actor(window).pass_by.options(num_returns=2).remote(index, window, held, self.replaced)
 
     def _tuned(
         self, index: int | None, given: Held, blocks: Sequence[tuple[Pruned, Gathered]]
@@ -199,9 +192,9 @@ class OnRay:
         if not matched.kept:
             return pruned, matched
         dense, threads = {layer.name: layer for layer in self.job.layers}, self.cluster.threads
-        again = _task(remote.report_again, threads)
+        again = task(remote.report_again, threads)
         reports = [
-            again.remote(x, dense[x.name], layers[x.name], statistics.of(x.name), self.job.config, threads)
+            again.remote(x, alone(dense[x.name]), layers[x.name], statistics.of(x.name), self.job.config, threads)
             for given_layers, statistics in blocks
             for _, x in given_layers
         ]
@@ -213,7 +206,3 @@ class OnRay:
     def _tell_window(self, index: int | None, window: int, times: int) -> None:
         for _ in range(0 if index is None else times):
             self.progress.tell(1, f"decoder block {(index or 0) + 1} of {len(self.job.blocks)}, window {window + 1}")
-
-
-def _task(function: Any, cores: int) -> Any:
-    return ray.remote(function).options(num_cpus=cores, max_retries=RETRIES)
