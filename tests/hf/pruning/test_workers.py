@@ -26,7 +26,7 @@ from tests.hf.runs.folders import OURS, prune
 
 SETTINGS = {
     "tail and head": ("llama", {"tail": 2, "head": True}, 2),
-    "experts": ("gpt_oss", {"refine": None, "include": (r"re:.*\.1\..*",)}, 1),
+    "experts": ("gpt_oss", {"refine": None, "include": (r"re:model\.layers\.1\..*",)}, 1),
     "blocks that return tuples": ("falcon", {"target": "output", "tail": 0, "ignore": (r"re:.*\.1\..*",)}, 1),
 }
 
