@@ -98,8 +98,9 @@ class Journal:
             DiskFull: the disk has no room for it.
         """
         self._entry(key).write(finished)
-        for path in _layers_of(self.folder, key):
-            remove(path)
+        if not LAYER.fullmatch(key):
+            for path in _layers_of(self.folder, key):
+                remove(path)
 
     def read(self, key: str, device: Any = None) -> Finished | None:
         """What is stored under ``key``, or None.
