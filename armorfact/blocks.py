@@ -63,11 +63,14 @@ def right_product(matrix: Array, blocks: Array) -> Array:
 
 
 def diagonal_blocks(matrix: Array, size: int) -> Array:
-    """The (size, size) blocks on the diagonal of a square matrix, (blocks, size, size)."""
+    """The (size, size) blocks on the diagonals of (batches of) square matrices, (..., blocks, size, size)."""
     xp = arrays.namespace(matrix)
-    grid = xp.reshape(matrix, (matrix.shape[0] // size, size, matrix.shape[1] // size, size))
-    on_diagonal = xp.linalg.diagonal(xp.permute_dims(grid, (1, 3, 0, 2)))
-    return xp.permute_dims(on_diagonal, (2, 0, 1))
+    *batch, rows, columns = matrix.shape
+    grid = xp.reshape(matrix, (*batch, rows // size, size, columns // size, size))
+    first = len(batch)
+    outer = tuple(range(first))
+    on_diagonal = xp.linalg.diagonal(xp.permute_dims(grid, (*outer, first + 1, first + 3, first, first + 2)))
+    return xp.permute_dims(on_diagonal, (*outer, first + 2, first, first + 1))
 
 
 def identity_blocks(count: int, size: int, like: Array) -> Array:

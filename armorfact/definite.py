@@ -15,13 +15,17 @@ def rounding_of(given: Array, converted: Array) -> float:
     return 10 * max(arrays.epsilon(given), arrays.epsilon(converted)) * converted.shape[-1]
 
 
-def unit_diagonal(matrix: Array) -> tuple[Array, Array]:
-    """H scaled to unit diagonal, so that channels of small energy count as much as outliers; which have any."""
+def unit_scale(matrix: Array) -> tuple[Array, Array]:
+    """What scales rows and columns of H to unit diagonal, so that channels of small energy count as much as outliers.
+
+    Returns:
+        The scale of each channel, zero for those without energy, and which have any.
+    """
     xp = arrays.namespace(matrix)
     diagonal = xp.linalg.diagonal(matrix)
     alive = diagonal > 0
     scale = xp.where(alive, xp.where(alive, diagonal, xp.ones_like(diagonal)) ** -0.5, xp.zeros_like(diagonal))
-    return matrix * scale[:, None] * scale[None, :], alive
+    return scale, alive
 
 
 def definite(gram: Gram, given: Array | None) -> Gram:
@@ -42,7 +46,10 @@ def definite(gram: Gram, given: Array | None) -> Gram:
     xp = arrays.namespace(gram.matrix)
     tolerance = rounding_of(given, gram.matrix)
     size = gram.matrix.shape[0]
-    flat = xp.reshape(unit_diagonal(gram.matrix)[0], (-1,))
+    scale, _ = unit_scale(gram.matrix)
+    scaled = gram.matrix * scale[:, None]
+    scaled *= scale[None, :]
+    flat = xp.reshape(scaled, (-1,))
     margin = 4 * arrays.epsilon(flat) * size**0.5
     floor = 0.0
     while True:

@@ -37,6 +37,20 @@ def unpack_positions(packed: Array, bits: int, count: int) -> Array:
     return xp.reshape(codes, (packed.shape[0], -1))[:, :count]
 
 
+def _kept(matrix: Array, pattern: Pattern) -> tuple[Array, Array]:
+    """The values and the packed positions of a matrix that obeys the pattern; see `Core.from_dense`."""
+    if (most := pattern.most_kept(matrix)) > pattern.keep:
+        raise ValueError(f"a group of the matrix holds {most} non-zeros, {pattern} allows {pattern.keep}")
+    xp = arrays.namespace(matrix)
+    rows, columns = matrix.shape
+    grouped = xp.reshape(matrix, (rows, columns // pattern.group, pattern.group))
+    order = xp.argsort(xp.astype(grouped == 0, xp.uint8), axis=-1, stable=True)
+    positions = xp.sort(order[..., : pattern.keep], axis=-1)
+    values = xp.take_along_axis(grouped, positions, axis=-1)
+    flat = (rows, columns // pattern.group * pattern.keep)
+    return xp.reshape(values, flat), pack_positions(xp.reshape(positions, flat), pattern.index_bits)
+
+
 @dataclass(frozen=True)
 class Core:
     """An N:M matrix (d_out, d_in).
@@ -69,19 +83,11 @@ class Core:
         Raises:
             ValueError: a group holds more than N non-zeros.
         """
-        if pattern.most_kept(matrix) > pattern.keep:
-            raise ValueError(
-                f"a group of the matrix holds {pattern.most_kept(matrix)} non-zeros, {pattern} allows {pattern.keep}"
-            )
         xp = arrays.namespace(matrix)
-        rows, columns = matrix.shape
-        grouped = xp.reshape(matrix, (rows, columns // pattern.group, pattern.group))
-        order = xp.argsort(xp.astype(grouped == 0, xp.uint8), axis=-1, stable=True)
-        positions = xp.sort(order[..., : pattern.keep], axis=-1)
-        values = xp.take_along_axis(grouped, positions, axis=-1)
-        flat = (rows, columns // pattern.group * pattern.keep)
-        packed = pack_positions(xp.reshape(positions, flat), pattern.index_bits)
-        return cls(xp.reshape(values, flat), packed, pattern, columns)
+        # A panel of rows at a time: places in groups are sorted as numbers of 64 bits.
+        panels = [_kept(matrix[rows, :], pattern) for rows in arrays.panels(matrix.shape[0])]
+        values, packed = (xp.concat(parts, axis=0) for parts in zip(*panels, strict=True))
+        return cls(values, packed, pattern, matrix.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:

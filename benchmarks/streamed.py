@@ -2,12 +2,13 @@
 
     python -m benchmarks.streamed --gb 8
     python -m benchmarks.streamed --gb 0.5 --hidden 2048 --inner 16384 --heads 16 --kv-heads 4 --compare
+    python -m benchmarks.streamed --gb 0.5 --hidden 1024 --inner 3584 --heads 8 --kv-heads 2 --experts 8 --compare
 
-The model is a random Llama in bfloat16. It is written shard by shard, never whole in memory, pruned by a process of its
-own, and deleted. With --compare it is pruned in memory as well, and the sha256 of every tensor is compared. Every
-decoder block is read and run; so that this ends soon, only some layers of each are pruned (--include), by one sweep of
-SparseGPT, from a few tokens. What the process held before it opened the model is left out of its peak: it has pruned a
-tiny one by then. Linux counts the peak.
+The model is a random Llama in bfloat16, or with --experts a Mixtral, whose experts are stored one by one. It is
+written shard by shard, never whole in memory, pruned by a process of its own, and deleted. With --compare it is pruned
+in memory as well, and the sha256 of every tensor is compared. Every decoder block is read and run; so that this ends
+soon, only some layers of each are pruned (--include), by one sweep of SparseGPT, from a few tokens. What the process
+held before it opened the model is left out of its peak: it has pruned a tiny one by then. Linux counts the peak.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from armorfact_hf.checkpoint.description import tensor_digest
@@ -50,6 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--inner", type=int, default=24576)
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=0, help="of every block, each of the inner width")
     parser.add_argument("--include", nargs="+", default=["k_proj"], help="layers to prune in every block")
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--refine", choices=["block", "none"], default="none")
@@ -62,28 +65,32 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def config_of(settings: argparse.Namespace) -> transformers.LlamaConfig:
-    """A Llama with as many blocks as the size asks for."""
+def config_of(settings: argparse.Namespace) -> transformers.PreTrainedConfig:
+    """A Llama or a Mixtral with as many blocks as the size asks for."""
     hidden, inner, shared = settings.hidden, settings.inner, settings.kv_heads / settings.heads
-    block = 2 * (2 * hidden * hidden + 2 * int(shared * hidden) * hidden + 3 * hidden * inner)
-    return transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=max(1, -int(-settings.gb * 1e9 // block)),
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.kv_heads,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        dtype="bfloat16",
-    )
+    experts = max(settings.experts, 1)
+    block = 2 * (2 * hidden * hidden + 2 * int(shared * hidden) * hidden + 3 * experts * hidden * inner)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": max(1, -int(-settings.gb * 1e9 // block)),
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.kv_heads,
+        "max_position_embeddings": 2048,
+        "pad_token_id": 0,
+        "dtype": "bfloat16",
+    }
+    if settings.experts:
+        return transformers.MixtralConfig(num_local_experts=experts, **sizes)
+    return transformers.LlamaConfig(**sizes)
 
 
-def write_model(folder: Path, config: transformers.LlamaConfig) -> dict[str, int]:
+def write_model(folder: Path, config: transformers.PreTrainedConfig) -> dict[str, int]:
     """Write random weights, one tensor in memory at a time; the bytes of the model and of a decoder block."""
     with torch.device("meta"):
         model: Any = transformers.AutoModelForCausalLM.from_config(config)
-    shapes = model.state_dict()
+    shapes = revert_weight_conversion(model, model.state_dict())  # as checkpoints have them
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
     )
@@ -163,7 +170,7 @@ def measured_run(settings: argparse.Namespace) -> None:
     with TemporaryDirectory() as place:  # imports and compiles all that a run needs
         _write_small(Path(place))
         prune(place, Path(place) / "out", 2, 8)
-    before, start = _forget_peak(), time.perf_counter()
+    before, start = forget_peak(), time.perf_counter()
     prune(folder, Path(out), settings.windows, settings.length)
     plan = observer.plans[-1]
     found = {
@@ -181,7 +188,7 @@ def _write_small(folder: Path) -> None:
     _write_text(folder / "text.txt", 64)
 
 
-def _forget_peak() -> int:
+def forget_peak() -> int:
     """Let Linux count the peak of this process anew; the bytes that it holds now."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -210,9 +217,10 @@ def main() -> None:
         sizes = write_model(folder, config_of(settings))
         _write_text(folder / "text.txt", 4 * settings.windows * settings.length)
         print(
-            f"a Llama of {sizes['blocks']} decoder blocks of {sizes['block'] / 1e9:.3f} GB, {sizes['model'] / 1e9:.2f} "
-            f"GB in all, written in {time.perf_counter() - start:.0f} s; {', '.join(settings.include)} pruned by "
-            f"{settings.method}, {settings.windows} x {settings.length} tokens\n"
+            f"a {'Mixtral' if settings.experts else 'Llama'} of {sizes['blocks']} decoder blocks of "
+            f"{sizes['block'] / 1e9:.3f} GB, {sizes['model'] / 1e9:.2f} GB in all, written in "
+            f"{time.perf_counter() - start:.0f} s; {', '.join(settings.include)} pruned by {settings.method}, "
+            f"{settings.windows} x {settings.length} tokens\n"
         )
         print("| pruned | peak, GB | of the model | statistics, GB | the rest, in blocks | planned, GB | seconds |")
         print("|---|---|---|---|---|---|---|")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armorfact import Core, Pattern
+from armorfact import Core, Pattern, arrays
 from armorfact.packed import pack_positions, unpack_positions
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8"]
@@ -30,6 +30,14 @@ def test_packing_round_trips_also_with_zeros_among_the_kept(text, seed, zeros):
     assert core.mask.sum() == core.values.size
     x = rng.standard_normal((2, matrix.shape[1]))
     np.testing.assert_allclose(core.apply(x, rows_at_once=2), x @ matrix.T, atol=1e-12)
+
+
+def test_rows_are_packed_panel_by_panel():
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((arrays.PANEL + 3, 8)) * Pattern(2, 4).top_mask(rng.random((arrays.PANEL + 3, 8)))
+    whole, last = Core.from_dense(matrix, Pattern(2, 4)), Core.from_dense(matrix[-5:], Pattern(2, 4))
+    np.testing.assert_array_equal(whole.dense(), matrix)
+    np.testing.assert_array_equal(whole.packed[-5:], last.packed)
 
 
 def test_two_four_takes_two_bits_a_position_the_first_in_the_low_bits():

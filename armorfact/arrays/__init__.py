@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
 Array = Any
+
+PANEL = 256  # rows that are copied at a time
 
 
 def is_array(value: Any) -> bool:
@@ -89,10 +92,26 @@ def total(array: Array) -> float:
     return float(xp.sum(array, dtype=xp.float64))
 
 
+def panels(rows: int) -> Iterator[slice]:
+    """So many rows, a few at a time."""
+    return (slice(lo, min(lo + PANEL, rows)) for lo in range(0, rows, PANEL))
+
+
 def all_finite(array: Array) -> bool:
-    """Whether no entry is NaN or infinite."""
+    """Whether no entry is NaN or infinite; looked at in panels, as libraries make copies to tell."""
     xp = namespace(array)
-    return bool(xp.all(xp.isfinite(array)))
+    return all(bool(xp.all(xp.isfinite(array[rows, ...]))) for rows in panels(array.shape[0]))
+
+
+def flipped(matrix: Array, dtype: Any) -> Array:
+    """The rows and columns of a matrix in reverse order, in ``dtype``; beside the result, only a panel is copied."""
+    xp = namespace(matrix)
+    count = matrix.shape[0]
+    result = xp.empty(matrix.shape, dtype=dtype, device=device(matrix))
+    for rows in panels(count):
+        last = matrix[count - rows.stop : count - rows.start, :]
+        result[rows, :] = xp.astype(xp.flip(last), dtype, copy=False)
+    return result
 
 
 def largest(array: Array) -> float:
@@ -153,13 +172,19 @@ def solve(matrix: Array, rhs: Array) -> Array:
     return xp.astype(solution, rhs.dtype, copy=False)
 
 
-def cholesky(matrix: Array) -> Array | None:
-    """The lower Cholesky factor, or None where the matrix is not positive definite."""
+def cholesky(matrix: Array, overwrite: bool = False) -> Array | None:
+    """The lower Cholesky factor, or None where the matrix is not positive definite.
+
+    Args:
+        matrix: its lower triangle is looked at.
+        overwrite: it is not needed any more. Torch then puts the factor in its place, if it is stored by columns.
+    """
     xp = namespace(matrix)
-    if not bool(xp.all(xp.isfinite(matrix))):
+    if not all_finite(matrix):
         return None
+    place = {"out": matrix} if overwrite and array_api_compat.is_torch_array(matrix) else {}
     try:
-        factor = xp.linalg.cholesky(matrix)
+        factor = xp.linalg.cholesky(matrix, **place)
     except (np.linalg.LinAlgError, RuntimeError):  # Torch's LinAlgError is a RuntimeError
         return None
     # CuPy reports failure as NaN instead of raising. From wherever it begins, it reaches the diagonal.

@@ -92,16 +92,20 @@ def prune(weight: Array, gram: Gram, pattern: Pattern, damping: float = 0.01) ->
 
 
 def damped_factor(gram: FullGram, added: float) -> Array:
-    """V, upper triangular with V V' = H + added * I, in float64, (d_in, d_in)."""
+    """V with its rows and columns in reverse order, so lower triangular, in float64, (d_in, d_in).
+
+    V is upper triangular, with V V' = H + added * I.
+    """
     xp = arrays.namespace(gram.matrix)
     size = gram.matrix.shape[0]
     mean = float(xp.mean(arrays.float64(gram.diagonal)))
     added = added or (1e-12 * mean or 1.0)
     for attempt in range(MAX_DOUBLINGS):
-        flat = xp.reshape(xp.astype(xp.flip(gram.matrix), xp.float64), (-1,))
+        # By columns, so that the factor can take its place: no second array of this size is made.
+        flat = xp.reshape(arrays.flipped(arrays.transpose(gram.matrix), xp.float64), (-1,))
         flat[:: size + 1] += added
-        factor = arrays.cholesky(xp.reshape(flat, (size, size)))
-        del flat  # as large as the factor, which is about to be copied
+        factor = arrays.cholesky(arrays.transpose(xp.reshape(flat, (size, size))), overwrite=True)
+        del flat
         if factor is not None:
             if attempt:
                 warnings.warn(
@@ -110,7 +114,7 @@ def damped_factor(gram: FullGram, added: float) -> Array:
                     DampingWarning,
                     stacklevel=2,
                 )
-            return xp.flip(factor)
+            return factor
         added *= 2
     raise np.linalg.LinAlgError(
         f"the Gram matrix has no Cholesky factor even with {added / (mean or 1.0):.3g} of its mean diagonal added; "
@@ -119,11 +123,15 @@ def damped_factor(gram: FullGram, added: float) -> Array:
 
 
 def _sweep(weight: Array, factor: Array, pattern: Pattern) -> Array:
-    """The greedy sweep in panels of columns; ``carried`` is E V, the feedback before division."""
+    """The greedy sweep in panels of columns; ``carried`` is E V, the feedback before division.
+
+    Args:
+        factor: V as `damped_factor` gives it.
+    """
     xp = arrays.namespace(weight)
-    inverses = xp.linalg.inv(blocks.diagonal_blocks(factor, pattern.group))
+    inverses = xp.linalg.inv(xp.flip(blocks.diagonal_blocks(factor, pattern.group)))
     inverses = xp.astype(inverses, weight.dtype, copy=False)
-    factor = xp.astype(factor, weight.dtype, copy=False)
+    factor = arrays.flipped(factor, weight.dtype)
     pruned = xp.zeros_like(weight)
     error = xp.empty_like(weight)
     d_in = weight.shape[1]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from armorfact import arrays, blocks
-from armorfact.gram import DiagonalGram
+from armorfact.gram import DiagonalGram, FullGram
 from armorfact.pattern import Pattern
 from armorfact.problem import Factors, Problem
 from armorfact.steps.left import gram_root
@@ -50,7 +50,7 @@ def core_step(
         visit = _all_groups(problem)
     if isinstance(problem.gram, DiagonalGram):
         return _independent_blocks(problem, factors, core_gradient(factors, residual_gram), visit)
-    return _panels(problem, factors, residual_gram, visit)
+    return _panels(problem, problem.gram, factors, residual_gram, visit)
 
 
 def core_gradient(factors: Factors, residual_gram: Array) -> Array:
@@ -71,8 +71,12 @@ def wrapped_gram(problem: Problem, right: Array) -> Array:
     if isinstance(problem.gram, DiagonalGram):
         energy = arrays.namespace(right).reshape(problem.gram.diagonal, (-1, 1, problem.block_in))
         return (right * energy) @ arrays.transpose(right)
-    half = blocks.left_product(right, problem.gram.matrix)
-    return blocks.right_product(half, arrays.transpose(right))
+    return _wrapped(problem.gram.matrix, right, right)
+
+
+def _wrapped(gram: Array, above: Array, beside: Array) -> Array:
+    """The rows and columns of S that belong to these blocks of B, of those of H."""
+    return blocks.right_product(blocks.left_product(above, gram), arrays.transpose(beside))
 
 
 def _independent_blocks(problem: Problem, factors: Factors, gradient: Array, visit: Array) -> tuple[Factors, float]:
@@ -80,7 +84,6 @@ def _independent_blocks(problem: Problem, factors: Factors, gradient: Array, vis
     rows, columns = problem.block_out, problem.block_in
     gram = wrapped_gram(problem, factors.right)
     core = xp.asarray(blocks.split_grid(factors.core, rows, columns), copy=True)
-    groups = xp.stack([group_grams(gram[j, ...], problem.pattern) for j in range(gram.shape[0])])
     fallen = _sweep(
         problem,
         xp.asarray(blocks.split_grid(gradient, rows, columns), copy=True),
@@ -88,27 +91,31 @@ def _independent_blocks(problem: Problem, factors: Factors, gradient: Array, vis
         blocks.split_grid(visit, rows, columns // problem.pattern.group),
         arrays.transpose(factors.left) @ factors.left,
         gram,
-        support_inverses(groups, problem.pattern),
+        support_inverses(group_grams(gram, problem.pattern), problem.pattern),
     )
     return factors.replace(core=blocks.join_grid(core)), fallen
 
 
-def _panels(problem: Problem, factors: Factors, residual_gram: Array, visit: Array) -> tuple[Factors, float]:
+def _panels(
+    problem: Problem, h: FullGram, factors: Factors, residual_gram: Array, visit: Array
+) -> tuple[Factors, float]:
     """Panels of columns from left to right, the gradient of each formed when it is its turn.
 
     What the panels before carry to it, (d_out, k) @ (k, panel), is all the large arithmetic there
-    is. T times the change of the core takes the place of the columns of R H already used.
+    is. T times the change of the core takes the place of the columns of R H already used. S never
+    stands in memory: a panel needs the columns of S that are its own, down to its end.
     """
     xp = arrays.namespace(residual_gram)
-    gram = wrapped_gram(problem, factors.right)
-    inverses = support_inverses(group_grams(gram, problem.pattern), problem.pattern)
+    on_diagonal = factors.right @ h.diagonal_blocks(problem.block_in) @ arrays.transpose(factors.right)
+    groups = xp.reshape(group_grams(on_diagonal, problem.pattern), (-1, problem.pattern.group, problem.pattern.group))
+    inverses = support_inverses(groups, problem.pattern)
     left_gram = arrays.transpose(factors.left) @ factors.left
     core = xp.asarray(factors.core, copy=True)
     carried = residual_gram
     fallen = 0.0
-    for lo, hi, gradient in _gradient_panels(problem, factors, residual_gram):
+    for lo, hi, gradient, gram in _gradient_panels(problem, h, factors, residual_gram):
         if lo:
-            gradient += carried[:, :lo] @ gram[:lo, lo:hi]
+            gradient += carried[:, :lo] @ gram[:lo, :]
         groups = slice(lo // problem.pattern.group, hi // problem.pattern.group)
         block = xp.asarray(blocks.split_rows(core[:, lo:hi], problem.block_out)[:, None, ...], copy=True)
         fallen += _sweep(
@@ -117,7 +124,7 @@ def _panels(problem: Problem, factors: Factors, residual_gram: Array, visit: Arr
             block,
             blocks.split_rows(visit[:, groups], problem.block_out)[:, None, ...],
             left_gram,
-            xp.asarray(gram[lo:hi, lo:hi][None, ...], copy=True),
+            xp.asarray(gram[lo:hi, :][None, ...], copy=True),
             inverses[groups, ...][None, ...],
         )
         new = blocks.join_rows(block[:, 0, ...])
@@ -127,18 +134,24 @@ def _panels(problem: Problem, factors: Factors, residual_gram: Array, visit: Arr
     return factors.replace(core=core), fallen
 
 
-def _gradient_panels(problem: Problem, factors: Factors, residual_gram: Array) -> Iterator[tuple[int, int, Array]]:
-    """(lo, hi, Q[:, lo:hi]) from left to right; Q is formed for whole blocks of B at a time."""
+def _gradient_panels(
+    problem: Problem, h: FullGram, factors: Factors, residual_gram: Array
+) -> Iterator[tuple[int, int, Array, Array]]:
+    """(lo, hi, Q[:, lo:hi], S[:, lo:hi] down to row hi at least) from left to right.
+
+    Q and S are formed for whole blocks of B at a time.
+    """
     size, group = problem.block_in, problem.pattern.group
     panel = max(PANEL // group, 1) * group
     at_once = max(panel // size, 1)
     for j in range(0, factors.right.shape[0], at_once):
-        right = factors.right[j : min(j + at_once, factors.right.shape[0]), ...]
-        start, stop = j * size, (j + right.shape[0]) * size
+        end = min(j + at_once, factors.right.shape[0])
+        right, start, stop = factors.right[j:end, ...], j * size, end * size
         gradient = core_gradient(factors.replace(right=right), residual_gram[:, start:stop])
+        gram = _wrapped(h.matrix[:stop, start:stop], factors.right[:end, ...], right)
         for lo in range(start, stop, panel):
             hi = min(lo + panel, stop)
-            yield lo, hi, gradient[:, lo - start : hi - start]
+            yield lo, hi, gradient[:, lo - start : hi - start], gram[:, lo - start : hi - start]
 
 
 def _sweep(
@@ -157,7 +170,7 @@ def _sweep(
 
 
 def group_grams(gram: Array, pattern: Pattern) -> Array:
-    """S_gg of every group, (groups, M, M)."""
+    """S_gg of every group, (..., groups, M, M), of (batches of) S or blocks on its diagonal."""
     return blocks.diagonal_blocks(gram, pattern.group)
 
 
@@ -215,7 +228,7 @@ def core_step_naive(problem: Problem, factors: Factors) -> Factors:
     if isinstance(problem.gram, DiagonalGram):
         panels = [(lo, lo + size) for lo in range(0, core.shape[1], size)]
     else:
-        panels = [(lo, hi) for lo, hi, _ in _gradient_panels(problem, factors, factors.core)]
+        panels = [(lo, hi) for lo, hi, *_ in _gradient_panels(problem, problem.gram, factors, factors.core)]
     for start, stop in panels:
         for r in range(core.shape[0]):
             for lo in range(start, stop, group):

@@ -46,8 +46,9 @@ class LeftProducts:
         self.inner_gram = problem.gram.multiply(inner)
         rows, gram_rows = blocks.split_rows(inner, size), blocks.split_rows(self.inner_gram, size)
         self.gram = rows @ arrays.transpose(gram_rows)
-        residual = blocks.split_rows(problem.weight, size) - factors.left @ rows
-        self.slope = residual @ arrays.transpose(gram_rows)
+        excess = factors.left @ rows
+        excess -= blocks.split_rows(problem.weight, size)
+        self.slope = -(excess @ arrays.transpose(gram_rows))
 
     def move(self, left: Array) -> tuple[Factors, Array]:
         """The factors with ``left`` in place of A, and R H there."""

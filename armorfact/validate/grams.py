@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from armorfact import arrays
-from armorfact.definite import rounding_of, unit_diagonal
+from armorfact.definite import rounding_of, unit_scale
 from armorfact.gram import DiagonalGram, FullGram, Gram
 from armorfact.validate.weights import finite, floating, same_home, working_dtype
 
@@ -60,9 +60,12 @@ def as_given(value: Any, gram: Gram) -> Gram:
 
 def _symmetric(matrix: Array, tolerance: float) -> None:
     xp = arrays.namespace(matrix)
-    scaled, alive = unit_diagonal(matrix)
-    if arrays.largest(scaled - arrays.transpose(scaled)) > tolerance:
-        raise ValueError("XXt is not symmetric; compute it as X @ X.T, or pass (XXt + XXt.T) / 2")
+    scale, alive = unit_scale(matrix)
+    for part in arrays.panels(matrix.shape[0]):
+        rows = matrix[part, :] * scale[part][:, None] * scale[None, :]
+        columns = matrix[:, part] * scale[:, None] * scale[part][None, :]
+        if arrays.largest(rows - arrays.transpose(columns)) > tolerance:
+            raise ValueError("XXt is not symmetric; compute it as X @ X.T, or pass (XXt + XXt.T) / 2")
     if bool(xp.any((matrix != 0) & ~(alive[:, None] & alive[None, :]))):
         raise ValueError(
             "XXt is not positive semidefinite: a channel with zero energy on the diagonal is "

@@ -42,9 +42,8 @@ def floating(value: Any, name: str) -> Array:
 
 def finite(array: Array, name: str) -> None:
     xp = arrays.namespace(array)
-    finite = xp.isfinite(array)
-    if not bool(xp.all(finite)):
-        bad = int(xp.count_nonzero(~finite))
+    if not arrays.all_finite(array):
+        bad = int(xp.count_nonzero(~xp.isfinite(array)))
         raise ValueError(f"{name} has {bad} NaN or infinite entries; the loss is not defined")
 
 

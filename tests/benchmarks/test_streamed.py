@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 
+import pytest
 import torch
 import transformers
 
@@ -25,7 +26,8 @@ def test_the_model_has_the_size_that_was_asked_for(tmp_path):
     assert weight.float().std().item() * 8 > 0.9
 
 
-def test_the_table_and_equal_tensors(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("experts", [[], ["--experts", "4"]])
+def test_the_table_and_equal_tensors(experts, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("ARMORFACT_CACHE", str(tmp_path))
 
     def run(command, **_):
@@ -34,7 +36,7 @@ def test_the_table_and_equal_tensors(monkeypatch, capsys, tmp_path):
         return subprocess.CompletedProcess(command, 0, printed.getvalue())
 
     monkeypatch.setattr(streamed.subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["streamed", *SMALL, "--compare"])
+    monkeypatch.setattr(sys, "argv", ["streamed", *SMALL, *experts, "--compare"])
     streamed.main()
     said = capsys.readouterr().out
     assert "| from disk |" in said and "| in memory |" in said and "tensors: equal" in said

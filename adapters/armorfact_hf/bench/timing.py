@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 DENSE_BYTES = 1 << 30  # of dense weights that are made to compare with; layers beyond are not timed
 SECONDS = 0.4  # spent on each figure, about
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,31 @@ class Timing:
         return min(allowed, key=allowed.__getitem__)
 
 
-def time_side_by_side(forms: Mapping[str, Sequence[nn.Module]], x: Tensor) -> dict[str, float]:
-    """Median seconds of one layer by form; forms take turns, so that a busy machine slows all of them."""
+def time_side_by_side(
+    forms: Mapping[str, Sequence[nn.Module]], x: Tensor, clock: Clock = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds of one layer by form; forms take turns, so that a busy machine slows all of them.
+
+    Args:
+        clock: `time.process_time` counts the processor's time, which says more of one thread on a busy machine.
+    """
     times: dict[str, list[float]] = {name: [] for name in forms}
     for layers in forms.values():  # compiles kernels
-        _seconds(layers, x)
+        _seconds(layers, x, clock)
     start = time.perf_counter()
     while min(map(len, times.values())) < 3 or time.perf_counter() - start < SECONDS * len(forms):
         for name, layers in forms.items():
-            times[name].append(_seconds(layers, x) / len(layers))
+            times[name].append(_seconds(layers, x, clock) / len(layers))
     return {name: median(found) for name, found in times.items()}
 
 
-def _seconds(layers: Sequence[nn.Module], x: Tensor) -> float:
+def _seconds(layers: Sequence[nn.Module], x: Tensor, clock: Clock) -> float:
     _wait(x.device)
-    start = time.perf_counter()
+    start = clock()
     for layer in layers:
         layer(x)
     _wait(x.device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait(device: torch.device) -> None:

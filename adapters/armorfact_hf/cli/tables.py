@@ -42,6 +42,8 @@ def _room(plan: Any) -> Iterator[str]:
         f"{memory.statistics / 1e9:.2f} GB of statistics, {memory.states / 1e9:.2f} GB of windows' states, "
         f"{memory.work / 1e9:.2f} GB to work in"
     )
+    if plan.experts_at_once is not None:
+        yield f"Statistics of {plan.experts_at_once} experts at a time: calibration runs again for the others"
     waiting = f", {plan.waiting_bytes / 1e9:.2f} GB of it for what waits between blocks" if plan.waiting_bytes else ""
     yield f"Disk, at most: {plan.disk_bytes / 1e9:.2f} GB{waiting}"
 

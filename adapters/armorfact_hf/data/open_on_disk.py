@@ -1,38 +1,28 @@
 """Open a model folder without reading it: its decoder blocks stay on disk until they are asked for.
 
 transformers loads it with accelerate's offloading to disk, which leaves the tensors where they are, in the safetensors
-files, and renames them as for a model in memory. What it would have to make anew while it loads is refused.
+files, and renames them as for a model in memory. Those that it makes of others while it loads, such as stacks of
+experts that are stored one by one, stay on the meta device, and are made when they are asked for (`stored_tensors`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
-from accelerate.utils import OffloadedWeightsLoader
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    rename_source_key,
-)
-from transformers.integrations.accelerate import accelerate_disk_offload
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
+from transformers.core_model_loading import build_glob_alternation
 
-from armorfact_hf.checkpoint.shards import shards
+from armorfact_hf.data.stored_tensors import FolderFiles, StoredTensors, made_tensors
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.on_disk import HEAD, Key, NotStreamable, OnDisk, Piece
+from armorfact_hf.model.conversions import Conversion, saved_tensors
+from armorfact_hf.model.on_disk import HEAD, IN_MEMORY, Key, NotStreamable, OnDisk, Piece
 from armorfact_hf.model.structure import decoder_blocks
-from armorfact_hf.quiet import quiet
-
-IN_MEMORY = "prune it in memory (--no-stream)"
 
 
 def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
@@ -43,33 +33,34 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
         device: where blocks are put when they are asked for.
 
     Raises:
-        NotStreamable: transformers makes one of its tensors from others, or keeps it in another dtype.
+        NotStreamable: transformers makes tensors of it in a way that needs all of them.
         ValueError: a file or a tensor is missing or damaged.
     """
-    files = _files_by_tensor(folder)
+    files = FolderFiles.of(folder)
     empty = _empty(folder)
-    _refuse_conversions(empty, files)
-    _index(empty, folder, files)
+    made = made_tensors(empty, files)
+    StoredTensors.of(empty, files, made)  # names what is missing, before anything is read
     prefix, _ = decoder_blocks(empty)
     head = _own_head(empty)
-    with quiet("accelerate.big_modeling"):  # warns of parameters on the meta device, as asked for
+    with _without_hooks():
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
-            device_map=_places(empty, prefix, head, device),
+            device_map=_places(empty, prefix, head, made, device),
         )
-    _refuse_other_dtypes(model)
-    stored = OffloadedWeightsLoader(index=_index(model, folder, files))
-    _remove_hooks(model)
+    _keep_dtypes_(model)
+    _refuse_unsavable(model)
+    stored = StoredTensors.of(model, files, made)
     return OnDisk(
         model.eval(),
         decoder_blocks(model)[1],
         device,
-        tuple(dict.fromkeys(files.values())),
+        files.paths,
         stored,
         _pieces(model, prefix, head),
         cache_folder() / "digests",
+        stored.making,
     )
 
 
@@ -90,75 +81,51 @@ def _own_head(model: CausalLM) -> str | None:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def _places(model: nn.Module, prefix: str, head: str | None, device: torch.device) -> dict[str, Any]:
-    """transformers' device map: the decoder blocks and a head of its own on disk, each other module on the device."""
+def _places(
+    model: nn.Module, prefix: str, head: str | None, made: Mapping[str, Conversion], device: torch.device
+) -> dict[str, Any]:
+    """transformers' device map: the decoder blocks and a head of its own on disk, each other module on the device.
+
+    What transformers would make for a block is on the meta device, where that costs nothing.
+    """
     parts = prefix.split(".")
     above = {".".join(parts[:count]) for count in range(len(parts))}
     beside = [name for name, _ in model.named_modules() if name not in above and name.rpartition(".")[0] in above]
-    return {name: "disk" if name in (prefix, head) else str(device) for name in beside}
+    on_disk = tuple(f"{name}." for name in (prefix, head) if name)
+    modules = {name: "disk" if name in (prefix, head) else str(device) for name in beside}
+    return modules | {name: "meta" for name in made if name.startswith(on_disk)}
 
 
-def _refuse_conversions(model: CausalLM, files: Mapping[str, Path]) -> None:
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    wanted = model.state_dict()
-    for name in files if converters else ():
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-        if pattern is not None and name not in wanted:
-            raise NotStreamable(
-                f"transformers makes {target} of {name} and others while it loads them, which takes them all at once: "
-                f"{IN_MEMORY}, or load the model once where it fits and save it with "
-                "save_pretrained(save_original_format=False)"
-            )
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Inside the context, transformers leaves models as their classes make them.
 
-
-def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    """The file of every tensor, from their headers."""
-    found: dict[str, Path] = {}
-    for path in shards(folder):
-        try:
-            with safe_open(path, "pt") as stored:
-                found |= dict.fromkeys(stored.keys(), path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
-    return found
-
-
-def _index(model: CausalLM, folder: Path, files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """Where each tensor of the model is, in accelerate's form.
-
-    Raises:
-        ValueError: one is in no file.
+    It would give each module a hook of accelerate's that reads the module's tensors from disk in every forward pass.
     """
-    names = {"weight_map": {name: path.name for name, path in files.items()}}
-    paths = [str(path) for path in files.values()]
-    index = accelerate_disk_offload(model, None, paths, {"": "disk"}, names, get_model_conversion_mapping(model))
-    lacking = [name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in index]
-    if lacking:
-        raise ValueError(
-            f"{folder} lacks the tensors {', '.join(lacking[:5])} ({len(lacking)} in all): copy or download it again"
-        )
-    return index
+    dispatch = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = lambda *_: None
+    try:
+        yield
+    finally:
+        modeling_utils.accelerate_dispatch = dispatch
 
 
-def _refuse_other_dtypes(model: CausalLM) -> None:
-    """transformers keeps parts of some models in float32, and accelerate's index of files does not know."""
+def _keep_dtypes_(model: CausalLM) -> None:
+    """Give parameters on the meta device the dtypes that transformers loads them in: some are kept in float32."""
     kept = model._get_dtype_plan(model.dtype)
-    pattern = build_glob_alternation(list(kept))[0] if kept else None
-    for name, tensor in model.named_parameters():
-        if pattern is not None and tensor.is_meta and pattern.search(name):
-            raise NotStreamable(f"transformers keeps {name} in another dtype than {tensor.dtype}: {IN_MEMORY}")
+    pattern, by_group, _ = build_glob_alternation(list(kept))
+    for name, tensor in model.named_parameters() if kept else ():
+        if tensor.is_meta and (found := pattern.search(name)):
+            owner, _, key = name.rpartition(".")
+            like = tensor.to(kept[by_group[str(found.lastgroup)]])
+            setattr(model.get_submodule(owner), key, nn.Parameter(like, requires_grad=tensor.requires_grad))
 
 
-def _remove_hooks(model: CausalLM) -> None:
-    """Leave the model as its class made it."""
-    remove_hook_from_submodules(model)
-    for module in model.modules():  # what it puts back is the class's own method, on the object
-        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
-            del module.forward
-    for leftover in ("hf_device_map", "to", "cuda"):  # accelerate replaces methods by ones that warn
-        model.__dict__.pop(leftover, None)
+def _refuse_unsavable(model: CausalLM) -> None:
+    try:
+        saved_tensors(model, model.state_dict())
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise NotStreamable(f"transformers cannot save this model tensor by tensor ({error}): {IN_MEMORY}") from error
 
 
 def _pieces(model: CausalLM, prefix: str, head: str | None) -> dict[Key, Piece]:

@@ -1,4 +1,4 @@
-"""Reads experts' packed 2:4 cores straight from memory, those of all experts that were chosen in one call."""
+"""Reads experts' packed 2:4 cores straight from memory, those of all experts that were chosen in one call or launch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,30 @@ import torch
 from torch import Tensor
 
 from armorfact_hf.layers.kernels import cpu_experts as kernels
+from armorfact_hf.layers.kernels.bf16 import beats_dense
 from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, Stored, launching
 from armorfact_hf.layers.packed import refusal
 from armorfact_hf.layers.strategy import Kind
 
+# Rows of an expert that was chosen, on average, up to which all go at once; in bfloat16 on a CPU that multiplies pairs
+# of them, `MOST_IN_PAIRS` (benchmarks/expert_speed.py). On a GPU a product is bound by arithmetic above, which dense
+# tensor cores do best, and launches are few for the work in them: reasoned, not measured yet.
+MOST_ROWS = {"cpu": FEW_TOKENS, "cuda": 256}
+MOST_IN_PAIRS = 64
+
 
 def runs(kind: Kind, counts: Sequence[int]) -> bool:
-    """Whether layers of a kind can be run so, and each expert has few enough tokens that it is worth it."""
-    return kind.device.type == "cpu" and max(counts, default=0) <= FEW_TOKENS and refusal(kind) is None
+    """Whether layers of a kind can be run so, and the experts have few enough tokens that it is worth it.
+
+    The time grows with all rows, and that of one expert after another with the experts: so their ratio decides.
+    """
+    chosen = sum(count > 0 for count in counts)
+    return sum(counts) <= _most_rows(kind) * chosen and refusal(kind) is None
+
+
+def _most_rows(kind: Kind) -> int:
+    in_pairs = kind.device.type == "cpu" and kind.dtype == torch.bfloat16 and beats_dense()
+    return MOST_IN_PAIRS if in_pairs else MOST_ROWS.get(kind.device.type, -1)
 
 
 def product(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
@@ -26,6 +42,17 @@ def product(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tenso
         x: (rows, d_in), the tokens of one expert after those of another. counts: how many rows each expert has.
         stacks: values, positions, left and right of the layers, experts first; all of one d_in and dtype.
     """
+    return _on_gpu(x, counts, stacks) if x.is_cuda else _on_cpu(x, counts, stacks)
+
+
+def _on_gpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
+    # Imports without Triton, but is of no use where there is no GPU.
+    from armorfact_hf.layers.kernels import triton_experts
+
+    return torch.cat([triton_experts.product(x, counts, *stack) for stack in stacks], dim=-1)
+
+
+def _on_cpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
     (rows, d_in), x = x.shape, x.contiguous()
     widths = [values.shape[1] for values, *_ in stacks if values is not None]
     y = x.new_empty(rows, sum(widths))

@@ -197,6 +197,29 @@ def put_layers_(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, layer)
 
 
+@contextmanager
+def dense_again(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, these layers of a model are the dense ones, whatever has taken their place.
+
+    Args:
+        layers: dense linear layers of the model by name, experts' among them.
+    """
+    dense: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, ExpertLinear):
+            dense[name.rsplit(".", 2)[0]] = layer.stacked.module
+        else:
+            dense[name] = layer
+    before = {name: model.get_submodule(name) for name in dense}
+    try:
+        for name, module in dense.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+
+
 def stack_experts_(model: nn.Module) -> None:
     """Stack experts that `put_layers_` took apart, once all their layers are pruned."""
     for name, module in list(model.named_modules()):

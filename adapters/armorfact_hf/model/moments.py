@@ -6,7 +6,7 @@ it is accumulated once. Products are taken in float32, whatever the model comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -53,6 +53,10 @@ class Inputs:
         """For each layer that was called, the first one that was given the same tensors."""
         first: dict[tuple[int, ...], str] = {}
         return {name: first.setdefault(tuple(map(id, tensors)), name) for name, tensors in self.calls.items()}
+
+    def of(self, names: Collection[str]) -> Inputs:
+        """What these layers are given, of those that were called."""
+        return Inputs({name: tensors for name, tensors in self.calls.items() if name in names})
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -113,6 +117,12 @@ class Statistics:
             _accumulate(self.gram, leader, x.T @ x if self.correlations else (x * x).sum(0))
             if leader in paired:
                 _accumulate(self.cross, leader, _flat(paired[leader]).T @ x)
+
+    def drop(self, names: Collection[str]) -> None:
+        """Give up what is known of these layers; those that share an input with any of them are among them."""
+        for held in (self.leader, self.gram, self.cross, self.tokens):
+            for name in held.keys() & set(names):
+                del held[name]
 
     def of(self, name: str) -> Moments:
         """What is known of the inputs of one layer."""

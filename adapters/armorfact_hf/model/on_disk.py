@@ -24,6 +24,7 @@ from armorfact_hf.model.stream import replaced_forward
 Fill = Callable[[Tensor], object]
 HEAD = None  # the head's key among the pieces; a decoder block's is its index
 Key = int | None
+IN_MEMORY = "prune it in memory (--no-stream)"  # the way out of what cannot be streamed
 
 
 class NotStreamable(ValueError):
@@ -104,6 +105,7 @@ class OnDisk:
         stored: reads a tensor by its name in the model, on the CPU and in the dtype of the model.
         pieces: the decoder blocks by index, and the head under None if it has a weight of its own.
         known: a folder in which digests of the files may be kept.
+        making: bytes that are held beside a tensor, at most, while transformers makes it of stored ones.
     """
 
     model: CausalLM
@@ -113,6 +115,7 @@ class OnDisk:
     stored: Mapping[str, Tensor]
     pieces: Mapping[Key, Piece]
     known: Path
+    making: int = 0
 
     @contextmanager
     def held(self, *keys: Key) -> Iterator[None]:

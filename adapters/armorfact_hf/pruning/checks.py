@@ -30,6 +30,12 @@ def check_states(states: str) -> None:
         raise ValueError(f"states must be one of {', '.join(STATES)}, got {states!r}")
 
 
+def check_experts(at_once: int | None) -> None:
+    """Raise ValueError if that is no number of experts."""
+    if at_once is not None and (type(at_once) is not int or at_once < 1):
+        raise ValueError(f"experts_at_once must be 1 or more, or None to go by memory, got {at_once!r}")
+
+
 def check_model(model: CausalLM, on_disk: bool = False) -> None:
     """Whether a model can be pruned at all, by what it is and by what its weights hold.
 

@@ -26,8 +26,12 @@ BACKWARD = 3.5  # what forward, backward and a step cost, in forward passes
 SPREAD = 0.02  # the standard deviation of weights that are made up for timing
 
 
-def estimated_seconds(job: Job) -> float:
-    """Time one window and one layer of the first block that is pruned, and scale by the work."""
+def estimated_seconds(job: Job, experts: int | None = None) -> float:
+    """Time one window and one layer of the first block that is pruned, and scale by the work.
+
+    Args:
+        experts: of each experts module, so many have their statistics in memory at a time; None is all.
+    """
     first = min(job.last_block if layer.decoder_block is None else layer.decoder_block for layer in job.layers)
     here = [layer for layer in job.layers if layer.decoder_block == first]
     statistics = Statistics(job.config.needs_correlations)
@@ -39,8 +43,16 @@ def estimated_seconds(job: Job) -> float:
         reached = [layer for layer in here if layer.name in statistics.leader]
         solving = _seconds_a_flop(reached[0], statistics, job.config) * _flops(job) if reached else 0.0
     passes = job.follows_pruned + job.follows_dense * job.follows_pruned
-    flowing = len(job.tokens) * (job.last_block + 1) * (gathering + passes * plain)
+    flowing = len(job.tokens) * ((job.last_block + 1) * (gathering + passes * plain) + _again(job, experts) * gathering)
     return flowing + solving + plain * _tuning_passes(job)
+
+
+def _again(job: Job, experts: int | None) -> int:
+    """How often a window goes through a decoder block again, where statistics of some experts are found anew."""
+    counts = {layer.decoder_block: layer.stored_in[1] or 0 for layer in job.layers}
+    chunks = {block: -(-count // experts) if experts else 1 for block, count in counts.items()}
+    tuned = job.matching is not None
+    return sum(k * (2 + tuned + (block in job.tail)) - 1 for block, k in chunks.items() if k > 1)
 
 
 @contextmanager

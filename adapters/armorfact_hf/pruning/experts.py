@@ -12,8 +12,10 @@ reached is no special case.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from armorfact_hf.model.moments import Moments, Statistics
 from armorfact_hf.model.structure import Layer
@@ -21,54 +23,68 @@ from armorfact_hf.model.structure import Layer
 BORROWED = 0.25  # n0, in tokens for each input of a layer: the best of a small mixture (benchmarks/experts.py)
 
 
-@dataclass(frozen=True)
-class Alike:
-    """Layers of the experts of one module whose inputs are alike.
+@dataclass
+class Pool:
+    """H_all of layers whose inputs are alike; it grows with the experts that are added.
 
     Args:
-        leaders: names of those with moments of their own, one or more. unreached: of those that no token reached.
+        names: of the layers, in the order of the model. gram: H_all so far, None for no token. tokens: N so far.
     """
 
-    leaders: tuple[str, ...]
-    unreached: tuple[str, ...]
+    names: Sequence[str]
+    gram: Tensor | None = None
+    tokens: int = 0
+
+    def add(self, statistics: Statistics) -> None:
+        """Count experts, whose statistics are over all calibration tokens; in the order of the model."""
+        for name in self.leaders(statistics.leader):
+            self.count(statistics.of(name))
+
+    def count(self, moments: Moments) -> None:
+        """Count one expert."""
+        self.gram = moments.gram.clone() if self.gram is None else self.gram.add_(moments.gram)
+        self.tokens += moments.tokens
+
+    def prior(self, borrowed: float = BORROWED) -> Moments | None:
+        """What each borrows, of no tokens: all that is known of one that none reached. None where none reached any."""
+        if self.gram is None:
+            return None
+        return Moments(self.gram * (borrowed * len(self.gram) / self.tokens), None, 0)
+
+    def shrink_(self, statistics: Statistics, borrowed: float = BORROWED) -> None:
+        """Shrink the moments of some or all of the experts towards those of all, in place.
+
+        Args:
+            statistics: over all calibration tokens, of layers in ``layers``; those not reached are put into it.
+            borrowed: n0, in tokens for each input of a layer.
+        """
+        prior = self.prior(borrowed)
+        if prior is None:  # they are left as they are
+            return
+        for name in self.leaders(statistics.leader):
+            statistics.gram[name] += prior.gram
+        unreached = self.unreached(statistics.leader)
+        for name in unreached:
+            statistics.leader[name] = unreached[0]
+            statistics.gram[unreached[0]], statistics.tokens[unreached[0]] = prior.gram, prior.tokens
+
+    def leaders(self, leader: Mapping[str, str]) -> list[str]:
+        """The layers with moments of their own, of a ``leader`` as in `Statistics`."""
+        return [name for name in self.names if leader.get(name) == name]
+
+    def unreached(self, leader: Mapping[str, str]) -> list[str]:
+        """Those that no token reached, and nothing was put in for."""
+        return [name for name in self.names if name not in leader]
 
 
-def alike(layers: Iterable[Layer], leader: Mapping[str, str]) -> list[Alike]:
-    """The experts' layers among those of a decoder block; where no token reached any, they are left out.
-
-    Args:
-        leader: as in `Statistics`.
-    """
-    groups: dict[tuple[str, str], list[str]] = {}
+def pools_of(layers: Iterable[Layer]) -> list[Pool]:
+    """A pool for each kind of input that experts among the layers have."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for layer in layers:
         if layer.stack:
             kind = "inputs" if layer.name.endswith((".gate", ".up")) else "intermediate"
-            groups.setdefault((layer.stack, kind), []).append(layer.name)
-    found = [
-        Alike(
-            tuple(name for name in names if leader.get(name) == name),
-            tuple(name for name in names if name not in leader),
-        )
-        for names in groups.values()
-    ]
-    return [group for group in found if group.leaders]
-
-
-def prior_of(moments: Iterable[Moments], borrowed: float = BORROWED) -> Moments:
-    r"""What every expert borrows, :math:`\mu H_{all}`, of no tokens: all that is known of one that none reached.
-
-    Args:
-        moments: of the leaders of an `Alike`, in order; one at a time is looked at.
-        borrowed: n0, in tokens for each input of a layer.
-    """
-    each = iter(moments)
-    first = next(each)
-    pooled, tokens = first.gram.clone(), first.tokens
-    for one in each:
-        pooled += one.gram
-        tokens += one.tokens
-    pooled *= borrowed * len(pooled) / tokens
-    return Moments(pooled, None, 0)
+            alike.setdefault((layer.stack, kind), []).append(layer.name)
+    return [Pool(names) for names in alike.values()]
 
 
 def pool_(statistics: Statistics, layers: Iterable[Layer], borrowed: float = BORROWED) -> None:
@@ -76,12 +92,8 @@ def pool_(statistics: Statistics, layers: Iterable[Layer], borrowed: float = BOR
 
     Args:
         statistics: over all calibration tokens. layers: those of a decoder block, experts' among them or not.
-        borrowed: as for `prior_of`.
+        borrowed: n0, in tokens for each input of a layer.
     """
-    for group in alike(layers, statistics.leader):
-        prior = prior_of(map(statistics.of, group.leaders), borrowed)
-        for name in group.leaders:
-            statistics.gram[name] += prior.gram
-        for name in group.unreached:
-            statistics.leader[name] = group.unreached[0]
-            statistics.gram[group.unreached[0]], statistics.tokens[group.unreached[0]] = prior.gram, prior.tokens
+    for pool in pools_of(layers):
+        pool.add(statistics)
+        pool.shrink_(statistics, borrowed)

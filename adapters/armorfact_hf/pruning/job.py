@@ -16,7 +16,7 @@ from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
 from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
-from armorfact_hf.pruning.checks import check_model, check_states, checked_tokens
+from armorfact_hf.pruning.checks import check_experts, check_model, check_states, checked_tokens
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fingerprint import disk_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.fitting import fitting_layers
@@ -42,6 +42,8 @@ class Job:
         states: where those of the calibration windows, and statistics of the last blocks, wait: "memory", "disk", or
             "auto", which is the disk for a model on disk, and for states that would take more than a quarter of the
             memory that is free.
+        experts_at_once: of each experts module, so many have their second moments in memory at a time; None goes by
+            memory (`armorfact_hf.pruning.memory.experts_at_once`).
     """
 
     model: CausalLM
@@ -54,6 +56,7 @@ class Job:
     weights: Weights
     leader: Mapping[str, str]
     states: str = "auto"
+    experts_at_once: int | None = None
 
     @property
     def window_bytes(self) -> int:
@@ -177,13 +180,14 @@ def make_job(
     *,
     weights: Weights | None = None,
     states: str = "auto",
+    experts_at_once: int | None = None,
 ) -> Job:
     """Check what `prune_` is given, and choose the layers.
 
     Args:
         model, calibration, config, select: as for `prune_`.
         weights: of the model, where they are not in memory.
-        states: see `Job`.
+        states, experts_at_once: see `Job`.
 
     Raises:
         ValueError: whatever can be found wrong with the arguments before the work starts.
@@ -191,6 +195,7 @@ def make_job(
     config = PruneConfig() if config is None else config
     weights = InMemory(model) if weights is None else weights
     check_states(states)
+    check_experts(experts_at_once)
     check_model(model, on_disk=isinstance(weights, OnDisk))
     tokens = checked_tokens(model, calibration)
     prefix, blocks = decoder_blocks(model)
@@ -200,5 +205,15 @@ def make_job(
     if config.target == "output":
         refuse_routed(inputs, tokens, layers)
     return Job(
-        model, tokens, config, prefix, tuple(blocks), tuple(layers), tuple(dense), weights, inputs.leader, states
+        model,
+        tokens,
+        config,
+        prefix,
+        tuple(blocks),
+        tuple(layers),
+        tuple(dense),
+        weights,
+        inputs.leader,
+        states,
+        experts_at_once,
     )

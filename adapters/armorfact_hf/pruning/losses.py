@@ -26,7 +26,7 @@ def energy(residual: Tensor, gram: Tensor) -> float:
     """tr(R H R') in float64, with H in full or as its diagonal."""
     residual, gram = residual.double(), gram.double()
     weighted = residual * gram if gram.ndim == 1 else residual @ gram
-    return max(float((weighted * residual).sum()), 0.0)
+    return max(float(weighted.mul_(residual).sum()), 0.0)
 
 
 def layer_losses(

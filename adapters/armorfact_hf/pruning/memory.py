@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from armorfact import Pattern
+from armorfact_hf.free_memory import available
 from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.model.experts import ExpertLinear
 from armorfact_hf.model.on_disk import HEAD, Key, OnDisk
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
 
-SOLVER_COPIES = 11  # a generous count of W and H in float32 at the peak of one layer, where SparseGPT uses float64
+# Copies of H and of W in float32 that one layer takes at most (benchmarks/memory.py), and about one for what an
+# allocator keeps: while SparseGPT factors H in float64, and while the factors are swept and measured.
+PHASES = (6, 6), (2, 12)
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Memory:
         weights: of the model, or of as much of it as is in memory at a time. pruned: of what replaces them meanwhile.
         states: of the calibration windows, in every copy that is kept of them.
         statistics: second moments of the largest decoder block, or, where they wait in memory, of the last ones.
-        work: of the largest factorizations, or of tuning a block.
+        work: of the largest factorizations, of tuning a block, or of making a tensor of stored ones.
     """
 
     weights: int
@@ -39,19 +43,23 @@ class Memory:
         return self.weights + self.pruned + self.states + self.statistics + self.work
 
 
-def memory_of(job: Job, streamed: bool | None = None, spilled: bool | None = None) -> Memory:
+def memory_of(
+    job: Job, streamed: bool | None = None, spilled: bool | None = None, experts: int | None = None
+) -> Memory:
     """What a job takes; by default, as it stands.
 
     Args:
         streamed: whether decoder blocks are read one at a time. spilled: whether states wait on disk.
+        experts: so many of each experts module have their statistics in memory at a time; None is all.
     """
+    again = len(job.tail) if experts is not None else 0  # states from which those of the last blocks are found anew
     streamed = isinstance(job.weights, OnDisk) if streamed is None else streamed
     spilled = job.spilled if spilled is None else spilled
     return Memory(
         weights=_held_bytes(job) if streamed else model_bytes(job),
         pruned=_pruned_bytes(job) if streamed else 0,
-        states=job.window_bytes * (3 if spilled else len(job.tokens) * job.copies_of_states),
-        statistics=_statistics_bytes(job, spilled),
+        states=job.window_bytes * (3 if spilled else len(job.tokens) * (job.copies_of_states + again)),
+        statistics=_statistics_bytes(job, spilled, experts),
         work=max(_solving_bytes(job), _tuning_bytes(job)),
     )
 
@@ -93,23 +101,84 @@ def _largest(job: Job, layers: Iterable[Layer], bytes_of: Callable[[Layer], int]
     return max(max(by_block.values()), sum(by_block.get(block, 0) for block in job.tail))
 
 
-def statistics_bytes(job: Job, blocks: Sequence[int | None]) -> int:
-    """Of the second moments of these decoder blocks, float64; layers that share an input share them."""
+def experts_at_once(job: Job) -> int | None:
+    """Of each experts module, how many have their second moments in memory at a time; None is all of them.
+
+    As the job says, or by the memory that is free beside all else that the job takes: at least one.
+    """
+    if job.experts_at_once is not None:
+        return job.experts_at_once
+    counts = [layer.stored_in[1] or 0 for layer in job.layers]
+    in_memory = 0 if isinstance(job.weights, OnDisk) else model_bytes(job)
+
+    def fits(experts: int | None) -> bool:
+        return memory_of(job, experts=experts).peak - in_memory <= available(job.weights.device)
+
+    if not max(counts) or fits(None):
+        return None
+    return next((k for k in _halves(max(counts)) if fits(k)), 1)
+
+
+def _halves(count: int) -> Iterator[int]:
+    """count / 2, count / 4, …, rounded up, above 1."""
+    while count > 2:
+        count = -(-count // 2)
+        yield count
+
+
+def statistics_bytes(job: Job, blocks: Sequence[int | None], experts: int | None = None) -> int:
+    """Of the second moments of these decoder blocks, float64; layers that share an input share them.
+
+    Args:
+        experts: of each experts module, those of so many are counted, and their sum over all; None is all.
+    """
     paired = 1 + (job.config.target == "output")
     leaders = (layer for block in blocks for layer in job.layers_of(block) if job.leads(layer))
-    sizes = (layer.shape[1] for layer in leaders)
+    sizes = (layer.shape[1] for layer in leaders if experts is None or _number(layer) <= experts)
     return sum(8 * paired * (size * size if job.config.needs_correlations else size) for size in sizes)
 
 
-def _statistics_bytes(job: Job, spilled: bool) -> int:
-    largest = max(statistics_bytes(job, [block]) for block in {layer.decoder_block for layer in job.layers})
-    return largest if spilled else max(largest, statistics_bytes(job, job.tail))
+def waiting_bytes(job: Job, experts: int | None) -> int:
+    """Of what waits on disk between decoder blocks, if anything does.
+
+    Args:
+        experts: as for `memory_of`. Where statistics are found anew, the states that they are found from wait.
+    """
+    if not job.spilled:
+        return 0
+    again = len(job.tail) * len(job.tokens) * job.window_bytes
+    return job.states_bytes + (statistics_bytes(job, job.tail) if experts is None else again)
+
+
+def _number(layer: Layer) -> int:
+    """That of its expert, -1 for any other layer: the first n + 1 stand for n experts at work and the sum over all."""
+    return layer.module.expert if isinstance(layer.module, ExpertLinear) else -1
+
+
+def _statistics_bytes(job: Job, spilled: bool, experts: int | None) -> int:
+    blocks = {layer.decoder_block for layer in job.layers}
+    largest = max(statistics_bytes(job, [block], experts) for block in blocks)
+    waiting = statistics_bytes(job, job.tail, None if experts is None else 0)
+    return largest if spilled and experts is None else max(largest, waiting)
 
 
 def _solving_bytes(job: Job) -> int:
-    sizes = sorted(4 * (d_out * d_in + d_in * d_in) for d_out, d_in in (layer.shape for layer in job.layers))
+    """Of the largest factorizations at a time, or of making the tensors that they begin with."""
+    compared = len(job.config.baselines)  # a weight each, until the losses are known
+
+    def nbytes(layer: Layer) -> int:
+        d_out, d_in = layer.shape
+        return 4 * max(grams * d_in**2 + (weights + compared) * d_out * d_in for grams, weights in PHASES)
+
     at_once = torch.get_num_threads() if job.weights.device.type == "cpu" else 1
-    return SOLVER_COPIES * sum(sizes[-at_once:])
+    making = job.weights.making if isinstance(job.weights, OnDisk) else 0
+    return max(making, sum(sorted(map(nbytes, job.layers))[-at_once:])) + _product_bytes(job)
+
+
+def _product_bytes(job: Job) -> int:
+    """Of the largest weight in the decoder blocks: PyTorch keeps a copy of it in the order that its products want."""
+    weights = (weight for block in job.blocks for weight in block.parameters() if weight.ndim > 1)
+    return max(weight[0].nbytes if weight.ndim == 3 else weight.nbytes for weight in weights)
 
 
 def _tuning_bytes(job: Job) -> int:

@@ -16,7 +16,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.estimate import estimated_seconds
 from armorfact_hf.pruning.fitting import fitting_block
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.memory import Memory, memory_of, model_bytes, statistics_bytes
+from armorfact_hf.pruning.memory import Memory, experts_at_once, memory_of, model_bytes, waiting_bytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Plan:
         memory: an estimate of what pruning takes at most. streamed: whether decoder blocks are read one at a time.
         waiting_bytes: of what waits on disk between blocks, 0 where that is in memory.
         seconds: an estimate from running the first decoder block and pruning one layer, or None.
+        experts_at_once: of each experts module, so many have their statistics in memory at a time; None is all.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -65,6 +66,7 @@ class Plan:
     streamed: bool
     waiting_bytes: int
     seconds: float | None
+    experts_at_once: int | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -138,6 +140,7 @@ def plan_job(job: Job, *, measure: bool = True) -> Plan:
     Args:
         measure: estimate the time, by running one window through the first decoder block and pruning one of its layers.
     """
+    experts = experts_at_once(job)
     return Plan(
         layers=tuple(_planned(layer, job.config) for layer in job.layers),
         dense_layers=job.dense_layers,
@@ -145,10 +148,11 @@ def plan_job(job: Job, *, measure: bool = True) -> Plan:
         parameters=sum(parameter.numel() for parameter in job.model.parameters()),
         weights=sum(weight.numel() for block in job.blocks for weight in block.parameters() if weight.ndim > 1),
         model_bytes=model_bytes(job),
-        memory=memory_of(job),
+        memory=memory_of(job, experts=experts),
         streamed=isinstance(job.weights, OnDisk),
-        waiting_bytes=job.states_bytes + statistics_bytes(job, job.tail) if job.spilled else 0,
-        seconds=estimated_seconds(job) if measure else None,
+        waiting_bytes=waiting_bytes(job, experts),
+        seconds=estimated_seconds(job, experts) if measure else None,
+        experts_at_once=experts,
     )
 
 

@@ -71,6 +71,7 @@ def prune_(
     observer: Observer | None = None,
     states: str = "auto",
     workers: Choice = None,
+    experts_at_once: int | None = None,
 ) -> PruneReport:
     """Replace linear layers of a causal language model by `FactorizedLinear`, block by block, in place.
 
@@ -88,6 +89,8 @@ def prune_(
             memory that is free. The weights come out the same.
         workers: who does the work: None is this process, a number is so many others of this machine, "ray" is the
             cluster at RAY_ADDRESS. The weights do not depend on it.
+        experts_at_once: how many experts of a module have the second moments of their inputs in memory at a time; more
+            passes over the calibration tokens, and the same weights. None is all of them if memory holds that.
 
     Returns:
         The reports; the model is left in evaluation mode.
@@ -110,7 +113,8 @@ def prune_(
     FactorizedLinear(in_features=16, out_features=32, bias=False, pattern=2:4, block=(4, 4))
     """
     check_workers(workers)
-    job, observer = make_job(model, calibration, config, select, states=states), observer or Observer()
+    observer = observer or Observer()
+    job = make_job(model, calibration, config, select, states=states, experts_at_once=experts_at_once)
     if journal is None:
         return prune_job_(job, None, observer, workers)
     with Journal.open(Path(journal), job.manifest, job.config.pattern) as stored:

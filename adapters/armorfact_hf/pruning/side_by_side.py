@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
@@ -22,7 +22,7 @@ def forget(layer: FactorizedLinear, report: LayerReport) -> None:
 
 
 def prune_layers(
-    work: Sequence[tuple[Layer, Moments]], config: PruneConfig, keep: Keep = forget, known: Collection[str] = ()
+    work: Sequence[tuple[Layer, Moments]], config: PruneConfig, keep: Keep = forget, each: int | None = None
 ) -> list[tuple[FactorizedLinear, LayerReport]]:
     """`prune_layer` for the layers of one decoder block, in order.
 
@@ -31,17 +31,16 @@ def prune_layers(
 
     Args:
         keep: called with each layer once it is done, from the calling thread.
-        known: names of layers that are left out. They count for the share of the others, as bits may depend on it.
+        each: the threads for a layer, where others of its block are not among these; see `threads_each`.
     """
     cores = torch.get_num_threads()
-    each = threads_each([layer for layer, _ in work], cores)
-    left = [(layer, moments) for layer, moments in work if layer.name not in known]
+    each = threads_each([layer for layer, _ in work], cores) if each is None else each
     if each == cores:
-        return [_kept(keep, *prune_layer(layer, moments, config)) for layer, moments in left]
-    largest_first = sorted(range(len(left)), key=lambda k: -layer_flops(left[k][0]))
+        return [_kept(keep, *prune_layer(layer, moments, config)) for layer, moments in work]
+    largest_first = sorted(range(len(work)), key=lambda k: -layer_flops(work[k][0]))
     pool = ThreadPoolExecutor(cores // each, initializer=torch.set_num_threads, initargs=(each,))
     try:
-        futures = {pool.submit(prune_layer, *left[k], config): k for k in largest_first}
+        futures = {pool.submit(prune_layer, *work[k], config): k for k in largest_first}
         for future in as_completed(futures):
             keep(*future.result())
     finally:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from armorfact_hf.bench import timing
-from armorfact_hf.bench.experts import time_experts
+from armorfact_hf.bench import experts, timing
+from armorfact_hf.bench.experts import seconds_by_form, time_experts
 from armorfact_hf.bench.layers import choose
 from armorfact_hf.cli.tables import crossovers
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
+from benchmarks import expert_speed
+from benchmarks.expert_speed import random_experts
 from tests.hf.models import BLOCKS, random_tokens, tiny_model
 
 
@@ -26,6 +28,29 @@ def test_each_kind_of_experts_at_each_number_of_tokens(monkeypatch):
     assert choose(found) == {}
     [sentence] = crossovers(found, {})
     assert sentence.startswith("2 of 4 experts, 64x32: ") and "chosen" not in sentence
+
+
+def test_every_way_to_run_the_dense_experts(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    made = random_experts(4, 2, 16, 8, 4, torch.float32)
+    assert set(seconds_by_form([made], 3)) == {"experts", "eager", "grouped_mm", "batched_mm"}
+    monkeypatch.setattr(experts, "DENSE_BYTES", 3 * 16 * 8 * 4 * 6 - 1)  # copies for three tokens, two experts each
+    assert set(seconds_by_form([made], 3)) == {"experts", "eager", "grouped_mm"}
+
+
+def test_the_table_names_the_fastest(capsys, monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(
+        "sys.argv",
+        ["x", "--experts", "4", "--top", "2", "--width", "16", "--inner", "8", "--block", "0", "--tokens", "1", "3"],
+    )
+    expert_speed.main()
+    assert [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["| 2 of 4", "1"],
+        ["| 2 of 4", "3"],
+    ]
+    found = expert_speed.row(4, 2, 1, {"experts": 2e-6, "eager": 3e-6, "grouped_mm": 5e-6})
+    assert found == "| 2 of 4 | 1 | 3 | eager | 2 | 1.50 |"
 
 
 def test_a_model_without_experts_has_none():

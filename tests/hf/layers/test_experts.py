@@ -12,7 +12,9 @@ from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.routed import Gating, by_expert
 from armorfact_hf.layers.stack import FactorizedStack
+from armorfact_hf.layers.strategy import PAIR, Kind
 from tests.hf.checkpoint.cases import random_layer
+from tests.hf.layers import cases
 
 EXPERTS, WIDTH, INNER = 5, 16, 24
 
@@ -81,10 +83,39 @@ def test_all_at_once_is_one_after_another(dtype, tokens, block, bias, gate):
     assert close(apart, expected(experts, x, chosen, weights), dtype)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        *(((75, 80), block) for block in (None, (5, 20), (25, 80))),  # vectors cut at their ends
+        *(((96, 128), block) for block in (None, (32, 64), (3, 32), (96, 4))),  # in pairs, all of it or some
+        ((65, 64), None),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_few_and_some_rows_of_any_size(shape, block, dtype):
+    counts = [1, 0, 4, 7]
+    layers = [cases.random_layer(*shape, block, dtype, bias=False, seed=seed) for seed in range(len(counts))]
+    stack, x = FactorizedStack.of(layers), cases.random_inputs(sum(counts), shape[1], dtype=dtype)
+    y = packed_experts.product(x, counts, [(stack.values, stack.positions, stack.left, stack.right)])
+    for layer, given, found in zip(layers, x.split(counts), y.split(counts), strict=True):
+        cases.assert_rounded(found, layer, given)
+
+
+def test_more_rows_in_bfloat16_where_the_processor_multiplies_pairs(monkeypatch):
+    kind = Kind((64, 64), PAIR, torch.bfloat16, torch.device("cpu"))
+    for pairs, most in ((True, 64), (False, 24)):
+        monkeypatch.setattr(packed_experts, "beats_dense", lambda pairs=pairs: pairs)
+        assert packed_experts.runs(kind, [most]) and not packed_experts.runs(kind, [most + 1])
+        assert not packed_experts.runs(kind._replace(dtype=torch.float32), [25])
+
+
 @torch.no_grad()
 def test_many_tokens_go_one_expert_after_another():
     experts, given = experts_of(), call(60)
     assert not experts.up.runs_packed(given[0], [25, 0, 0, 0, 0])
+    assert experts.up.runs_packed(given[0], [40, 8, 0, 0, 0]) and not experts.up.runs_packed(given[0], [41, 8, 0, 0, 0])
     assert close(experts(*given), expected(experts, *given), torch.float32)
 
 
@@ -108,6 +139,18 @@ def test_no_row_is_no_work():
     stack = experts_of().up
     factors = (stack.values, stack.positions, stack.left, stack.right)
     assert packed_experts.product(torch.ones(0, WIDTH), [0] * EXPERTS, [factors]).shape == (0, INNER)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 9, 600])
+@torch.no_grad()
+def test_on_a_gpu(tokens):
+    experts, given = experts_of(dtype=torch.bfloat16), call(tokens, torch.bfloat16)
+    wanted = expected(experts, *given)
+    found = experts.cuda()(*(tensor.cuda() for tensor in given))
+    assert experts.up.runs_packed(given[0].cuda(), [tokens]) == (tokens <= 256)
+    assert close(found.cpu(), wanted, torch.bfloat16)
 
 
 def test_only_like_layers_are_stacked():

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from contextlib import contextmanager
-from functools import cache
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,51 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from armorfact import Core, Pattern
-from armorfact_hf.layers.kernels import triton_packed
+from armorfact_hf.layers.kernels import triton_packed, triton_source
 from armorfact_hf.layers.kernels.triton_packed import fuses_right, packed_product, tiling
+from tests.hf.layers.compiled import Compiled
 
-triton = pytest.importorskip("triton")
-tl = triton.language
+pytest.importorskip("triton")
 
 KERNELS = "armorfact_hf.layers.kernels.triton_kernels"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOKENS = (1, 2, 3, 7, 16, 17, 64, 65)
-
-
-@cache
-def interpreted_kernels():
-    """A second copy of the kernels; the one that others import stays compiled."""
-    path = triton_packed.__file__.replace("triton_packed", "triton_kernels")
-    spec = spec_from_file_location("interpreted_kernels", path)
-    kernels = module_from_spec(spec)
-    spec.loader.exec_module(kernels)
-    return kernels
-
-
-@contextmanager
-def attributes_kept(*owners):
-    """What is set on these modules and classes meanwhile is undone."""
-    before = [(owner, dict(vars(owner))) for owner in owners]
-    yield
-    for owner, attributes in before:
-        for name in vars(owner).keys() - attributes.keys():
-            delattr(owner, name)
-        for name, value in attributes.items():
-            if vars(owner)[name] is not value:
-                setattr(owner, name, value)
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """`packed_product` runs in Triton's interpreter."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    # Triton decorated its own sum when it was imported, before the variable was set.
-    monkeypatch.setattr(tl, "sum", triton.jit(tl.sum.fn))
-    kernels = interpreted_kernels()
-    monkeypatch.setattr(triton_packed, "_kernels", lambda: kernels)
-    # A kernel that calls another function leaves the language patched, and nothing compiles any more.
-    with attributes_kept(tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base):
-        yield
 
 
 def drawn(seed: int, tokens: int, d_out: int, d_in: int, block: int | None, dtype: torch.dtype):
@@ -112,7 +73,7 @@ def test_one_token_over_more_groups_and_rows_than_a_tile():
 @pytest.mark.parametrize(("tokens", "d_out"), [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.usefixtures("interpreted")
 def test_nothing_is_launched_for_an_empty_product(monkeypatch, tokens, d_out):
-    monkeypatch.setattr(triton_packed, "_kernels", lambda: SimpleNamespace(INTERPRETED=True))
+    monkeypatch.setattr(triton_source, "_kernels", lambda: SimpleNamespace(INTERPRETED=True))
     x, core, right = drawn(0, tokens, max(d_out, 1), 32, 16, torch.float16)
     y = packed_product(x, core.values[:d_out], core.packed[:d_out], right)
     assert y.shape == (tokens, d_out) and y.dtype == torch.float16
@@ -242,32 +203,6 @@ def test_without_triton_the_error_names_the_way_out(monkeypatch):
         product(x, core)
 
 
-class Compiled:
-    """Stands for a kernel: what it is launched with is compiled for a GPU, without one."""
-
-    def __init__(self, kernel):
-        self.kernel, self.shared = kernel, 0
-
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *args, num_warps, num_stages=3, **constants):
-        kinds = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-        names = self.kernel.arg_names
-        arguments = dict(zip(names, args, strict=False)) | constants
-        signature = dict.fromkeys(names, "constexpr")
-        for name, argument in arguments.items():
-            if isinstance(argument, Tensor):
-                signature[name] = kinds[argument.dtype]
-            elif name not in constants and argument not in (None, 1):
-                signature[name] = "i32"
-        fixed = {(names.index(n),): arguments[n] for n in names if signature[n] == "constexpr"}
-        source = triton.compiler.ASTSource(self.kernel, signature, fixed)
-        target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        self.shared = triton.compile(source, target=target, options=options).metadata.shared
-
-
 @pytest.mark.parametrize(
     ("tokens", "block", "dtype"),
     [
@@ -284,7 +219,7 @@ def test_compiles_within_the_memory_of_any_recent_gpu(monkeypatch, tmp_path, tok
     kernels = import_module(KERNELS)
     one, some = Compiled(kernels.one_token), Compiled(kernels.some_tokens)
     stand_in = SimpleNamespace(INTERPRETED=True, one_token=one, some_tokens=some)
-    monkeypatch.setattr(triton_packed, "_kernels", lambda: stand_in)
+    monkeypatch.setattr(triton_source, "_kernels", lambda: stand_in)
     product(*drawn(0, tokens, 33, 512, block, dtype))
     assert 0 < max(one.shared, some.shared) <= 99 * 1024
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from armorfact_hf.data.load_model import Loaded, load_model, open_model
@@ -26,7 +25,7 @@ from armorfact_hf.runs import prune_to_folder as workflow
 from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
-from tests.hf.models import BLOCKS, COMMON, GROUPED, TOKENS, word_tokenizer
+from tests.hf.models import BLOCKS, tiny_model, word_tokenizer
 from tests.hf.observers import Silent, Stepping
 from tests.hf.processes import begin, exit_code
 from tests.hf.runs.folders import QUICK, names, prune, saved, silent
@@ -101,6 +100,88 @@ def test_in_another_dtype(tmp_path, text_file):
         prune_to_folder(found, tmp_path / f"{stream}", QUICK, Calibration(str(text_file), 4, 24), observer=Silent())
         written[stream] = (tmp_path / f"{stream}" / "model.safetensors").read_bytes()
     assert written[True] == written[False]
+
+
+# Tensors that transformers makes of others while it loads
+
+MIXTURES = {"mixtral": "w1", "qwen3_moe": "gate_proj", "deepseek_v3": "gate_proj"}
+
+
+DENSE = {
+    "no experts": replace(MATCHED, refine=None, ignore=("re:.*experts",)),
+    "those of one block": replace(MATCHED, refine=None, ignore=(r"re:model\.layers\.1\..*\.experts\.",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, "layers alone") for family in MIXTURES),
+        *((family, "no experts") for family in MIXTURES),
+        ("mixtral", "blocks and tail"),
+        ("deepseek_v3", "those of one block"),
+    ],
+)
+def test_experts_stored_one_by_one(family, settings, tmp_path, text_file):
+    model = saved(family, tmp_path / "model", dtype=torch.bfloat16, max_shard_size="50KB")
+    assert f"experts.3.{MIXTURES[family]}.weight" in (model / "model.safetensors.index.json").read_text()
+    config = {**SETTINGS, **DENSE}[settings]
+    from_memory, from_disk = (
+        pruned_files(model, tmp_path / str(stream), text_file, config, stream) for stream in (False, True)
+    )
+    assert from_disk == from_memory
+    assert len(inspect_folder(tmp_path / "True")) > BLOCKS
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_fingerprint_of_a_mixture_is_that_in_memory(family, tmp_path):
+    model = saved(family, tmp_path / "model", dtype=torch.bfloat16)
+    assert open_model(str(model), log=silent).fingerprint == load_model(str(model), log=silent).fingerprint
+
+
+def test_a_mixture_stored_as_transformers_holds_it(tmp_path, text_file):
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "model", save_original_format=False)
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    from_memory, from_disk = (
+        pruned_files(tmp_path / "model", tmp_path / str(stream), text_file, replace(MATCHED, refine=None), stream)
+        for stream in (False, True)
+    )
+    assert from_disk == from_memory
+
+
+def test_experts_in_another_dtype(tmp_path, text_file):
+    model = saved("mixtral", tmp_path / "model")
+    written = {}
+    for stream in (False, True):
+        found = (open_model if stream else load_model)(str(model), "bfloat16", log=silent)
+        prune_to_folder(found, tmp_path / f"{stream}", QUICK, Calibration(str(text_file), 4, 24), observer=Silent())
+        written[stream] = (tmp_path / f"{stream}" / "model.safetensors").read_bytes()
+    assert written[True] == written[False]
+
+
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+def test_numbers_that_are_none_in_an_expert_are_told(tmp_path, text_file, out, monkeypatch):
+    model = saved("qwen3_moe", tmp_path / "mixture")
+    changed(model, lambda tensors: tensors[EXPERT].fill_(float("inf")))
+    monkeypatch.setattr(workflow, "prune_job_", None)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj holds NaN or infinite values"):
+        prune(model, out, text_file, stream=True)
+
+
+def test_a_missing_expert_is_told(tmp_path, text_file, out):
+    model = saved("mixtral", tmp_path / "mixture")
+    changed(model, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.2.w2.weight"))
+    with pytest.raises(ValueError, match=r"holds 3 tensors of which .*experts\.down_proj is made .*: they give"):
+        prune(model, out, text_file, stream=True)
+
+
+def test_what_transformers_cannot_make_of_shapes_is_refused(tmp_path):
+    model = saved("qwen3_moe", tmp_path / "mixture")
+    changed(model, lambda tensors: tensors.pop(EXPERT))
+    with pytest.raises(NotStreamable, match=r"cannot make .*1\.mlp\.experts\.gate_up_proj .*--no-stream"):
+        open_model(str(model), log=silent)
 
 
 # Killed, and continued
@@ -185,22 +266,6 @@ def test_a_missing_shard_is_told(tmp_path, text_file, out):
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks model-00002-of-00003\.safetensors, which its index lists"):
         prune(folder, out, text_file, stream=True)
-
-
-def test_experts_that_transformers_merges_are_refused_and_merged_ones_are_read(tmp_path, text_file):
-    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-    config = transformers.Qwen3MoeConfig(**COMMON, **TOKENS, **GROUPED, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for folder in ("apart", "merged"):
-        model.save_pretrained(tmp_path / folder, save_original_format=folder == "apart")
-        word_tokenizer().save_pretrained(tmp_path / folder)
-    with pytest.raises(NotStreamable, match=r"makes .*experts\..* of .*experts\.0\..*weight .*--no-stream"):
-        open_model(str(tmp_path / "apart"), log=silent)
-    config = replace(MATCHED, refine=None)
-    from_memory, from_disk = (
-        pruned_files(tmp_path / "merged", tmp_path / str(stream), text_file, config, stream) for stream in (False, True)
-    )
-    assert from_disk == from_memory
 
 
 def test_a_pruned_model_is_refused(model_folder, text_file, out, tmp_path):

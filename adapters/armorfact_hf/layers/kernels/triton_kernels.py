@@ -1,4 +1,4 @@
-"""The Triton kernels that multiply with a packed 2:4 core; `triton_packed` launches them.
+"""The Triton kernels that multiply with packed 2:4 cores; `triton_packed` and `triton_experts` launch them.
 
 Importing this file needs triton. A group is four columns, of which the core keeps two: the values v0 and v1, at the
 positions p0 < p1. Two groups share a byte of positions. Sums are float32 whatever the dtype of the tensors.
@@ -84,6 +84,41 @@ def one_token(x, values, positions, y, d_out, groups, bytes_a_row, OUT: tl.const
 
 
 @triton.jit
+def _tile(
+    x,
+    values,
+    positions,
+    right,
+    rows,
+    token,
+    tokens,
+    start,
+    stop,
+    d_out,
+    groups,
+    bytes_a_row,
+    x_stride,
+    OUT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FUSE_RIGHT: tl.constexpr,
+):
+    """Rows of C x, or of C B x, for some tokens, over the groups start..stop: (OUT, TOKENS); 0 for token >= tokens."""
+    COLUMNS: tl.constexpr = 4 * GROUPS
+    total = tl.full((OUT, TOKENS), 0, tl.float32)
+    for first in range(start, stop, GROUPS):
+        column = 4 * first + tl.arange(0, COLUMNS)
+        inside = (column < 4 * groups)[:, None] & (token < tokens)[None, :]
+        inputs = tl.load(x + token[None, :] * x_stride + column[:, None], mask=inside, other=0.0)
+        if FUSE_RIGHT:
+            block = tl.load(right + column[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+            inputs = _dot(block, inputs).to(x.dtype.element_ty)
+        v0, v1, p0, p1 = _groups(values, positions, rows, first, d_out, groups, bytes_a_row, OUT, GROUPS)
+        total += _dot(_dense(v0, v1, p0, p1, OUT, GROUPS), inputs)
+    return total
+
+
+@triton.jit
 def some_tokens(
     x,
     values,
@@ -106,19 +141,104 @@ def some_tokens(
     x (tokens, 4 * groups) with rows ``x_stride`` apart. Grid (row tiles, token tiles, parts). FUSE_RIGHT multiplies
     each tile of x by its block of B first; one block is then one tile: right (groups / GROUPS, 4 * GROUPS, 4 * GROUPS).
     """
-    COLUMNS: tl.constexpr = 4 * GROUPS
     rows = tl.program_id(0) * OUT + tl.arange(0, OUT)
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     start = tl.program_id(2) * groups_a_part
-    total = tl.full((OUT, TOKENS), 0, tl.float32)
-    for first in range(start, tl.minimum(start + groups_a_part, groups), GROUPS):
-        column = 4 * first + tl.arange(0, COLUMNS)
-        inside = (column < 4 * groups)[:, None] & (token < tokens)[None, :]
-        inputs = tl.load(x + token[None, :] * x_stride + column[:, None], mask=inside, other=0.0)
-        if FUSE_RIGHT:
-            block = tl.load(right + column[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
-            inputs = _dot(block, inputs).to(x.dtype.element_ty)
-        v0, v1, p0, p1 = _groups(values, positions, rows, first, d_out, groups, bytes_a_row, OUT, GROUPS)
-        total += _dot(_dense(v0, v1, p0, p1, OUT, GROUPS), inputs)
+    stop = tl.minimum(start + groups_a_part, groups)
+    total = _tile(
+        x,
+        values,
+        positions,
+        right,
+        rows,
+        token,
+        tokens,
+        start,
+        stop,
+        d_out,
+        groups,
+        bytes_a_row,
+        x_stride,
+        OUT,
+        TOKENS,
+        GROUPS,
+        FUSE_RIGHT,
+    )
     y_at = y + (tl.program_id(2).to(tl.int64) * tokens + token[None, :]) * d_out + rows[:, None]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=(rows < d_out)[:, None] & (token < tokens)[None, :])
+
+
+@triton.jit
+def _rows_of_an_expert(tiles, TOKENS: tl.constexpr):
+    """The expert that this program works for, its rows of x, and the end of them."""
+    tile = tiles + 3 * tl.program_id(1)
+    rows = tl.load(tile + 1).to(tl.int64) + tl.arange(0, TOKENS)
+    return tl.load(tile).to(tl.int64), rows, tl.load(tile + 2)
+
+
+@triton.jit
+def expert_cores(
+    x,
+    values,
+    positions,
+    y,
+    tiles,
+    d_out,
+    groups,
+    bytes_a_row,
+    OUT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """y = C x, each row by the core of its expert: x (rows, 4 * groups), y (rows, d_out). Grid (row tiles, tiles).
+
+    values and positions have the experts first; tiles (tiles, 3) int32, see `triton_experts.tiles_of`.
+    """
+    expert, token, end = _rows_of_an_expert(tiles, TOKENS)
+    rows = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    values += expert * d_out * 2 * groups
+    positions += expert * d_out * bytes_a_row
+    total = _tile(
+        x,
+        values,
+        positions,
+        None,
+        rows,
+        token,
+        end,
+        0,
+        groups,
+        d_out,
+        groups,
+        bytes_a_row,
+        4 * groups,
+        OUT,
+        TOKENS,
+        GROUPS,
+        False,
+    )
+    inside = (rows < d_out)[:, None] & (token < end)[None, :]
+    tl.store(y + token[None, :] * d_out + rows[:, None], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def expert_blocks(x, blocks, y, tiles, width, size, OUT: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr):
+    """y = diag(blocks) x, each row by the blocks of its expert: x and y (rows, width), blocks (experts, n, size, size).
+
+    Grid (n * ceil(size / OUT), tiles), n = width / size.
+    """
+    expert, token, end = _rows_of_an_expert(tiles, TOKENS)
+    pieces = (size + OUT - 1) // OUT
+    block = tl.program_id(0) // pieces
+    row = tl.program_id(0) % pieces * OUT + tl.arange(0, OUT)
+    blocks += (expert * (width // size) + block) * size * size
+    total = tl.full((OUT, TOKENS), 0, tl.float32)
+    for first in range(0, size, INNER):
+        column = first + tl.arange(0, INNER)
+        weight_inside = (row < size)[:, None] & (column < size)[None, :]
+        weight = tl.load(blocks + row[:, None] * size + column[None, :], mask=weight_inside, other=0.0)
+        inside = (column < size)[:, None] & (token < end)[None, :]
+        at = x + token[None, :] * width + block * size + column[:, None]
+        total += _dot(weight, tl.load(at, mask=inside, other=0.0))
+    inside = (row < size)[:, None] & (token < end)[None, :]
+    tl.store(y + token[None, :] * width + block * size + row[:, None], total.to(y.dtype.element_ty), mask=inside)

@@ -8,13 +8,13 @@ Triton is imported by the first call, so this file imports without it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from armorfact_hf.layers.kernels.blocks import block_product
+from armorfact_hf.layers.kernels.triton_source import kernels_for
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Two programs for each of the 132 multiprocessors of an H100. One number for all GPUs: the same sums on each of them.
@@ -57,10 +57,8 @@ def packed_product(x: Tensor, values: Tensor, positions: Tensor, right: Tensor |
         ValueError: shapes or dtypes other than these, or tensors that are not on a GPU.
         ImportError: triton is not installed.
     """
-    _check(x, values, positions, right)
-    kernels = _kernels()
-    if x.device.type == "cpu" and not kernels.INTERPRETED:
-        raise ValueError("expected tensors on a GPU, got x on the CPU; `armorfact_hf.layers.packed` runs on both")
+    check(x, values, positions, right)
+    kernels = kernels_for(x)
     if not x.shape[0] * values.shape[0]:
         return x.new_empty(x.shape[0], values.shape[0])
     fused = right is not None and fuses_right(x.shape[0], values.shape[0], right.shape[-1], x.element_size())
@@ -89,7 +87,7 @@ def fuses_right(tokens: int, d_out: int, block: int, element_size: int) -> bool:
         or block * block * element_size > MOST_BLOCK_BYTES
     ):
         return False
-    return _tiles(d_out, _rows_a_tile(_tokens_a_tile(tokens))) <= MOST_FUSED_ROW_TILES
+    return _tiles(d_out, rows_a_tile(tokens_a_tile(tokens))) <= MOST_FUSED_ROW_TILES
 
 
 def tiling(tokens: int, d_out: int, groups: int, element_size: int, block: int | None = None) -> Tiling:
@@ -103,8 +101,8 @@ def tiling(tokens: int, d_out: int, groups: int, element_size: int, block: int |
 
     The numbers are reasoned, not measured yet.
     """
-    token_tile = _tokens_a_tile(tokens)
-    row_tile = _rows_a_tile(token_tile)
+    token_tile = tokens_a_tile(tokens)
+    row_tile = rows_a_tile(token_tile)
     group_tile = (256 // element_size if block is None else block) // 4
     group_tiles = _tiles(groups, group_tile)
     programs = _tiles(d_out, row_tile) * _tiles(tokens, token_tile)
@@ -112,11 +110,13 @@ def tiling(tokens: int, d_out: int, groups: int, element_size: int, block: int |
     return Tiling(row_tile, token_tile, group_tile, _tiles(group_tiles, tiles_a_part), tiles_a_part * group_tile)
 
 
-def _tokens_a_tile(tokens: int) -> int:
+def tokens_a_tile(tokens: int) -> int:
+    """See `tiling`."""
     return min(max(16, 1 << (tokens - 1).bit_length()), MOST_TOKENS_A_TILE)
 
 
-def _rows_a_tile(token_tile: int) -> int:
+def rows_a_tile(token_tile: int) -> int:
+    """See `tiling`."""
     return max(32, token_tile)
 
 
@@ -161,7 +161,8 @@ def _some_tokens(kernels: ModuleType, x: Tensor, values: Tensor, positions: Tens
     return y[0] if cut.parts == 1 else y.sum(0).to(x.dtype)
 
 
-def _check(x: Tensor, values: Tensor, positions: Tensor, right: Tensor | None) -> None:
+def check(x: Tensor, values: Tensor, positions: Tensor, right: Tensor | None) -> None:
+    """Raise ValueError for arguments of `packed_product` that do not fit each other."""
     if x.ndim != 2 or x.shape[1] % 4 or x.dtype not in DTYPES:
         raise ValueError(
             "expected x (tokens, d_in) in float16, bfloat16 or float32 with d_in a multiple of 4, "
@@ -178,13 +179,3 @@ def _check(x: Tensor, values: Tensor, positions: Tensor, right: Tensor | None) -
             raise ValueError(f"expected {name} {shape} in {dtype}, got {tuple(tensor.shape)} in {tensor.dtype}")
     if right is not None and right.numel() != d_in * right.shape[-1]:
         raise ValueError(f"expected blocks whose size divides d_in = {d_in}, got {right.shape[-1]}")
-
-
-def _kernels() -> ModuleType:
-    try:
-        return import_module("armorfact_hf.layers.kernels.triton_kernels")
-    except ImportError as error:
-        raise ImportError(
-            "the packed product on a GPU is written in Triton: pip install triton, or run the layer unpacked: "
-            'layer.use_(Execution.always("unpacked"))'
-        ) from error

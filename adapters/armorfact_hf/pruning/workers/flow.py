@@ -103,9 +103,14 @@ class Flow:
             self.pruned.hidden[window] = given.hidden[window]
 
     @property
+    def before_block(self) -> States:
+        """The states that the block at work is given."""
+        return _known(self.given)
+
+    @property
     def around_block(self) -> tuple[States, States]:
         """The states that the block at work is given, and those of the dense model behind it."""
-        return _known(self.given), _known(self.dense)
+        return self.before_block, _known(self.dense)
 
     @property
     def around_tail(self) -> tuple[States, States]:

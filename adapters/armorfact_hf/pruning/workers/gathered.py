@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.pruning.experts import alike
+from armorfact_hf.pruning.experts import pools_of
 from armorfact_hf.pruning.workers import remote
 from armorfact_hf.pruning.workers.cluster import RETRIES
 from armorfact_hf.pruning.workers.remote import Ref
@@ -32,13 +32,15 @@ class Gathered:
 
     def pool_(self, layers: Iterable[Layer]) -> None:
         """`armorfact_hf.pruning.experts.pool_`, by tasks."""
-        for group in alike(layers, self.leader):
-            prior = task(remote.prior, 1).remote([self.moments[name] for name in group.leaders])
-            for name in group.leaders:
+        for pool in pools_of(layers):
+            leaders, unreached = pool.leaders(self.leader), pool.unreached(self.leader)
+            if not leaders:  # they are left as they are
+                continue
+            prior = task(remote.prior, 1).remote([self.moments[name] for name in leaders])
+            for name in leaders:
                 self.moments[name] = task(remote.lend, 1).remote(self.moments[name], prior)
-            for name in group.unreached:
-                self.leader[name] = group.unreached[0]
-                self.moments[name] = prior
+            for name in unreached:
+                self.leader[name], self.moments[name] = unreached[0], prior
 
 
 def task(function: Any, cores: int) -> Any:

@@ -17,9 +17,11 @@ from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.matching import BlockReport
+from armorfact_hf.pruning.memory import experts_at_once
 from armorfact_hf.pruning.progress import Progress
-from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers
+from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers, threads_each
 from armorfact_hf.pruning.workers.flow import Flow
+from armorfact_hf.pruning.workers.in_chunks import Gatherer, InChunks, chunks_of
 from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail, with_losses
 
 
@@ -31,11 +33,13 @@ class InProcess:
         job: what is pruned; its model is in evaluation mode, and its layers are replaced.
         progress: is told of every layer and window.
         flow: the states of all windows.
+        experts_at_once: of each experts module, so many have their statistics in memory at a time; None is all.
     """
 
     job: Job
     progress: Progress
     flow: Flow
+    experts_at_once: int | None = None
 
     @classmethod
     def of(cls, job: Job, progress: Progress, folder: Path | None = None) -> InProcess:
@@ -44,16 +48,24 @@ class InProcess:
         def told(index: int, window: int) -> None:
             progress.tell(1, f"decoder block {index + 1} of {len(job.blocks)}, window {window + 1}")
 
-        return cls(job, progress, Flow.of(job, range(len(job.tokens)), told, folder))
+        return cls(job, progress, Flow.of(job, range(len(job.tokens)), told, folder), experts_at_once(job))
 
-    def statistics(self, index: int | None) -> Statistics:
+    def statistics(self, index: int | None) -> Statistics | InChunks:
         """The moments of the inputs of a block's layers, window by window; None is the head."""
         if index is not None:
             self.flow.begin(index)
+        chunks = chunks_of(self.job.layers_of(index), self.experts_at_once)
+        found = self._gathered(index, {layer.name for layer in chunks[0]})
+        if index is not None and len(chunks) > 1:
+            return InChunks.gathered(Gatherer(self.job, index, self.flow.before_block), chunks, found)
+        pool_(found, chunks[0])
+        return found
+
+    def _gathered(self, index: int | None, names: Collection[str]) -> Statistics:
+        """Those of some layers, while the dense model's states move on."""
         found = Statistics(self.job.config.needs_correlations)
         for window in self.flow.windows:
-            found.add(*self.flow.inputs(index, window))
-        pool_(found, self.job.layers_of(index))
+            found.add(*(inputs.of(names) for inputs in self.flow.inputs(index, window)))
         return found
 
     def pass_by(self, index: int) -> None:
@@ -62,26 +74,39 @@ class InProcess:
         self.flow.pass_by(index)
 
     def prune(
-        self, layers: Sequence[Layer], statistics: Statistics, keep: Keep = forget, known: Collection[str] = ()
+        self,
+        layers: Sequence[Layer],
+        statistics: Statistics | InChunks,
+        keep: Keep = forget,
+        known: Collection[str] = (),
     ) -> Pruned:
         """What replaces each of the layers; one that no token reaches (of an expert, say) is left as it is."""
-        work = [(layer, statistics.of(layer.name)) for layer in layers if layer.name in statistics.leader]
+        reached = [layer for layer in layers if layer.name in statistics.leader]
+        threads = threads_each(reached, torch.get_num_threads())
 
         def done(layer: FactorizedLinear, report: LayerReport) -> None:
             keep(layer, report)
             self.progress.tell(1, report.name)
 
-        return prune_layers(work, self.job.config, done, known)
+        found: Pruned = []
+        for chunk in chunks_of([layer for layer in reached if layer.name not in known], self.experts_at_once):
+            work = [(layer, statistics.of(layer.name)) for layer in chunk]
+            found += prune_layers(work, self.job.config, done, threads)
+            del work  # the next chunk takes its memory
+        return found
 
-    def match(self, index: int, pruned: Pruned, statistics: Statistics) -> tuple[Pruned, BlockReport | None]:
+    def match(self, index: int, pruned: Pruned, statistics: Statistics | InChunks) -> tuple[Pruned, BlockReport | None]:
         """The layers of a block, tuned together towards the states of the dense model behind it."""
         if self.job.matching is None or not pruned:
             return pruned, None
         self.replace(pruned)
         tuned = tune_block(self.job, index, layers_by_name(pruned), self.flow.around_block, self._told)
-        return self._with_losses(pruned, tuned, statistics.of)
+        found = self._with_losses(pruned, tuned, statistics.of)
+        if isinstance(statistics, InChunks):
+            statistics.rest()
+        return found
 
-    def match_tail(self, blocks: Sequence[tuple[Pruned, Statistics]]) -> tuple[Pruned, BlockReport | None]:
+    def match_tail(self, blocks: Sequence[tuple[Pruned, Statistics | InChunks]]) -> tuple[Pruned, BlockReport | None]:
         """The layers of the last blocks, tuned together towards the words of the dense model."""
         pruned = [layer for layers, _ in blocks for layer in layers]
         statistics = {report.name: found for layers, found in blocks for _, report in layers}

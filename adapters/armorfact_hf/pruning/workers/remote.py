@@ -21,7 +21,7 @@ from armorfact_hf.model.stream import BlockStream
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.entry import Pruned
-from armorfact_hf.pruning.experts import prior_of
+from armorfact_hf.pruning.experts import Pool
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import LayerReport, prune_layer, with_tuned_loss
 from armorfact_hf.pruning.notes import damping_noted
@@ -140,9 +140,12 @@ def gather(name: str, correlations: bool, parts: Sequence[Ref], threads: int) ->
     return found.of(name)
 
 
-def prior(moments: Sequence[Ref]) -> Moments:
-    """`prior_of` of references."""
-    return prior_of(map(ray.get, moments))
+def prior(moments: Sequence[Ref]) -> Moments | None:
+    """What the experts borrow that these references are of, one or more, in the order of the model."""
+    pool = Pool(())
+    for ref in moments:  # one at a time
+        pool.count(ray.get(ref))
+    return pool.prior()
 
 
 def lend(moments: Moments, prior: Moments) -> Moments:
