@@ -7,6 +7,7 @@ from armorfact.initial.sparsegpt import DampingWarning
 from armorfact.packed import Core
 from armorfact.pattern import Pattern
 from armorfact.problem import Factors, Problem
+from armorfact.quantization import quantize_core
 from armorfact.result import BlockDiagonal, Result
 from armorfact.sizes import auto_block
 from armorfact.solvers import Adam, Best, Exact, Gradient, Solver, State
@@ -38,6 +39,7 @@ __all__ = [
     "factorize",
     "magnitude",
     "nowag",
+    "quantize_core",
     "sparsegpt",
     "wanda",
 ]

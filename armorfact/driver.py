@@ -52,6 +52,16 @@ class Budget:
     patience: int
     time_limit: float | None = None
 
+    @classmethod
+    def of(cls, solver: Solver, max_sweeps: int | None, rtol: float | None, time_limit: float | None) -> Budget:
+        """What is given, and the solver's own where that is None."""
+        return cls(
+            max_sweeps=solver.max_sweeps if max_sweeps is None else max_sweeps,
+            rtol=solver.rtol if rtol is None else rtol,
+            patience=solver.patience,
+            time_limit=time_limit,
+        )
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_sweeps", arrays.integer(self.max_sweeps, "max_sweeps"))
         if self.max_sweeps < 0 or not self.rtol >= 0 or not (self.time_limit is None or self.time_limit >= 0):

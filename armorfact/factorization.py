@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 
 from armorfact import arrays, driver, sizes, validate
-from armorfact.definite import definite
 from armorfact.driver import Budget, Progress
 from armorfact.gauge import canonical
-from armorfact.gram import FullGram, Gram
+from armorfact.gram import FullGram
 from armorfact.initial import METHODS
 from armorfact.initial.sparsegpt import prune, within_range
-from armorfact.objective import Objective, Units
+from armorfact.objective import Objective
 from armorfact.packed import Core
 from armorfact.pattern import Pattern
 from armorfact.problem import Factors, Problem
 from armorfact.result import BlockDiagonal, Result
-from armorfact.scaling import Scaling
 from armorfact.solvers import Adam, Exact, Gradient, Solver
+from armorfact.statement import Statement
 
 Array = Any
 Notes = tuple[str, ...]
@@ -97,36 +96,30 @@ def factorize(
     block_out, block_in = sizes.blocks(block, weight.shape, pattern)
     validate.solver(solver, tuple(SOLVERS))
     algorithm = SOLVERS[solver]() if isinstance(solver, str) else solver
-    budget = _budget(algorithm, max_sweeps, rtol, time_limit)
+    budget = Budget.of(algorithm, max_sweeps, rtol, time_limit)
     seed = validate.seed(seed)
     validate.init(init, weight, pattern, (block_out, block_in), tuple(METHODS))
-    validate.one_of("normalize", normalize, (None, "nowag"))
-    scaled, weight_unit = validate.scaled(weight)
-    gram, gram_unit = validate.gram(XXt, weight)
-    outputs, output_unit = validate.output_gram(output_gram, row_weight, weight, block_out)
-
-    scaling = Scaling.of(scaled, normalize, outputs)
-    units = Units(weight_unit, gram_unit, output_unit, normalize is not None)
-    objective = Objective(weight, validate.as_given(XXt, gram), scaling, units)
-    problem = Problem(scaling.scaled(scaled), definite(gram, XXt), pattern, block_out, block_in)
+    stated = Statement.of(
+        weight,
+        XXt,
+        pattern,
+        (block_out, block_in),
+        normalize=normalize,
+        row_weight=row_weight,
+        output_gram=output_gram,
+    )
+    objective, problem = stated.objective, stated.problem
     # What overflows is not finite, and what is not finite is never accepted.
     with np.errstate(over="ignore", invalid="ignore"):
-        start, notes = _start(init, scaled, gram, problem, objective)
-        run = driver.run(algorithm, problem, scaling.into(start), budget, seed, callback, units.loss)
+        start, notes = _start(init, stated)
+        begun = objective.scaling.into(start)
+        run = driver.run(algorithm, problem, begun, budget, seed, callback, objective.units.loss)
         return _measured(objective, problem, start, run, notes)
 
 
-def _budget(solver: Solver, max_sweeps: int | None, rtol: float | None, time_limit: float | None) -> Budget:
-    return Budget(
-        max_sweeps=solver.max_sweeps if max_sweeps is None else max_sweeps,
-        rtol=solver.rtol if rtol is None else rtol,
-        patience=solver.patience,
-        time_limit=time_limit,
-    )
-
-
-def _start(init: Any, weight: Array, gram: Gram, problem: Problem, objective: Objective) -> tuple[Factors, Notes]:
+def _start(init: Any, stated: Statement) -> tuple[Factors, Notes]:
     """The starting factors of the scaled W, and what the status has to say about them."""
+    weight, gram, problem, objective = stated.weight, stated.gram, stated.problem, stated.objective
     if isinstance(init, Result):
         return objective.units.into(init.factors.astype(weight.dtype)), ()
     if not isinstance(init, str):
@@ -141,17 +134,27 @@ def _start(init: Any, weight: Array, gram: Gram, problem: Problem, objective: Ob
     return problem.identity_wrapped(core), (note,) if rows else ()
 
 
+def better(objective: Objective, initial: Factors, found: Factors) -> tuple[Factors, float, float, str]:
+    """Of two factorizations as they are returned the one with the smaller loss, its loss and that of ``initial``.
+
+    Returns:
+        The last is why ``found`` is not the one, or empty. What is out of range is never the one.
+    """
+    initial_loss = objective.loss(initial)
+    usable = objective.usable(found)
+    loss = objective.loss(found) if usable else math.inf
+    if loss <= initial_loss:
+        return found, loss, initial_loss, ""
+    return initial, initial_loss, initial_loss, "has the smaller loss" if usable else "alone stays in range"
+
+
 def _measured(objective: Objective, problem: Problem, start: Factors, run: driver.Run, notes: Notes) -> Result:
     """Round to the dtype of W, measure what is returned, and keep the start if rounding made it best."""
     weight, units = objective.weight, objective.units
     initial = units.out_of(start).astype(weight.dtype)
     found = units.out_of(canonical(objective.scaling.out_of(run.factors))).astype(weight.dtype)
-    initial_loss = objective.loss(initial)
-    usable = objective.usable(found)
-    loss = objective.loss(found) if usable else math.inf
-    if not loss <= initial_loss:
-        why = "has the smaller loss" if usable else "alone stays in range"
-        found, loss = initial, initial_loss
+    found, loss, initial_loss, why = better(objective, initial, found)
+    if why:
         notes += (f"in {weight.dtype} the initialization {why} and is returned",)
     return Result(
         left=BlockDiagonal(found.left),

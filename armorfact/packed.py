@@ -56,7 +56,7 @@ class Core:
     """An N:M matrix (d_out, d_in).
 
     Args:
-        values: (d_out, d_in * N / M), the kept values of each row from left to right.
+        values: (d_out, d_in * N / M), the kept values of each row from left to right: floating, or int8.
         packed: (d_out, bytes) uint8, the position of each value in its group, ascending, in
             ``pattern.index_bits`` bits each (2 for 2:4), the first in the low bits of its byte.
         pattern: N:M.
@@ -105,9 +105,18 @@ class Core:
         xp = arrays.namespace(self.values)
         return self._scatter(xp.ones_like(self.values)) != 0
 
-    def dense(self) -> Array:
-        """(d_out, d_in), in the dtype of the values."""
-        return self._scatter(self.values)
+    @property
+    def places(self) -> Array:
+        """(d_out, d_in * N / M) int64: the column of each value."""
+        xp = arrays.namespace(self.packed)
+        count = xp.arange(self.values.shape[1], dtype=xp.int64, device=arrays.device(self.packed))
+        return xp.astype(self.positions, xp.int64) + count // self.pattern.keep * self.pattern.group
+
+    def dense(self, dtype: Any = None) -> Array:
+        """(d_out, d_in), in the dtype of the values if none is given."""
+        xp = arrays.namespace(self.values)
+        values = self.values if dtype is None else xp.astype(self.values, dtype, copy=False)
+        return self._scatter(values)
 
     def _scatter(self, values: Array) -> Array:
         xp = arrays.namespace(values)
@@ -128,7 +137,7 @@ class Core:
         for lo in range(0, self.shape[0], rows_at_once):
             rows = slice(lo, min(lo + rows_at_once, self.shape[0]))
             panel = Core(self.values[rows, :], self.packed[rows, :], self.pattern, self.columns)
-            outputs.append(x @ arrays.transpose(panel.dense()))
+            outputs.append(x @ arrays.transpose(panel.dense(x.dtype)))
         return xp.concat(outputs, axis=-1)
 
     @property

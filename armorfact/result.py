@@ -1,4 +1,4 @@
-"""What `factorize` returns."""
+"""What `factorize` and `quantize_core` return."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class Result:
 
     @property
     def factors(self) -> Factors:
-        """A, C (dense) and B as arrays: what a warm start takes."""
-        return Factors(self.left.blocks, self.core.dense(), self.right.blocks)
+        """A, C (dense, in their dtype) and B as arrays: what a warm start takes."""
+        return Factors(self.left.blocks, self.core.dense(self.left.blocks.dtype), self.right.blocks)
 
     @property
     def relative_loss(self) -> float:

@@ -72,6 +72,17 @@ class Scaling:
             left = arrays.namespace(left).astype(self.root @ arrays.float64(left), left.dtype, copy=False)
         return Factors(left, core, right)
 
+    def into_wrappers(self, factors: Factors) -> Factors:
+        """The inverse of `out_of`: all of it goes into A and B, and C stays as it is."""
+        left, right = factors.left, factors.right
+        if self.column is not None:
+            right = right / _columns(self.column, right)
+        if self.row is not None:
+            left = left / _rows(self.row, left)
+        if self.root is not None:
+            left = arrays.namespace(left).astype(self.root @ arrays.float64(left), left.dtype, copy=False)
+        return Factors(left, factors.core, right)
+
     def out_of(self, factors: Factors) -> Factors:
         """Factors of the scaled W as factors of W."""
         left, right = factors.left, factors.right

@@ -158,7 +158,8 @@ def norms(array: Array, axis: int) -> Array:
 def nbytes(array: Array) -> int:
     """Bytes of the entries."""
     xp = namespace(array)
-    bits = 8 if array.dtype == xp.uint8 else xp.finfo(array.dtype).bits
+    information = xp.iinfo if xp.isdtype(array.dtype, "integral") else xp.finfo
+    bits = information(array.dtype).bits
     return math.prod(array.shape) * bits // 8
 
 

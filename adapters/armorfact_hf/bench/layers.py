@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from math import isqrt
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -57,17 +58,18 @@ def _by_shape(model: nn.Module) -> dict[str, list[FactorizedLinear]]:
 @torch.inference_mode()
 def _time_group(shape: str, layers: list[FactorizedLinear], tokens: int) -> Timing:
     first = layers[0]
-    size = first.out_features * first.in_features * first.values.element_size()
+    size = first.out_features * first.in_features * first.dtype.itemsize
     layers = layers[: max(1, DENSE_BYTES // size)]
-    x = torch.randn(tokens, first.in_features, device=first.values.device).to(first.values.dtype)
+    x = torch.randn(tokens, first.in_features, device=first.values.device).to(first.dtype)
     forms: dict[str, Sequence[nn.Module]] = {"dense": [_dense(layer) for layer in layers]}
     for strategy in (name for name in runnable(first.kind) if name != "dense"):
         forms[strategy] = [_sharing(layer).use_(Execution.always(strategy)) for layer in layers]
     seconds = time_side_by_side(forms, x)
     sparse = min((name for name in seconds if name != "dense"), key=seconds.__getitem__)
-    bare = [_sharing(layer, wrapped=False).use_(Execution.always(sparse)) for layer in layers]
-    alone = time_side_by_side({"whole": forms[sparse], "bare": bare}, x)
-    wrappers = 0.0 if first.block is None else max(0.0, 1 - alone["bare"] / alone["whole"])
+    wrappers = 0.0
+    if first.block is not None:
+        alone = time_side_by_side({"whole": forms[sparse], "bare": [_Bare(layer) for layer in forms[sparse]]}, x)
+        wrappers = max(0.0, 1 - alone["bare"] / alone["whole"])
     return Timing(shape, tokens, len(layers), seconds["dense"], seconds, wrappers)
 
 
@@ -79,14 +81,33 @@ def _dense(layer: FactorizedLinear) -> nn.Linear:
     return dense
 
 
-def _sharing(layer: FactorizedLinear, wrapped: bool = True) -> FactorizedLinear:
-    """A layer of the same tensors, or of the core's alone."""
-    block = layer.block if wrapped else None
+class _Bare(nn.Module):
+    """A layer without its wrappers, which an int8 core cannot be stored without."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = cast(FactorizedLinear, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values, positions, _, _, merged, compressed = self.layer.tensors
+        shape = self.layer.pattern.keep, self.layer.pattern.group, self.layer.choice
+        y = torch.ops.armorfact.factorized_linear(x, values, positions, None, None, merged, compressed, *shape)
+        return y if self.layer.bias is None else y + self.layer.bias
+
+
+def _sharing(layer: FactorizedLinear) -> FactorizedLinear:
+    """A layer of the same tensors."""
     with torch.device("meta"):
         other = FactorizedLinear(
-            layer.out_features, layer.in_features, layer.pattern, block, layer.bias is not None, layer.values.dtype
+            layer.out_features,
+            layer.in_features,
+            layer.pattern,
+            layer.block,
+            layer.bias is not None,
+            layer.dtype,
+            core_dtype=layer.values.dtype,
         )
-    for name in ("values", "positions", "bias", *(("left", "right") if block else ())):
+    for name in ("values", "positions", "left", "right", "bias"):
         setattr(other, name, getattr(layer, name))
     return other
 

@@ -24,7 +24,8 @@ def check_contents(where: str, data: Tensor, part: str, layer: LayerFormat) -> N
             their group or not ascending; padding that is not zero.
     """
     if part != "positions":
-        _check_finite(where, data)
+        if data.is_floating_point():
+            _check_finite(where, data)
     elif not _bytes_are_valid(rows := data.flatten(0, -2), layer):
         _check_positions(where, rows, layer)
 

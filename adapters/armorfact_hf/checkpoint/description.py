@@ -1,7 +1,7 @@
 """What `config.json` says of a pruned model: its pruned layers, and the digests that guard its tensors.
 
-Version 1 of the format, or version 2 where experts are pruned, which version 1 has no words for; docs/format.md
-describes both for readers in other languages.
+Version 1 of the format; version 2 where experts are pruned, and 3 where cores are int8, which those before have no
+words for. docs/format.md describes them for readers in other languages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from armorfact import Pattern
 from armorfact_hf.layers.format import LayerFormat, check_keys, shown
 
 QUANT_METHOD = "armorfact"
-VERSIONS = {1: (), 2: ("experts",)}  # what an entry of a module may hold beside name, shape and block
+# What an entry of a module may hold beside name, shape and block.
+VERSIONS: dict[int, tuple[str, ...]] = {1: (), 2: ("experts",), 3: ("experts", "core_dtype")}
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -86,6 +87,8 @@ class Description:
     @property
     def version(self) -> int:
         """The oldest version of the format that has words for it."""
+        if any(layer.core_dtype is not None for layer in self.modules.values()):
+            return 3
         return 2 if self.has_experts else 1
 
     @property
@@ -113,8 +116,8 @@ def _check_version(found: Any, where: str) -> None:
     version = found.get("version")
     if type(version) is not int or version not in VERSIONS:
         raise ValueError(
-            f"{where} is written in version {shown(version)} of the format, this armorfact reads version "
-            f"{' and '.join(map(str, VERSIONS))}: install the version of armorfact that wrote it"
+            f"{where} is written in version {shown(version)} of the format, this armorfact reads versions "
+            f"{', '.join(map(str, VERSIONS))}: install the version of armorfact that wrote it"
         )
 
 

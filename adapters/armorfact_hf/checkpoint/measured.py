@@ -50,7 +50,8 @@ def _processor() -> str:
 def shape_key(layer: FactorizedLinear) -> str:
     """Layers with equal keys run equally fast."""
     block = "" if layer.block is None else f" in {layer.block[0]}x{layer.block[1]}"
-    return f"{layer.out_features}x{layer.in_features}{block}"
+    core = "" if layer.values.dtype == layer.dtype else f", {_name(layer.values.dtype)}"
+    return f"{layer.out_features}x{layer.in_features}{block}{core}"
 
 
 def write_measured(folder: Path, device: torch.device, dtype: torch.dtype, choices: Choices) -> Path:
@@ -85,11 +86,11 @@ def read_measured(folder: Path, device: torch.device, dtype: torch.dtype) -> Cho
 def use_measured_(model: nn.Module, folder: Path) -> nn.Module:
     """Let every pruned layer run as it was measured fastest, where it was measured; in place."""
     layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
-    places = {(layer.values.device, layer.values.dtype) for layer in layers}
+    places = {(layer.values.device, layer.dtype) for layer in layers}
     try:
         found = {place: read_measured(folder, *place) for place in places}
         for layer in layers:
-            execution = found[layer.values.device, layer.values.dtype].get(shape_key(layer))
+            execution = found[layer.values.device, layer.dtype].get(shape_key(layer))
             if execution is not None:
                 layer.use_(execution)
     except DAMAGE as error:

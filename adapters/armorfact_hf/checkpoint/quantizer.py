@@ -157,8 +157,7 @@ def put_layer_(model: nn.Module, layer: LayerFormat, dtype: torch.dtype | None) 
             f"config.json gives {layer.name} the shape {list(layer.shape)}; in the model it has {list(shape)}"
         )
     bias = module.bias is not None
-    empty = FactorizedLinear(*layer.shape, layer.pattern, layer.block, bias, dtype, module.weight.device)
-    model.set_submodule(layer.name, empty)
+    model.set_submodule(layer.name, FactorizedLinear.empty(layer, bias, dtype, module.weight.device))
 
 
 def put_experts_(

@@ -23,6 +23,7 @@ from armorfact_hf.checkpoint.description import Description, tensor_digest
 from armorfact_hf.checkpoint.shards import INDEX, shards, weight_map
 from armorfact_hf.layers.format import LayerFormat
 
+INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 PORTION = 1 << 28  # bytes of a file that are looked at before it is opened anew
 
@@ -148,7 +149,7 @@ def _verify(tensors: dict[str, _Stored], description: Description) -> Verified:
             check_contents(str(tensor), data, *owners[tensor.name])
     return Verified(
         {name: sum(tensor.nbytes for part, tensor in held.items() if part != "bias") for name, held in modules.items()},
-        {name: FLOATS[held["values"].dtype] for name, held in modules.items()},
+        {name: FLOATS[_floating(description.modules[name], held).dtype] for name, held in modules.items()},
         bool(description.sha256),
         {name: tensor.shape for name, tensor in tensors.items()},
     )
@@ -200,16 +201,21 @@ def _check_header(layer: LayerFormat, held: dict[str, _Stored], sha256: Collecti
                 f"{tensor} is unexpected: under the pruned module {layer.name} there are only "
                 f"{', '.join(expected)}; save the model again, and leave the folder as it was written"
             )
-        _check_dtype(tensor, part, held["values"].dtype)
+        _check_dtype(tensor, part, layer, _floating(layer, held).dtype)
         _check_shape(tensor, part, expected[part], layer)
         # Other tensors may lack one: transformers renames those of some families when it saves.
         if sha256 and tensor.name not in sha256:
             raise ValueError(f"{tensor} has no digest, although config.json lists those of the others: {AGAIN}")
 
 
-def _check_dtype(tensor: _Stored, part: str, values: str) -> None:
-    floats = [values] if values in FLOATS else list(FLOATS)
-    expected = ["U8"] if part == "positions" else floats
+def _floating(layer: LayerFormat, held: dict[str, _Stored]) -> _Stored:
+    """The tensor of a module whose dtype all its floating ones share."""
+    return held["left" if "values" in layer.integers else "values"]
+
+
+def _check_dtype(tensor: _Stored, part: str, layer: LayerFormat, floating: str) -> None:
+    floats = [floating] if floating in FLOATS else list(FLOATS)
+    expected = [INTEGERS[layer.integers[part]]] if part in layer.integers else floats
     if tensor.dtype not in expected:
         raise ValueError(f"{tensor} is {tensor.dtype}, expected {' or '.join(expected)}: {AGAIN}")
 

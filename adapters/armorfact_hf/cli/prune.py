@@ -51,6 +51,10 @@ def prune(  # typer reads options from the signature: it is as long as there are
     tail: Annotated[
         int, typer.Option(help="Blocks at the end that are tuned once more, together, towards the dense words.")
     ] = DEFAULTS.tail,
+    core_dtype: Annotated[
+        str | None,
+        typer.Option(help="int8 rounds the kept values after all tuning; scales go into the wrappers [default: none]."),
+    ] = DEFAULTS.core_dtype,
     include: Annotated[
         list[str], typer.Option(help="Layers to prune: last parts of their names, or re:EXPRESSION; repeatable.")
     ] = list(DEFAULTS.include),  # noqa: B006 (typer reads it, nothing changes it)
@@ -119,6 +123,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
             passes=passes,
             rate=rate,
             tail=tail,
+            core_dtype=core_dtype,
             include=tuple(include),
             ignore=tuple(ignore),
             head=head,

@@ -13,6 +13,7 @@ import torch
 from armorfact import Pattern
 
 MAX_SIZE = 1 << 24  # of a dimension of a layer: far above every model, far below what overflows
+CORE_DTYPES = {"int8": torch.int8}  # of kept values, where that is not the dtype of all else
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,11 @@ class LayerFormat:
         block: sizes (b_out, b_in) of the blocks of A and B, or None for C alone.
         experts: how many such layers are stacked, one for each expert, the first dimension of every tensor; None for a
             layer of its own.
+        core_dtype: of the kept values, "int8", whose scales are in A and B; None is that of the other tensors.
 
     Raises:
-        ValueError: sizes that are no positive whole numbers, or that the pattern or the blocks do not divide.
+        ValueError: int8 without wrappers, or of experts; sizes that are no positive whole numbers, or that the pattern
+            or the blocks do not divide.
     """
 
     name: str
@@ -36,8 +39,10 @@ class LayerFormat:
     pattern: Pattern
     block: tuple[int, int] | None
     experts: int | None = None
+    core_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_core()
         if self.experts is not None:
             _check_sizes(self.name, "experts", (self.experts,))
         _check_sizes(self.name, "shape [d_out, d_in]", self.shape)
@@ -53,6 +58,16 @@ class LayerFormat:
                     f"module {self.name}: expected a block that divides shape {list(self.shape)}, "
                     f"got block {list(self.block)}"
                 )
+
+    def _check_core(self) -> None:
+        if self.core_dtype is None:
+            return
+        if not isinstance(self.core_dtype, str) or self.core_dtype not in CORE_DTYPES:
+            known = ", ".join(CORE_DTYPES)
+            raise ValueError(f"module {self.name}: expected a core_dtype of {known}, got {shown(self.core_dtype)}")
+        if self.block is None or self.experts is not None:
+            what = "without blocks" if self.block is None else "of experts"
+            raise ValueError(f"module {self.name}: expected no core_dtype of a core {what}, got {self.core_dtype}")
 
     @property
     def kept(self) -> int:
@@ -71,6 +86,12 @@ class LayerFormat:
         return {part: (*self._stacked, *shape) for part, shape in shapes.items()}
 
     @property
+    def integers(self) -> dict[str, torch.dtype]:
+        """The dtypes of those tensors that hold whole numbers, by their part; all others are floating."""
+        core = {} if self.core_dtype is None else {"values": CORE_DTYPES[self.core_dtype]}
+        return {"positions": torch.uint8, **core}
+
+    @property
     def bias(self) -> tuple[int, ...]:
         """The shape of the bias, where there is one."""
         return (*self._stacked, self.shape[0])
@@ -87,7 +108,7 @@ class LayerFormat:
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of all tensors but the bias, the floating ones in ``dtype``."""
-        return sum(prod(shape) * (1 if part == "positions" else dtype.itemsize) for part, shape in self.tensors.items())
+        return sum(prod(shape) * self.integers.get(part, dtype).itemsize for part, shape in self.tensors.items())
 
     @classmethod
     def from_dict(cls, entry: Any, place: int, pattern: Pattern, optional: Collection[str] = ()) -> LayerFormat:
@@ -109,13 +130,17 @@ class LayerFormat:
         shape = _pair(name, "shape [d_out, d_in]", entry["shape"])
         if "experts" in entry and type(experts) is not int:
             raise ValueError(f"module {name}: expected experts to be a whole number, got {shown(experts)}")
-        return cls(name, shape, pattern, None if block is None else _pair(name, "block [b_out, b_in]", block), experts)
+        if "core_dtype" in entry and entry["core_dtype"] is None:
+            raise ValueError(f"module {name}: expected core_dtype to be a name, got None")
+        blocks = None if block is None else _pair(name, "block [b_out, b_in]", block)
+        return cls(name, shape, pattern, blocks, experts, entry.get("core_dtype"))
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`: plain JSON types."""
         block = None if self.block is None else list(self.block)
         found = {"name": self.name, "shape": list(self.shape), "block": block}
-        return found if self.experts is None else found | {"experts": self.experts}
+        more = {"experts": self.experts, "core_dtype": self.core_dtype}
+        return found | {key: value for key, value in more.items() if value is not None}
 
 
 def check_keys(what: str, found: Mapping[Any, Any], required: Collection[str], optional: Collection[str] = ()) -> None:

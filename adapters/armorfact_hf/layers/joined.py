@@ -23,7 +23,7 @@ class JoinedLinears(nn.ModuleList):
     no gradients pass.
 
     Args:
-        layers: `FactorizedLinear` of the same d_in, pattern, dtype and device, without biases.
+        layers: `FactorizedLinear` of the same d_in, pattern, dtypes and device, without biases.
 
     Raises:
         ValueError: layers that differ in one of these, or have biases.
@@ -82,5 +82,5 @@ def refusal(layers: Sequence[nn.Module]) -> str | None:
         return "not all of them are pruned"
     if any(layer.bias is not None for layer in layers):
         return "some have biases of their own"
-    alike = {(x.in_features, x.pattern, x.values.dtype, x.values.device) for x in layers}
-    return None if len(alike) == 1 else "they differ in their inputs, pattern, dtype or device"
+    alike = {(x.in_features, x.pattern, x.dtype, x.values.dtype, x.values.device) for x in layers}
+    return None if len(alike) == 1 else "they differ in their inputs, pattern, dtypes or device"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from armorfact import BlockDiagonal, Core, Pattern
 from armorfact_hf.layers import operators as operators  # registers what `forward` calls
 from armorfact_hf.layers import plain
 from armorfact_hf.layers.execution import STRATEGIES, Execution
-from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.format import CORE_DTYPES, LayerFormat
 from armorfact_hf.layers.strategy import Kind, Operands
 
 
@@ -29,9 +29,11 @@ class FactorizedLinear(nn.Module):
         block: sizes (block_out, block_in) of the blocks of A and B, or None for C alone.
         bias: whether there is one.
         dtype, device: of the floating tensors.
+        core_dtype: of the kept values: None is ``dtype``; with torch.int8 they are integers, whose scales the wrappers
+            hold (`armorfact.quantize_core`), and no parameters: they cannot be trained.
 
     Raises:
-        ValueError: sizes that the pattern or the blocks do not divide; see `LayerFormat`.
+        ValueError: int8 without wrappers; sizes that the pattern or the blocks do not divide; see `LayerFormat`.
 
     Example:
         >>> import torch
@@ -60,17 +62,23 @@ class FactorizedLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: Any = None,
+        core_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = d_out, d_in
         self.pattern = Pattern.parse(pattern)
         self.block = None if block is None else (int(block[0]), int(block[1]))
-        shapes = LayerFormat("FactorizedLinear", (d_out, d_in), self.pattern, self.block).tensors
+        named = None if core_dtype in (None, dtype) else str(core_dtype).removeprefix("torch.")
+        layout = LayerFormat("FactorizedLinear", (d_out, d_in), self.pattern, self.block, core_dtype=named)
+        shapes = layout.tensors
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
 
-        self.values = empty(*shapes["values"])
+        if layout.core_dtype is None:
+            self.values = empty(*shapes["values"])
+        else:
+            self.register_buffer("values", torch.zeros(shapes["values"], dtype=core_dtype, device=device))
         self.register_buffer("positions", torch.zeros(shapes["positions"], dtype=torch.uint8, device=device))
         self.left = self.right = None
         if self.block is not None:
@@ -80,6 +88,14 @@ class FactorizedLinear(nn.Module):
         self.choice = ""  # the text of that, as the operators take it
         self.register_buffer("merged", None, persistent=False)
         self.register_buffer("compressed", None, persistent=False)
+
+    @classmethod
+    def empty(
+        cls, layout: LayerFormat, bias: bool, dtype: torch.dtype | None = None, device: Any = None
+    ) -> FactorizedLinear:
+        """A layer of these sizes that holds zeros."""
+        core_dtype = CORE_DTYPES.get(layout.core_dtype or "")
+        return cls(*layout.shape, layout.pattern, layout.block, bias, dtype, device, core_dtype)
 
     @classmethod
     def of(
@@ -92,18 +108,33 @@ class FactorizedLinear(nn.Module):
         """The layer that holds these factors; they are copied.
 
         Args:
-            core: C. left, right: A and B, both or neither. bias: (d_out,) or None.
+            core: C. left, right: A and B, both or neither; both where C is int8. bias: (d_out,) or None.
         """
         wrappers = {} if left is None or right is None else {"left": left.blocks, "right": right.blocks}
         block = (wrappers["left"].shape[-1], wrappers["right"].shape[-1]) if wrappers else None
-        values = core.values
-        layer = cls(*core.shape, core.pattern, block, bias is not None, values.dtype, values.device)
+        values, dtype, core_dtype = core.values, core.values.dtype, None
+        if not values.is_floating_point():
+            dtype, core_dtype = wrappers["left"].dtype if wrappers else None, values.dtype
+        layer = cls(*core.shape, core.pattern, block, bias is not None, dtype, values.device, core_dtype)
         given = {"values": values, "positions": core.packed, "bias": bias, **wrappers}
         with torch.no_grad():
             for name, tensor in given.items():
                 if tensor is not None:
                     getattr(layer, name).copy_(tensor)
         return layer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the floating tensors, and so of the inputs."""
+        held = self.values if self.left is None else self.left
+        return cast(Tensor, held).dtype
+
+    @property
+    def layout(self) -> LayerFormat:
+        """How it is stored."""
+        name, core = "FactorizedLinear", str(self.values.dtype).removeprefix("torch.")
+        core_dtype = None if self.values.dtype == self.dtype else core
+        return LayerFormat(name, (self.out_features, self.in_features), self.pattern, self.block, None, core_dtype)
 
     @property
     def core(self) -> Core:
@@ -120,7 +151,7 @@ class FactorizedLinear(nn.Module):
     def kind(self) -> Kind:
         """What decides which strategies can run this layer."""
         held = self.values
-        return Kind((self.out_features, self.in_features), self.pattern, held.dtype, held.device)
+        return Kind((self.out_features, self.in_features), self.pattern, self.dtype, held.device, held.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -155,25 +186,25 @@ class FactorizedLinear(nn.Module):
         Raises:
             ValueError: the last size of x is not d_in, or x has another dtype than the layer outside of autocast.
         """
-        values = self.values  # a module looks up each of its tensors by name, which takes a while
+        dtype = self.dtype
         if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != values.dtype:
-            raise ValueError(f"expected an input of {values.dtype}, as the layer's own, got {x.dtype}")
+        elif x.dtype != dtype:
+            raise ValueError(f"expected an input of {dtype}, as the layer's own, got {x.dtype}")
         if not x.ndim or x.shape[-1] != self.in_features:
             raise ValueError(f"expected an input (..., {self.in_features}), got {tuple(x.shape)}")
-        y = self._product(x.reshape(-1, self.in_features), values)
+        y = self._product(x.reshape(-1, self.in_features), dtype)
         if (bias := self.bias) is not None:
             y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _product(self, x: Tensor, values: Tensor) -> Tensor:
+    def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """No branch here goes by the number of tokens: the operator decides by it, in a traced graph too."""
-        if (torch.is_grad_enabled() and self._asks_for_gradients(x)) or x.dtype != values.dtype:
+        if (torch.is_grad_enabled() and self._asks_for_gradients(x)) or x.dtype != dtype:
             return plain.product(x, self._operands())
         return torch.ops.armorfact.factorized_linear(
             x,
-            values,
+            self.values,
             self.positions,
             self.left,
             self.right,
@@ -198,9 +229,9 @@ class FactorizedLinear(nn.Module):
         return any(tensor is not None and tensor.requires_grad for tensor in held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorizedLinear:
-        before = self.values.device, self.values.dtype
+        before = self.values.device, self.dtype
         super()._apply(fn, recurse)
-        if before != (self.values.device, self.values.dtype):
+        if before != (self.values.device, self.dtype):
             self.use_(None)
         return self
 
@@ -212,4 +243,5 @@ class FactorizedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.pattern}, block={self.block}"
+            + ("" if self.layout.core_dtype is None else f", core={self.layout.core_dtype}")
         )

@@ -72,14 +72,13 @@ def _operands(factors: Sequence[Any], pattern: Pattern, d_in: int) -> Operands:
 
 def _strategy(x: Tensor, operands: Operands, execution: str) -> str:
     held = operands.values
-    return _chosen(execution, operands.pattern, held.shape[0], x.shape[1], held.dtype, held.device).at(x.shape[0])
+    shape = held.shape[0], x.shape[1]
+    return _chosen(execution, shape, operands.pattern, x.dtype, held.device, held.dtype).at(x.shape[0])
 
 
 @cache
-def _chosen(
-    execution: str, pattern: Pattern, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device
-) -> Execution:
-    return Execution.parse(execution) if execution else default_execution(Kind((d_out, d_in), pattern, dtype, device))
+def _chosen(execution: str, *kind: Any) -> Execution:
+    return Execution.parse(execution) if execution else default_execution(Kind(*kind))
 
 
 def _fake_factorized_linear(x: Tensor, values: Tensor, *rest: object) -> Tensor:

@@ -21,13 +21,16 @@ HAS_TRITON = find_spec("triton") is not None
 
 def refusal(kind: Kind) -> str | None:
     """Why there is no packed product for such a core on its device."""
-    if kind.pattern != PAIR or kind.dtype not in DTYPES:
+    if kind.pattern != PAIR or kind.dtype not in DTYPES or kind.stored not in (kind.dtype, torch.int8):
         return (
-            f"the packed product is for 2:4 cores in 16 or 32 bits, got {kind.pattern} in {kind.dtype}: use 'unpacked'"
+            "the packed product is for 2:4 cores in 16 or 32 bits, or in int8 between such wrappers, got "
+            f"{kind.pattern} in {kind.stored}: use 'unpacked'"
         )
     device = kind.device.type
     if device not in ("cpu", "cuda", "meta"):
         return f"the packed product runs on CPUs and on CUDA devices, got {device}: use 'unpacked'"
+    if device == "cuda" and kind.stored == torch.int8:
+        return "the packed product of int8 cores runs on CPUs: use 'unpacked' on a GPU"
     if device == "cuda" and not HAS_TRITON:
         return "the packed product on a GPU is written in Triton: pip install triton, or use 'unpacked'"
     if device != "cuda" and kind.dtype == torch.float16 and not _cpu_has_half():

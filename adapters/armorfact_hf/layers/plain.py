@@ -44,7 +44,7 @@ def _weight(operands: Operands) -> Tensor:
 
 def _dense_core(operands: Operands) -> Tensor:
     """`armorfact.Core.dense` in nothing but PyTorch's operators, which a compiler follows from end to end."""
-    values, (keep, group) = operands.values, (operands.pattern.keep, operands.pattern.group)
+    values, (keep, group) = operands.values.to(operands.dtype), (operands.pattern.keep, operands.pattern.group)
     bits, device = operands.pattern.index_bits, values.device
     (d_out, kept), d_in = values.shape, operands.columns
     codes = operands.positions[..., None] >> torch.arange(0, 8, bits, dtype=torch.uint8, device=device)

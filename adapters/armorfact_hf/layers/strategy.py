@@ -22,13 +22,20 @@ class Kind(NamedTuple):
     """What decides whether a strategy can run a layer.
 
     Args:
-        shape: (d_out, d_in). pattern: N:M, of the core. dtype: of its values. device: where they are.
+        shape: (d_out, d_in). pattern: N:M, of the core. dtype: of inputs and wrappers. device: where they are.
+        core_dtype: of the kept values, where that is another; None is ``dtype``.
     """
 
     shape: tuple[int, int]
     pattern: Pattern
     dtype: torch.dtype
     device: torch.device
+    core_dtype: torch.dtype | None = None
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Of the kept values."""
+        return self.core_dtype or self.dtype
 
 
 class Operands(NamedTuple):
@@ -36,7 +43,7 @@ class Operands(NamedTuple):
 
     Args:
         values, positions: the core C, see `armorfact.Core`. pattern: N:M, that of C. columns: d_in.
-        left, right: the blocks of A and B, both or neither.
+        left, right: the blocks of A and B, both or neither; both where the values are int8.
         merged: A C B (d_out, d_in), where "dense" was prepared.
         compressed: C in cuSPARSELt's form, where "semi_structured" was.
     """
@@ -51,8 +58,13 @@ class Operands(NamedTuple):
     compressed: Tensor | None = None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and wrappers."""
+        return (self.values if self.left is None else self.left).dtype
+
+    @property
     def core(self) -> Core:
-        """C."""
+        """C as it is stored."""
         return Core(self.values, self.positions, self.pattern, self.columns)
 
     def kept(self, name: str) -> Tensor:
@@ -68,7 +80,7 @@ class Operands(NamedTuple):
 
     def dense(self) -> Tensor:
         """A C B, (d_out, d_in)."""
-        core = self.core.dense()
+        core = self.core.dense(self.dtype)
         return core if self.left is None or self.right is None else Factors(self.left, core, self.right).dense()
 
     def between_wrappers(self, x: Tensor, core_product: Callable[[Tensor], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from armorfact import Core
@@ -30,18 +31,19 @@ def product(x: Tensor, operands: Operands) -> Tensor:
 def _core_product(x: Tensor, core: Core) -> Tensor:
     """A panel of rows at a time, so that the core with its zeros never stands in memory as a whole."""
     d_out, d_in = core.values.shape[0], core.columns
-    rows = max(1, UNPACKED_BYTES // (d_in * core.values.element_size()))
+    rows = max(1, UNPACKED_BYTES // (d_in * x.element_size()))
     if rows >= d_out:
-        return x @ _rows(core, 0, d_out).T
+        return x @ _rows(core, 0, d_out, x.dtype).T
     y = x.new_empty(x.shape[0], d_out)
     for first in range(0, d_out, rows):
-        panel = _rows(core, first, min(first + rows, d_out))
+        panel = _rows(core, first, min(first + rows, d_out), x.dtype)
         y[:, first : first + rows] = x @ panel.T
     return y
 
 
-def _rows(core: Core, first: int, end: int) -> Tensor:
-    """Rows first..end of a core, with their zeros."""
-    if core.pattern == PAIR and core.values.device.type == "cpu" and core.values.dtype in DTYPES:
-        return unpacked_rows(core.values, core.packed, first, end)
-    return Core(core.values[first:end], core.packed[first:end], core.pattern, core.columns).dense()
+def _rows(core: Core, first: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Rows first..end of a core in ``dtype``, with their zeros."""
+    values, packed = core.values[first:end].to(dtype), core.packed[first:end]
+    if core.pattern == PAIR and values.device.type == "cpu" and dtype in DTYPES:
+        return unpacked_rows(values, packed, 0, end - first)
+    return Core(values, packed, core.pattern, core.columns).dense()

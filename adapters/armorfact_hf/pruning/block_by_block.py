@@ -72,7 +72,10 @@ class BlockByBlock:
             statistics = self.workers.statistics(index)
             if pruned is None:
                 factorized = self._factorized(key, layers, statistics, known)
-                pruned = self._kept(key, *self.workers.match(index, factorized, statistics))
+                pruned, matched = self.workers.match(index, factorized, statistics)
+                # Integers cannot be tuned: those of the tail are rounded when that is done.
+                pruned = pruned if index in self.job.tail else self.workers.round(pruned, statistics)
+                pruned = self._kept(key, pruned, matched)
             if waits:
                 self.tail.blocks.append((pruned, set_aside(statistics, self.folder)))
         else:
@@ -111,7 +114,8 @@ class BlockByBlock:
         if not self.job.tail:
             return {}
         if self.tail.finished is None:
-            pruned = self._kept("tail", *self.workers.match_tail(self.tail.blocks))
+            pruned, matched = self.workers.match_tail(self.tail.blocks)
+            pruned = self._kept("tail", self._rounded_tail(pruned), matched)
         else:
             self.progress.tell(self.job.tail_steps, "the last blocks are tuned already")
             pruned = self._counted(self.tail.finished)
@@ -120,12 +124,21 @@ class BlockByBlock:
             self.workers.follow_tail()
         return _reports(pruned)
 
+    def _rounded_tail(self, pruned: Pruned) -> Pruned:
+        tuned = {report.name: (layer, report) for layer, report in pruned}
+        return [
+            rounded
+            for layers, statistics in self.tail.blocks
+            for rounded in self.workers.round([tuned[report.name] for _, report in layers], statistics)
+        ]
+
     def _prune_head(self, layers: list[Layer]) -> dict[str, LayerReport]:
         if not layers:
             return {}
         pruned = self._restored("head")
         if pruned is None:
-            pruned = self._kept("head", self.workers.prune(layers, self.workers.statistics(None)))
+            statistics = self.workers.statistics(None)
+            pruned = self._kept("head", self.workers.round(self.workers.prune(layers, statistics), statistics))
         self.workers.replace(pruned)
         return _reports(pruned)
 

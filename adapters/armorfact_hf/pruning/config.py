@@ -14,6 +14,7 @@ from armorfact_hf.pruning.schedule import Matching
 METHODS = ("armorfact", "sparsegpt", "wanda", "nowag", "magnitude")
 BASELINES = ("sparsegpt", "wanda", "nowag", "magnitude", "paper")
 OBJECTIVES = ("gram", "diagonal", "nowag")
+CORE_DTYPES = ("int8",)
 DEFAULT_SHRINKAGE = 1.0
 
 
@@ -46,6 +47,8 @@ class PruneConfig:
         passes: over the calibration windows while a block is tuned; four times as many for the first block.
         rate: the learning rate of its kept values and wrappers.
         tail: the last so many blocks are tuned once more, together, towards the words of the dense model.
+        core_dtype: "int8" rounds the kept values in the end, after all tuning, and solves for the wrappers once more
+            (`armorfact.quantize_core`); None keeps them in the dtype of the model. It is for the method "armorfact".
         include: which linear layers of the decoder blocks: module names or their last parts ("q_proj",
             "mlp.down_proj"), or regular expressions after "re:" that match from the start of the name. Experts that
             stand in one tensor are such layers too ("experts.7.gate"), all those of a module or none ("re:.*experts").
@@ -74,6 +77,7 @@ class PruneConfig:
     passes: int = 3
     rate: float = 5e-4
     tail: int = 4
+    core_dtype: str | None = None
     include: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] = ()
     head: bool = False
@@ -86,6 +90,7 @@ class PruneConfig:
         _one_of("target", self.target, ("weight", "output"))
         _one_of("init", self.init, METHODS[1:])
         _one_of("refine", self.refine, ("block", None))
+        _one_of("core_dtype", self.core_dtype, (*CORE_DTYPES, None))
         Pattern.parse(self.pattern)
         self._check_numbers()
         self._check_combinations()
@@ -128,6 +133,11 @@ class PruneConfig:
             raise ValueError(
                 f"shrinkage acts on the correlations that objective={self.objective!r} does not look at; "
                 "leave it out, or take objective='gram'"
+            )
+        if self.core_dtype is not None and self.method != "armorfact":
+            raise ValueError(
+                f"core_dtype={self.core_dtype!r} needs wrappers, which hold the scales, and method={self.method!r} "
+                "makes none: take method='armorfact', or leave it out"
             )
         if self.target == "output" and (self.objective, self.propagate) != ("gram", "pruned"):
             raise ValueError(

@@ -102,11 +102,11 @@ class Entry:
             block = json.loads(stored.metadata()["block"])
             self._check_place(block)
             reports = [_report(values) for values in block["reports"]]
-            formats = {x.name: LayerFormat(x.name, x.shape, self.pattern, x.block) for x in reports}
+            formats = {x.name: self._format(stored, x) for x in reports}
             if left_over := [name for name in sorted(stored.keys()) if name.rpartition(".")[0] not in formats]:
                 raise ValueError(f"it holds {', '.join(left_over)}, of which it has no report")
             verify([self.path], Description(self.pattern, "float32", formats, {}))
-            layers = [(self._layer(stored, report, device), report) for report in reports]
+            layers = [(_layer(stored, formats[report.name], device), report) for report in reports]
             return Finished(layers, float(block["seconds"]), _matched(block["matched"]))
 
     def _check_place(self, block: Mapping[str, Any]) -> None:
@@ -115,21 +115,11 @@ class Entry:
         if block["key"] != self.path.stem:
             raise ValueError(f"it is {block['key']} under another name")
 
-    def _layer(self, stored: Any, report: LayerReport, device: Any) -> FactorizedLinear:
-        prefix = f"{report.name}."
-        names = [name.removeprefix(prefix) for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
-        tensors = {name: stored.get_tensor(prefix + name) for name in names}
-        layer = FactorizedLinear(
-            *report.shape,
-            self.pattern,
-            block=report.block,
-            bias="bias" in tensors,
-            dtype=tensors["values"].dtype,
-            device=device,
-        )
-        # Copied into memory of PyTorch's own: aligned as in a run without interruption, and so the same bits.
-        layer.load_state_dict(tensors)
-        return layer
+    def _format(self, stored: Any, report: LayerReport) -> LayerFormat:
+        """Blocks of the tail are rounded after they were kept for the first time, so the file says what it holds."""
+        values = f"{report.name}.values"
+        whole = values in stored.keys() and stored.get_slice(values).get_dtype() == "I8"  # noqa: SIM118
+        return LayerFormat(report.name, report.shape, self.pattern, report.block, core_dtype="int8" if whole else None)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -141,6 +131,17 @@ class Entry:
             raise ValueError(
                 f"{self.path} is damaged ({what}); delete that one file, and {self.again} is pruned again"
             ) from error
+
+
+def _layer(stored: Any, layout: LayerFormat, device: Any) -> FactorizedLinear:
+    prefix = f"{layout.name}."
+    names = [name.removeprefix(prefix) for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
+    tensors = {name: stored.get_tensor(prefix + name) for name in names}
+    dtype = tensors.get("left", tensors["values"]).dtype
+    layer = FactorizedLinear.empty(layout, "bias" in tensors, dtype, device)
+    # Copied into memory of PyTorch's own: aligned as in a run without interruption, and so the same bits.
+    layer.load_state_dict(tensors)
+    return layer
 
 
 def _report(values: dict[str, Any]) -> LayerReport:

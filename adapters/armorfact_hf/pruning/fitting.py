@@ -77,9 +77,10 @@ def fitting_layers(
     """The layers that will be pruned, with their blocks, and what stays dense with the reasons.
 
     Raises:
-        ValueError: see `chosen_layers`; or no layer can be pruned.
+        ValueError: see `chosen_layers`; or no layer can be pruned, or experts not with these settings.
     """
     chosen, dense = chosen_layers(model, config.include, config.ignore, config.head, select)
+    _refuse_experts(chosen, config)
     layers: list[Layer] = []
     for layer in (fitted(layer, config) for layer in chosen):
         if reason := reason_to_stay_dense(layer, config, model.dtype):
@@ -90,6 +91,15 @@ def fitting_layers(
     if not layers:
         raise ValueError(f"no layer can be pruned with these settings; {dense[-1].name}: {dense[-1].reason}")
     return layers, dense
+
+
+def _refuse_experts(layers: list[Layer], config: PruneConfig) -> None:
+    stacks = [layer.stack for layer in layers if layer.stack]
+    if stacks and config.core_dtype is not None:
+        raise ValueError(
+            f"{stacks[0]} are experts, whose cores cannot be rounded to {config.core_dtype}: leave them dense with "
+            "ignore=('re:.*experts',), --ignore 're:.*experts' on the command line, or prune without core_dtype"
+        )
 
 
 def _whole_experts(layers: list[Layer], dense: list[DenseLayer]) -> list[Layer]:

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from armorfact import BlockDiagonal, Core, Pattern, factorize
+from armorfact import BlockDiagonal, Core, Pattern, factorize, quantize_core
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.moments import Moments
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.losses import energy, layer_losses, left_out, one_shot
+from armorfact_hf.pruning.losses import energy, exact_weight, layer_losses, left_out, one_shot
 from armorfact_hf.pruning.notes import noting
 
 
@@ -34,6 +34,7 @@ class LayerReport:
             shrunk towards that of all the module's experts (`armorfact_hf.pruning.experts`).
         status: how the solver ended. notes: warnings on the way.
         factorized_loss: as in ``losses``, of this method, before the layer was tuned with its decoder block.
+        unrounded_loss: the same, before the core was rounded to int8.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LayerReport:
     status: str
     notes: tuple[str, ...] = ()
     factorized_loss: float | None = None
+    unrounded_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -111,6 +113,36 @@ def with_tuned_loss(
     return replace(report, losses=report.losses | losses, factorized_loss=before)
 
 
+def round_layer(
+    layer: Layer, pruned: FactorizedLinear, report: LayerReport, moments: Moments, config: PruneConfig
+) -> tuple[FactorizedLinear, LayerReport]:
+    """A pruned layer with its core in int8, and its report.
+
+    A and B are solved for once more, towards what they were made for: W, or, where the layer was tuned with its decoder
+    block, the product A C B that came of that.
+
+    Args:
+        layer: the dense one. moments: of its inputs.
+    """
+    target, tuned = _target(layer.weight.float(), moments, config), report.factorized_loss is not None
+    left, right = (BlockDiagonal(cast(Tensor, side).detach()) for side in (pruned.left, pruned.right))
+    result = quantize_core(
+        (left, pruned.core, right),
+        exact_weight(pruned).float() if tuned else target,
+        _given(moments.gram, config),
+        normalize=_normalize(config),
+    )
+    rounded = FactorizedLinear.of(result.core, result.left, result.right, pruned.bias)
+    losses = layer_losses(target, rounded, moments.gram, replace(config, baselines=()), layer)
+    return rounded, replace(
+        report,
+        losses=report.losses | losses,
+        unrounded_loss=report.losses[config.method],
+        bytes=report.bytes - pruned.nbytes + rounded.nbytes,
+        status=f"{report.status}; in int8 {result.status}",
+    )
+
+
 def _bias(layer: Layer) -> Tensor | None:
     return None if layer.module.bias is None else layer.module.bias.detach()
 
@@ -140,6 +172,17 @@ def shrunk(gram: Tensor, diagonal_weight: float) -> Tensor:
     return result
 
 
+def _given(gram: Tensor, config: PruneConfig) -> Tensor:
+    """H as the solver is given it."""
+    if config.objective == "gram":
+        return shrunk(gram, config.diagonal_weight).float()
+    return (gram.diagonal() if gram.ndim == 2 else gram).float()
+
+
+def _normalize(config: PruneConfig) -> str | None:
+    return "nowag" if config.objective == "nowag" else None
+
+
 @dataclass(frozen=True)
 class _Fit:
     factors: tuple[Core, BlockDiagonal | None, BlockDiagonal | None]
@@ -151,20 +194,18 @@ class _Fit:
 
 def _fit(weight: Tensor, gram: Tensor, config: PruneConfig, layer: Layer) -> _Fit:
     dtype = layer.weight.dtype
-    diagonal = gram.diagonal() if gram.ndim == 2 else gram
     if config.method != "armorfact":
         pruned = one_shot(config.method, weight, gram, config.pattern).to(dtype)
         core = Core.from_dense(pruned, Pattern.parse(config.pattern))
         loss = energy(weight.double() - pruned, gram) / (energy(weight, gram) or 1.0)
         return _Fit((core, None, None), loss, loss, 0, "pruned in one shot")
-    given = (shrunk(gram, config.diagonal_weight) if config.objective == "gram" else diagonal).float()
     result = factorize(
         weight.to(dtype),
-        given,
+        _given(gram, config),
         block=cast(tuple[int, int], layer.block),  # what no block fits stays dense
         pattern=config.pattern,
         init=config.init,
-        normalize="nowag" if config.objective == "nowag" else None,
+        normalize=_normalize(config),
         max_sweeps=config.sweeps,
         rtol=config.rtol,
     )

@@ -38,7 +38,7 @@ def layer_losses(
         target: W, (d_out, d_in). pruned: what replaces it. gram: H, (d_in, d_in), or its diagonal.
         layer: without wrappers' blocks, the baseline "paper" is left out, as `left_out` says.
     """
-    weights = {config.method: _exact_weight(pruned)}
+    weights = {config.method: exact_weight(pruned)}
     for method in config.baselines:
         if method not in weights and not (method == "paper" and layer.block is None):
             weights[method] = _baseline(method, target, gram, config, layer)
@@ -53,7 +53,7 @@ def left_out(config: PruneConfig, layer: Layer) -> list[str]:
     return [f"the baseline 'paper' is left out: {layer.unfit}"]
 
 
-def _exact_weight(pruned: FactorizedLinear) -> Tensor:
+def exact_weight(pruned: FactorizedLinear) -> Tensor:
     """A C B in float64, so that nothing but the stored factors counts."""
     core = pruned.core.dense().double()
     if pruned.left is None or pruned.right is None:

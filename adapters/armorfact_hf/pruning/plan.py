@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -158,16 +159,16 @@ def plan_job(job: Job, *, measure: bool = True) -> Plan:
 
 def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
     wrapped, ranks, dtype = config.method == "armorfact", config.tensor_parallel, layer.weight.dtype
-    stored = LayerFormat(layer.name, layer.shape, Pattern.parse(config.pattern), layer.block if wrapped else None)
+    pattern, block = Pattern.parse(config.pattern), layer.block if wrapped else None
+    stored = LayerFormat(layer.name, layer.shape, pattern, block, core_dtype=config.core_dtype)
     cuts = Share.of_rows(layer.shape, 0, ranks), Share.of_columns(layer.shape, 0, ranks)
-    whole = stored.nbytes(dtype)
     return PlannedLayer(
         layer.name,
         layer.shape,
         stored.block,
         layer.weight.nbytes,
-        whole,
-        whole - replace(stored, block=None).nbytes(dtype),
+        stored.nbytes(dtype),
+        dtype.itemsize * sum(prod(shape) for part, shape in stored.tensors.items() if part in ("left", "right")),
         fitting_block(layer.shape, replace(config, tensor_parallel=1))[0] if wrapped else None,
         max(cut.of_format(stored).nbytes(dtype) for cut in cuts),
         layer.decoder_block is not None,

@@ -158,7 +158,7 @@ def describe_(job: Job, reports: Sequence[LayerReport]) -> None:
     layers: dict[str, LayerFormat] = {}
     for report in reports:
         name, experts = places[report.name]
-        layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts)
+        layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts, job.config.core_dtype)
     dtype = str(model.dtype).removeprefix("torch.")
     attach_(model, Description(pattern, dtype, layers, job.config.to_dict()))
     if any(report.decoder_block is None for report in reports):

@@ -100,4 +100,5 @@ def trained_factors(model: nn.Module, parts: Sequence[str]) -> Iterator[TrainedF
 
 
 def _master(layer: FactorizedLinear | FactorizedStack) -> FactorizedLinear | FactorizedStack:
-    return copy.deepcopy(layer).to(torch.promote_types(layer.values.dtype, torch.float32))
+    held = layer.values if layer.left is None else layer.left  # kept values that are integers stay integers
+    return copy.deepcopy(layer).to(torch.promote_types(held.dtype, torch.float32))

@@ -21,6 +21,7 @@ from armorfact_hf.recovery.factors import trained_factors
 from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.recovery.run import Run
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
+from armorfact_hf.recovery.trainable import refuse_integers
 
 
 def recover_(
@@ -87,6 +88,7 @@ def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
         raise ValueError("the model holds no pruned layer: prune it first, or load a folder that is pruned")
     if settings.train == "wrappers" and all(layer.left is None for layer in layers):
         raise ValueError("no pruned layer has wrappers, which train='wrappers' asks for: take train='factors'")
+    refuse_integers(model, settings.train)
     if any(isinstance(module, PRUNED) for module in teacher.modules()):
         raise ValueError("the teacher is pruned: give the dense model, loaded beside the pruned one")
     sizes = [x.get_input_embeddings().num_embeddings for x in (model, teacher)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.model.causal_lm import CausalLM
@@ -20,10 +22,12 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
         train: "factors" for A, B, the kept values of C and the biases of pruned layers; "wrappers" for A and B alone.
 
     Raises:
-        ValueError: an unknown choice, a model without pruned layers, or without any of the factors.
+        ValueError: an unknown choice, a model without pruned layers, or without any of the factors; "factors" of a
+            model whose cores are int8.
     """
     if train not in TRAINED:
         raise ValueError(f"train must be one of {', '.join(TRAINED)}, got {train!r}")
+    refuse_integers(model, train)
     layers = [module for module in model.modules() if isinstance(module, PRUNED)]
     factors = [tensor for layer in layers for part in TRAINED[train] if (tensor := getattr(layer, part)) is not None]
     if not factors:
@@ -39,3 +43,14 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
         factor.requires_grad_(True)
     model.hf_quantizer.trains_factors = True
     return model
+
+
+def refuse_integers(model: nn.Module, train: str) -> None:
+    """Raise ValueError if kept values are to be trained that are integers."""
+    for name, module in model.named_modules():
+        if "values" in TRAINED[train] and isinstance(module, PRUNED) and not module.values.is_floating_point():
+            dtype = str(module.values.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the core of {name} is {dtype}, which cannot be trained: take train='wrappers' (--train wrappers), or "
+                "train a folder that was pruned without --core-dtype"
+            )

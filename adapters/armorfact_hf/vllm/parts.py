@@ -31,7 +31,7 @@ class Part:
             self.module = nn.Linear(d_in, d_out, bias=False, dtype=dtype).requires_grad_(False)
         else:
             self.shapes, held = layer.tensors, share.of_format(layer)
-            self.module = FactorizedLinear(*held.shape, held.pattern, held.block, dtype=dtype)
+            self.module = FactorizedLinear.empty(held, bias=False, dtype=dtype)
         self.missing = set(self.shapes)
 
     def load(self, part: str, tensor: Tensor) -> None:
@@ -54,8 +54,9 @@ class Part:
         if part not in self.shapes:
             kind = "dense" if self.layer is None else "pruned"
             raise ValueError(f"{where} is unexpected: {self.name} is {kind} and has {', '.join(self.shapes)}: {AGAIN}")
-        if found != self.shapes[part] or tensor.is_floating_point() == (part == "positions"):
-            expected = "bytes" if part == "positions" else "floating numbers"
+        whole = None if self.layer is None else self.layer.integers.get(part)
+        if found != self.shapes[part] or (not tensor.is_floating_point() if whole is None else tensor.dtype != whole):
+            expected = "floating numbers" if whole is None else str(whole).removeprefix("torch.")
             raise ValueError(
                 f"{where}: expected {expected} of shape {list(self.shapes[part])}, got {tensor.dtype} of "
                 f"{list(found)}: {AGAIN}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from armorfact import Core, Pattern
+from armorfact import BlockDiagonal, Core, Pattern
 from armorfact_hf.layers.execution import PACKED, Execution
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.strategy import PAIR
@@ -44,6 +45,22 @@ def random_layer(
     return layer.to(dtype)
 
 
+def int8_layer(
+    d_out: int = 12,
+    d_in: int = 36,
+    block: tuple[int, int] = (6, 12),
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    pattern: Pattern = PAIR,
+    seed: int = 0,
+) -> FactorizedLinear:
+    """A layer whose kept values are whole numbers, the extremes among them."""
+    layer = random_layer(d_out, d_in, block, dtype, bias, pattern, seed)
+    whole = (60 * layer.values.float()).round().clamp(-128, 127).to(torch.int8)
+    left, right = BlockDiagonal(layer.left / 60), BlockDiagonal(layer.right)
+    return FactorizedLinear.of(replace(layer.core, values=whole), left, right, layer.bias)
+
+
 def random_inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -61,7 +78,7 @@ def reference(layer: FactorizedLinear, x: Tensor) -> Tensor:
 def sizes_of_terms(layer: FactorizedLinear, x: Tensor) -> Tensor:
     """|A| |C| |B| |x| + |bias|: what the rounding of each entry is relative to."""
     exact = in_float64(layer)
-    for tensor in exact.parameters():
+    for tensor in (*exact.parameters(), exact.values):
         tensor.abs_()
     return functional.linear(x.double().abs(), exact.weight, exact.bias)
 

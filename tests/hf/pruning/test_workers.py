@@ -27,6 +27,7 @@ from tests.hf.runs.folders import OURS, prune
 SETTINGS = {
     "tail and head": ("llama", {"tail": 2, "head": True}, 2),
     "experts": ("gpt_oss", {"refine": None, "include": (r"re:model\.layers\.1\..*",)}, 1),
+    "int8 cores": ("llama", {"tail": 2, "core_dtype": "int8"}, 2),
     "blocks that return tuples": ("falcon", {"target": "output", "tail": 0, "ignore": (r"re:.*\.1\..*",)}, 1),
 }
 

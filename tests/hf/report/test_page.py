@@ -168,6 +168,13 @@ def test_layers_without_some_methods_blocks_or_depth(report):
     assert wanda.count("M") == 2  # block 1 is missing: the line is broken there
 
 
+def test_an_int8_core_has_its_loss_before_beside_it(report):
+    layers = tuple(replace(layer, unrounded_loss=0.00123) for layer in report.layers)
+    page = Page(render_html(replace(report, layers=layers, config=PruneConfig(core_dtype="int8"))))
+    assert "Before int8" in page.text and "0.00123" in page.text
+    assert "Before int8" not in Page(render_html(report)).text
+
+
 def test_method_without_wrappers(report):
     layers = tuple(replace(given, block=None, sweeps=0) for given in report.layers)
     page = Page(render_html(replace(report, config=PruneConfig(method="wanda"), layers=layers)))

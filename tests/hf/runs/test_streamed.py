@@ -37,6 +37,7 @@ SETTINGS = {
     "layers alone": replace(MATCHED, refine=None),
     "blocks and tail": MATCHED,
     "with the head": replace(MATCHED, head=True),
+    "int8 cores": replace(MATCHED, core_dtype="int8"),
 }
 
 
@@ -61,6 +62,7 @@ def pruned_files(model: Path, out: Path, text: Path, config: PruneConfig, stream
         *((family, "blocks and tail") for family in ("llama", "qwen2", "gemma3", "gpt2", "falcon")),
         *((family, "layers alone") for family in ("llama", "gemma3")),
         ("qwen2", "with the head"),
+        ("llama", "int8 cores"),
         ("gemma3", "with the head"),
         ("gpt_oss", "layers alone"),
         ("gpt_oss", "blocks and tail"),

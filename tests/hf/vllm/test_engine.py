@@ -64,6 +64,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "gpt2": pruned(root / "gpt2", "gpt2"),
         "falcon": pruned(root / "falcon", "falcon"),
         "head": pruned(root / "head", "llama", head=True, include=("q_proj",)),
+        "int8": pruned(root / "int8", "llama", core_dtype="int8", tensor_parallel=2),
         "shot": pruned(root / "shot", "llama", method="wanda", pattern="1:4"),
     }
     damage = {"flip": _flip, "norm": _drop_norm, "left": _drop_left, "bias": _add_bias}
@@ -84,7 +85,7 @@ def test_the_fused_parts_differ_in_their_blocks(folders):
     assert blocks[f"{ATTENTION}.q_proj"] != blocks[f"{ATTENTION}.v_proj"]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "shot"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "int8", "shot"])
 def test_tokens_are_those_of_transformers(found, folders, name):
     assert found[name].get("tokens") == expected_tokens(folders[name]), found[name]
 

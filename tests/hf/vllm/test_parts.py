@@ -82,7 +82,7 @@ def changed(tensor: torch.Tensor, number: float) -> torch.Tensor:
         ("values", lambda t: t[:-1], r"expected floating numbers of shape \[32, 32\], got torch.float32 of \[31, 32\]"),
         ("values", lambda t: t.to(torch.uint8), r"got torch.uint8"),
         ("values", lambda t: changed(t, float("nan")), "1 values that are NaN"),
-        ("positions", lambda t: t.float(), r"expected bytes of shape \[32, 8\]"),
+        ("positions", lambda t: t.float(), r"expected uint8 of shape \[32, 8\]"),
         ("positions", lambda t: changed(t, 0), "group 0 of row 0 keeps fewer than 2 of 4"),
         ("left", lambda t: changed(t, float("inf")), "1 values that are NaN or infinite"),
         ("scale", lambda t: t, "model.up_proj is pruned and has values, positions, left, right"),

@@ -1,9 +1,9 @@
 """Compiled CPU products with a packed 2:4 core, read straight from memory; numba, parallel over rows.
 
 A row of the core holds d_in / 2 kept values and, in two bits each, their positions in their groups of four. One token
-is bound by memory, so values and positions are read once, at the size they are stored in, and the wrappers' blocks are
-applied in the same passes. Many tokens are bound by arithmetic: half the multiplications of a dense product, on panels
-of tokens that stay in the nearest cache.
+is bound by memory, so values and positions are read once, at the size they are stored in, one byte for int8, and the
+wrappers' blocks are applied in the same passes. Many tokens are bound by arithmetic: half the multiplications of a
+dense product, on panels of tokens that stay in the nearest cache.
 """
 
 from __future__ import annotations
@@ -155,13 +155,14 @@ def _core_rows(values, positions, row, rows, x, tokens, d_in, z):
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def few_tokens(like, x, y, tokens, d_in, parts):
+def few_tokens(like, values_like, x, y, tokens, d_in, parts):
     """y = A C B x of one or several layers side by side, for a handful of tokens, in two parallel passes: B, then C, A.
 
     Arguments are addresses and sizes, since a small layer is done in the time that it takes to unwrap six arrays.
 
     Args:
         like: an array of the layers' dtype: float32, int16 for float16, uint16 for bfloat16.
+        values_like: one of that of the kept values, the same or int8.
         x: of (tokens, d_in). y: of (tokens, d_out of all), written.
         parts: (layers, 7) int64, for each layer the addresses of its factors, 0 for none, and its sizes:
             values (d_out, d_in / 2), positions (d_out, ceil(d_in / 8)) uint8, two bits a kept value, left and right
@@ -183,7 +184,7 @@ def few_tokens(like, x, y, tokens, d_in, parts):
         d_out, block_out, rows = parts[p, 4], parts[p, 5], _piece(parts, p)
         row = (i - (ends[p] + -d_out // rows)) * rows
         here = min(rows, d_out - row)
-        values = carray(pointer(parts[p, 0], like), d_out * (d_in // 2))
+        values = carray(pointer(parts[p, 0], values_like), d_out * (d_in // 2))
         positions = carray(pointer(parts[p, 1], BYTES), d_out * ((d_in + 7) // 8))
         left = carray(pointer(parts[p, 2], like), d_out * block_out)
         z = np.empty(tokens * here, dtype=np.float32)
@@ -273,7 +274,7 @@ def many_tokens(x, values, positions, y, rows):
 
     Args:
         x: (d_in, tokens) float32. y: (d_out, tokens) float32, written.
-        values: (d_out, d_in / 2) float32, float16 as int16, or bfloat16 as uint16.
+        values: (d_out, d_in / 2) float32, float16 as int16, bfloat16 as uint16, or int8.
         positions: (d_out * ceil(d_in / 8),) uint8, two bits a kept value.
         rows: of the core that one thread takes at a time.
     """

@@ -21,7 +21,7 @@ FEW_TOKENS = 24
 MOST_ROWS = 512
 # numba knows no 16-bit float: float16 goes as int16, bfloat16 as uint16.
 _STORED = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
-LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in DTYPES}
+LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in (*DTYPES, torch.int8)}
 Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # values, positions, left and right of a layer
 # numba's simplest pool of threads aborts the process when two threads of Python enter it at once.
 _one_at_a_time = threading.Lock()
@@ -31,7 +31,7 @@ def packed_product(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | 
     """y = A C B x (tokens, d_out), for the rows of x (tokens, d_in) and a packed 2:4 core.
 
     Args:
-        x: any strides. values, positions: the core, see `armorfact.Core`, in the dtype of x, one of `DTYPES`.
+        x: any strides, in one of `DTYPES`. values, positions: the core, see `armorfact.Core`, in that dtype or int8.
         left, right: blocks of A and B in the dtype of x, each may be None.
     """
     if x.shape[0] > FEW_TOKENS:
@@ -45,12 +45,13 @@ class FewTokens:
     Made once for factors that stay where they are in memory: to describe them takes longer than some layers' product.
 
     Args:
-        layers: values, positions, left and right of each, as there.
+        layers: values, positions, left and right of each, as there; the values of all in one dtype.
     """
 
     def __init__(self, layers: Sequence[Stored]) -> None:
         self.held = [[_contiguous(tensor) for tensor in layer] for layer in layers]  # so that no address goes stale
         self.parts = np.array([_described(*layer) for layer in self.held])
+        self.values_like = LIKE[layers[0][0].dtype]
         self.d_out = sum(layer[0].shape[0] for layer in layers)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,7 +61,9 @@ class FewTokens:
         if y.numel():
             x = x.contiguous()
             with launching():
-                kernels.few_tokens(LIKE[x.dtype], x.data_ptr(), y.data_ptr(), tokens, d_in, self.parts)
+                kernels.few_tokens(
+                    LIKE[x.dtype], self.values_like, x.data_ptr(), y.data_ptr(), tokens, d_in, self.parts
+                )
         return y
 
 

@@ -77,6 +77,8 @@ def _core_refusal(kind: Kind) -> str | None:
     (d_out, d_in), dtype = kind.shape, kind.dtype
     if kind.pattern != PAIR:
         return f"sparse tensor cores multiply with 2:4 cores, got {kind.pattern}"
+    if kind.stored != dtype:
+        return f"the copy for sparse tensor cores is in the dtype of the layer, got a core in {kind.stored}"
     if dtype == torch.float32:
         return "in float32 the pattern of sparse tensor cores is 1:2, not 2:4: use float16 or bfloat16"
     if dtype not in DTYPES:

@@ -3,7 +3,7 @@
 numba has no vector type, and its loops do not become the two-table permutation that reads a packed core. So here is
 one: a value type that LLVM keeps in one AVX-512 register (two AVX, four NEON registers), and the few operations on it
 that the kernels need. Arrays are addressed flat, whatever their shape, and have to be contiguous. numba knows no 16-bit
-float on a CPU: float16 comes as int16, bfloat16 as uint16.
+float on a CPU: float16 comes as int16, bfloat16 as uint16. int8 is whole numbers, which are only read.
 
 numba's cache of a kernel knows the kernel's own file only: after a change here, touch `kernels.py`.
 """
@@ -80,13 +80,15 @@ def _load(builder, address, kind, align):
 
 
 def _widened(builder, found, dtype, count):
-    """float32 from what is stored: as it is, a float16, or the upper half that a bfloat16 is."""
+    """float32 from what is stored: as it is, a whole number, a float16, or the upper half that a bfloat16 is."""
 
     def shaped(kind):
         return kind if count == 1 else ir.VectorType(kind, count)
 
     if dtype == types.float32:
         return found
+    if dtype == types.int8:
+        return builder.sitofp(builder.sext(found, shaped(_word)), shaped(_float))
     if dtype == types.int16:
         return builder.fpext(builder.bitcast(found, shaped(ir.HalfType())), shaped(_float))
     sixteen = ir.Constant(shaped(_word), 16 if count == 1 else [16] * count)
@@ -98,7 +100,9 @@ def _stored_kind(dtype):
         return _float, 4
     if dtype in (types.int16, types.uint16):
         return _half_word, 2
-    raise TypeError(f"expected an array of float32, of float16 as int16, or of bfloat16 as uint16, got {dtype}")
+    if dtype == types.int8:
+        return _byte, 1
+    raise TypeError(f"expected an array of float32, float16 as int16, bfloat16 as uint16, or int8, got {dtype}")
 
 
 @intrinsic

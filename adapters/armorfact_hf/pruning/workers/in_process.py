@@ -15,11 +15,11 @@ from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.layer import LayerReport, round_layer
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.memory import experts_at_once
 from armorfact_hf.pruning.progress import Progress
-from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers, threads_each
+from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers, side_by_side, threads_each
 from armorfact_hf.pruning.workers.flow import Flow
 from armorfact_hf.pruning.workers.in_chunks import Gatherer, InChunks, chunks_of
 from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail, with_losses
@@ -113,6 +113,16 @@ class InProcess:
         self.replace(pruned)
         tuned = tune_tail(self.job, layers_by_name(pruned), self.flow.around_tail, self._told)
         return self._with_losses(pruned, tuned, lambda name: statistics[name].of(name))
+
+    def round(self, pruned: Pruned, statistics: Statistics | InChunks) -> Pruned:
+        """The layers with their cores rounded to the dtype that the settings ask for; as they are, if to none."""
+        config, dense = self.job.config, {layer.name: layer for layer in self.job.layers}
+        if config.core_dtype is None:
+            return pruned
+        return side_by_side(
+            lambda layer, given, report: round_layer(layer, given, report, statistics.of(layer.name), config),
+            [(dense[report.name], layer, report) for layer, report in pruned],
+        )
 
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model."""

@@ -130,6 +130,20 @@ class OnRay:
         self.progress.tell(self.job.tail_steps, "the last decoder blocks, tuned as a whole")
         return self._tuned(None, self.before_tail, blocks)
 
+    def round(self, pruned: Pruned, statistics: Gathered) -> Pruned:
+        """The layers with their cores rounded to the dtype that the settings ask for, each by a task of its own."""
+        config, dense = self.job.config, {layer.name: layer for layer in self.job.layers}
+        if config.core_dtype is None:
+            return pruned
+        threads = threads_each([dense[report.name] for _, report in pruned], self.cluster.threads)
+        rounded = task(remote.round_core, threads)
+        return get(
+            [
+                rounded.remote(alone(dense[report.name]), layer, report, statistics.of(report.name), config, threads)
+                for layer, report in pruned
+            ]
+        )
+
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model, here and in every worker before it computes again."""
         put_layers_(self.job.model, layers_by_name(pruned))

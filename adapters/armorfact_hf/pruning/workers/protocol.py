@@ -57,6 +57,13 @@ class Workers(Protocol[S]):
             blocks: for each of the job's tail, its layers, which are in the model, and its statistics.
         """
 
+    def round(self, pruned: Pruned, statistics: S) -> Pruned:
+        """The layers with their cores rounded to the dtype that the settings ask for; as they are, if to none.
+
+        Args:
+            pruned, statistics: layers of a block, and what `statistics` returned for it.
+        """
+
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model."""
 

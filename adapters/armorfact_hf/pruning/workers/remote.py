@@ -23,7 +23,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.experts import Pool
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.layer import LayerReport, prune_layer, with_tuned_loss
+from armorfact_hf.pruning.layer import LayerReport, prune_layer, round_layer, with_tuned_loss
 from armorfact_hf.pruning.notes import damping_noted
 from armorfact_hf.pruning.states import States
 from armorfact_hf.pruning.workers.flow import Flow
@@ -170,6 +170,14 @@ def prune(layer: Layer, moments: Moments, config: PruneConfig, threads: int) -> 
     torch.set_num_threads(threads)
     with damping_noted():
         return prune_layer(layer, moments, config)
+
+
+def round_core(
+    layer: Layer, pruned: FactorizedLinear, report: LayerReport, moments: Moments, config: PruneConfig, threads: int
+) -> tuple[FactorizedLinear, LayerReport]:
+    """A layer with its core rounded, and its report."""
+    torch.set_num_threads(threads)
+    return round_layer(layer, pruned, report, moments, config)
 
 
 def report_again(
