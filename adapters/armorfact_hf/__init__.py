@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from armorfact_hf.observer import Observer as Observer
     from armorfact_hf.observer import Step as Step
     from armorfact_hf.pruning.config import PruneConfig as PruneConfig
-    from armorfact_hf.pruning.journal import DifferentRun as DifferentRun
+    from armorfact_hf.pruning.manifest import DifferentRun as DifferentRun
     from armorfact_hf.pruning.plan import Plan as Plan
     from armorfact_hf.pruning.plan import make_plan as make_plan
     from armorfact_hf.pruning.prune import PruneReport as PruneReport
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 # Where each name is defined; the imports above say the same to type checkers (tests compare the two).
 _HOMES = {
     "Calibration": "runs.prune_to_folder",
-    "DifferentRun": "pruning.journal",
+    "DifferentRun": "pruning.manifest",
     "Evaluation": "evaluation.measure",
     "Execution": "layers.execution",
     "FactorizedLinear": "layers.linear",

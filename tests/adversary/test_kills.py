@@ -63,14 +63,14 @@ class Adversary:
     def damage(self) -> None:
         """Flip a bit of the journal; it has to be told, and deleting what is named has to be the way out."""
         journal = self.work / "out.journal"
-        files = sorted(journal.glob("block-*.safetensors"))
+        files = [path for path in sorted(journal.glob("block-*.safetensors")) if not superseded(path)]
         if not files or (self.work / "out").exists():  # nothing needs the journal of a finished folder
             return
         path = self.source.choice(files)
         content = bytearray(path.read_bytes())
         content[self.source.randrange(len(content))] ^= 1 << self.source.randrange(8)
         path.write_bytes(content)
-        self.soak.found["damaged journals"] += 1
+        self.soak.found["damaged layers" if "-layer-" in path.name else "damaged blocks"] += 1
         ended, said = exit_code(self.start()), (self.work / "says").read_text()
         if ended == 0 or not re.search(re.escape(str(path)) + r" is damaged \(.*delete that one file", said):
             self.soak.found["damage that was not told"] += 1
@@ -100,6 +100,12 @@ class Adversary:
     def stuck(self, says: Path) -> None:
         self.soak.found["runs that could not go on"] += 1
         print(says.read_text(), names(self.work))
+
+
+def superseded(path: Path) -> bool:
+    """Whether a kill left a single layer beside its finished block: nothing needs it any more."""
+    block, layer, _ = path.stem.partition("-layer-")
+    return bool(layer) and path.with_name(f"{block}.safetensors").exists()
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ from armorfact_hf.data.open_on_disk import open_on_disk
 from armorfact_hf.data.origin import DEMO
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk, Weights
-from armorfact_hf.pruning.fingerprint import disk_fingerprint
-from armorfact_hf.pruning.journal import model_fingerprint
+from armorfact_hf.pruning.fingerprint import disk_fingerprint, model_fingerprint
 
 Log = Callable[[str], None]
 

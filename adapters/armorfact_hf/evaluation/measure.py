@@ -18,7 +18,7 @@ from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.evaluation.perplexity import evaluate_perplexity
 from armorfact_hf.files import written_beside
 from armorfact_hf.observer import Observer, Step
-from armorfact_hf.pruning.journal import tokens_fingerprint
+from armorfact_hf.pruning.fingerprint import tokens_fingerprint
 from armorfact_hf.typed_json import from_json, to_json
 
 

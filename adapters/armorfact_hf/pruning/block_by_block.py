@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.on_disk import HEAD
 from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.entry import Finished, Pruned
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Finished, Journal, Pruned
+from armorfact_hf.pruning.journal import Journal, layer_key
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.progress import Clock, Progress
@@ -63,12 +65,13 @@ class BlockByBlock:
             self.tail.finished = self._finished("tail")
         pruned = self._restored(key) if layers else []
         waits = index in self.job.tail and not self.tail.finished
+        known = self._known(key) if pruned is None else []
         if pruned is not None:
             self._tell_finished(index, layers)
         if pruned is None or waits:
             statistics = self.workers.statistics(index)
             if pruned is None:
-                factorized = self.workers.prune(layers, statistics)
+                factorized = self._factorized(key, layers, statistics, known)
                 pruned, matched = self.workers.match(index, factorized, statistics)
                 # Integers cannot be tuned: those of the tail are rounded when that is done.
                 pruned = pruned if index in self.job.tail else self.workers.round(pruned, statistics)
@@ -81,6 +84,30 @@ class BlockByBlock:
         if index < self.job.last_block or self.job.config.head:
             self.workers.advance(index)
         return _reports(pruned)
+
+    def _factorized(self, key: str, layers: list[Layer], statistics: Any, known: Pruned) -> Pruned:
+        """What replaces the layers of a block; each stands in the journal once it is done.
+
+        Args:
+            known: what an earlier process found of it.
+        """
+        places = {layer.name: place for place, layer in enumerate(layers)}
+
+        def keep(layer: FactorizedLinear, report: LayerReport) -> None:
+            if self.journal is not None:
+                kept = Finished([(layer, report)], self.clock.seconds_of_lap)
+                self.journal.write(layer_key(key, places[report.name]), kept)
+
+        for name in _reports(known):
+            self.progress.tell(1, f"{name} is finished already")
+        found = self.workers.prune(layers, statistics, keep, _reports(known))
+        return sorted([*known, *found], key=lambda pruned: places[pruned[1].name])
+
+    def _known(self, key: str) -> Pruned:
+        """What a killed run left of a block that it did not finish."""
+        kept = [] if self.journal is None else self.journal.layers_of(key, self.job.model.device)
+        self.clock.resume_lap(max((one.seconds for one in kept), default=0.0))
+        return [pruned for one in kept for pruned in one.layers]
 
     def _tune_tail(self) -> dict[str, LayerReport]:
         """Tune the last blocks together towards the dense model's words; the reports of their layers."""

@@ -12,12 +12,12 @@ reached is no special case.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from armorfact_hf.model.moments import Statistics
+from armorfact_hf.model.moments import Moments, Statistics
 from armorfact_hf.model.structure import Layer
 
 BORROWED = 0.25  # n0, in tokens for each input of a layer: the best of a small mixture (benchmarks/experts.py)
@@ -37,10 +37,19 @@ class Pool:
 
     def add(self, statistics: Statistics) -> None:
         """Count experts, whose statistics are over all calibration tokens; in the order of the model."""
-        for name in self._leaders(statistics):
-            own = statistics.gram[name]
-            self.gram = own.clone() if self.gram is None else self.gram.add_(own)
-            self.tokens += statistics.tokens[name]
+        for name in self.leaders(statistics.leader):
+            self.count(statistics.of(name))
+
+    def count(self, moments: Moments) -> None:
+        """Count one expert."""
+        self.gram = moments.gram.clone() if self.gram is None else self.gram.add_(moments.gram)
+        self.tokens += moments.tokens
+
+    def prior(self, borrowed: float = BORROWED) -> Moments | None:
+        """What each borrows, of no tokens: all that is known of one that none reached. None where none reached any."""
+        if self.gram is None:
+            return None
+        return Moments(self.gram * (borrowed * len(self.gram) / self.tokens), None, 0)
 
     def shrink_(self, statistics: Statistics, borrowed: float = BORROWED) -> None:
         """Shrink the moments of some or all of the experts towards those of all, in place.
@@ -49,18 +58,23 @@ class Pool:
             statistics: over all calibration tokens, of layers in ``layers``; those not reached are put into it.
             borrowed: n0, in tokens for each input of a layer.
         """
-        if self.gram is None:  # no token reached any: they are left as they are
+        prior = self.prior(borrowed)
+        if prior is None:  # they are left as they are
             return
-        prior = self.gram * (borrowed * len(self.gram) / self.tokens)
-        for name in self._leaders(statistics):
-            statistics.gram[name] += prior
-        unreached = [name for name in self.names if name not in statistics.leader]
+        for name in self.leaders(statistics.leader):
+            statistics.gram[name] += prior.gram
+        unreached = self.unreached(statistics.leader)
         for name in unreached:
             statistics.leader[name] = unreached[0]
-            statistics.gram[unreached[0]], statistics.tokens[unreached[0]] = prior, 0
+            statistics.gram[unreached[0]], statistics.tokens[unreached[0]] = prior.gram, prior.tokens
 
-    def _leaders(self, statistics: Statistics) -> list[str]:
-        return [name for name in self.names if statistics.leader.get(name) == name]
+    def leaders(self, leader: Mapping[str, str]) -> list[str]:
+        """The layers with moments of their own, of a ``leader`` as in `Statistics`."""
+        return [name for name in self.names if leader.get(name) == name]
+
+    def unreached(self, leader: Mapping[str, str]) -> list[str]:
+        """Those that no token reached, and nothing was put in for."""
+        return [name for name in self.names if name not in leader]
 
 
 def pools_of(layers: Iterable[Layer]) -> list[Pool]:

@@ -1,7 +1,8 @@
-"""The sha256 of a model that is on disk: its tensors are read once, and again only when a file has changed.
+"""The sha256 of a model, wherever it is, and of tokens.
 
-The digest of every tensor is kept in the cache folder, under the names, sizes and times of the files that it was read
-from. The sha256 over them is the one that the model has in memory.
+Of a model on disk, the tensors are read once, and again only when a file has changed: the digest of every tensor is
+kept in the cache folder, under the names, sizes and times of the files that it was read from. The sha256 over them is
+the one that the model has in memory.
 """
 
 from __future__ import annotations
@@ -13,15 +14,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from armorfact_hf.checkpoint.description import tensor_digest
+from armorfact_hf.checkpoint.description import digests, tensor_digest
 from armorfact_hf.files import written_beside
 from armorfact_hf.model.on_disk import OnDisk
-from armorfact_hf.pruning.journal import fingerprint_of
 from armorfact_hf.typed_json import from_json, to_json
 
 PORTION = 1 << 24  # numbers that are looked at together: PyTorch makes copies to tell whether they are any
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """The sha256, in hexadecimal, over names, dtypes, shapes and bytes of all tensors of a model."""
+    return fingerprint_of(digests(model.state_dict()))
+
+
+def fingerprint_of(tensors: Mapping[str, str]) -> str:
+    """The same, from the `tensor_digest` of each tensor."""
+    lines = (f"{name} {digest}\n" for name, digest in sorted(tensors.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def tokens_fingerprint(tokens: Tensor) -> str:
+    """The sha256, in hexadecimal, of token numbers."""
+    return tensor_digest(tokens.to(torch.int64))
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_experts, check_model, check_states, checked_tokens
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.fingerprint import disk_fingerprint
+from armorfact_hf.pruning.fingerprint import disk_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.fitting import fitting_layers
-from armorfact_hf.pruning.journal import flat_manifest, model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.manifest import flat_manifest
 from armorfact_hf.pruning.schedule import Matching
 
 SPILL_ABOVE = 1 / 4  # of the memory that is free: states that take more wait on disk

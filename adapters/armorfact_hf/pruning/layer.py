@@ -72,7 +72,7 @@ def prune_layer(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[Fa
 
 
 def _prune(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[FactorizedLinear, LayerReport]:
-    weight = layer.weight
+    weight = layer.weight.contiguous()  # bits must not depend on what else is stored around it
     start = time.perf_counter()
     target = _target(weight.float(), moments, config)
     notes = left_out(config, layer)
@@ -107,7 +107,7 @@ def with_tuned_loss(
     Args:
         layer: the dense one. moments: of its inputs. tuned: what takes its place.
     """
-    target = _target(layer.weight.float(), moments, config)
+    target = _target(layer.weight.contiguous().float(), moments, config)
     losses = layer_losses(target, tuned, moments.gram, replace(config, baselines=()), layer)
     before = report.losses[config.method] if report.factorized_loss is None else report.factorized_loss
     return replace(report, losses=report.losses | losses, factorized_loss=before)

@@ -42,8 +42,18 @@ class Clock:
 
     def lap(self) -> float:
         """Seconds since the last call, or since the start."""
-        before, self.lap_start = self.lap_start, time.perf_counter()
-        return self.lap_start - before
+        seconds, self.lap_start = self.seconds_of_lap, time.perf_counter()
+        return seconds
+
+    def resume_lap(self, seconds: float) -> None:
+        """Count what an earlier run spent on the block at work."""
+        self.earlier += seconds
+        self.lap_start -= seconds
+
+    @property
+    def seconds_of_lap(self) -> float:
+        """Seconds of the block at work so far."""
+        return time.perf_counter() - self.lap_start
 
     def seconds(self) -> float:
         """Seconds of this run and of the work that it found finished."""

@@ -80,8 +80,9 @@ def prune_(
         calibration: (windows, length) integer token numbers.
         config: what to prune and how; `PruneConfig()` by default.
         select: called with name and module of each layer that the config lets through; keeps it if true.
-        journal: folder in which every finished block is kept. Called again with the same arguments on the same dense
-            model, after a run that was killed, `prune_` continues from there and ends with the same weights.
+        journal: folder in which every finished block is kept, and every finished layer of the block at work. Called
+            again with the same arguments on the same dense model, after a run that was killed, `prune_` continues from
+            there and ends with the same weights.
         observer: is told of every unit of work.
         states: where the hidden states of the calibration windows wait between blocks: "memory", "disk" (in the
             journal, or a temporary folder), or "auto", which is the disk if they would take more than a quarter of the

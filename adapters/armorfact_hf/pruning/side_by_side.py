@@ -15,23 +15,27 @@ from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport, prune_layer
 
+Keep = Callable[[FactorizedLinear, LayerReport], object]
 Result = TypeVar("Result")
 
 
+def forget(layer: FactorizedLinear, report: LayerReport) -> None:
+    """A `Keep` that keeps nothing."""
+
+
 def prune_layers(
-    work: Sequence[tuple[Layer, Moments]],
-    config: PruneConfig,
-    finished: Callable[[Layer], object] = lambda layer: None,
-    each: int | None = None,
+    work: Sequence[tuple[Layer, Moments]], config: PruneConfig, keep: Keep = forget, each: int | None = None
 ) -> list[tuple[FactorizedLinear, LayerReport]]:
-    """`prune_layer` for the layers of one decoder block, in order."""
-    return side_by_side(lambda layer, moments: prune_layer(layer, moments, config), work, finished, each)
+    """`prune_layer` for the layers of one decoder block, in order; each is kept once it is done."""
+    return side_by_side(
+        lambda layer, moments: prune_layer(layer, moments, config), work, lambda pruned: keep(*pruned), each
+    )
 
 
 def side_by_side(
     act: Callable[..., Result],
     work: Sequence[tuple[Any, ...]],
-    finished: Callable[[Layer], object] = lambda layer: None,
+    finished: Callable[[Result], object] = lambda result: None,
     each: int | None = None,
 ) -> list[Result]:
     """``act`` on the layers of one decoder block, in order.
@@ -42,20 +46,19 @@ def side_by_side(
 
     Args:
         work: the arguments for each layer; the dense layer is the first of them.
-        finished: called with each layer once it is done, from the calling thread.
+        finished: called with each result once it is there, from the calling thread.
         each: the threads for a layer, where others of its block are not among these; see `threads_each`.
     """
     cores = torch.get_num_threads()
     each = threads_each([layer for layer, *_ in work], cores) if each is None else each
-    workers = min(len(work), cores // each)
-    if workers <= 1:
-        return [_told(finished, arguments[0], act(*arguments)) for arguments in work]
+    if each == cores:
+        return [_told(finished, act(*arguments)) for arguments in work]
     largest_first = sorted(range(len(work)), key=lambda k: -layer_flops(work[k][0]))
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
+    pool = ThreadPoolExecutor(cores // each, initializer=torch.set_num_threads, initargs=(each,))
     try:
         futures = {pool.submit(act, *work[k]): k for k in largest_first}
         for future in as_completed(futures):
-            finished(work[futures[future]][0])
+            finished(future.result())
     finally:
         stopped = not isinstance(sys.exception(), Exception | None)  # whoever presses Ctrl-C waits for nobody
         pool.shutdown(wait=not stopped, cancel_futures=True)
@@ -69,8 +72,8 @@ def threads_each(layers: Sequence[Layer], cores: int) -> int:
     return max(1, cores // max(1, at_once))
 
 
-def _told(finished: Callable[[Layer], object], layer: Layer, result: Result) -> Result:
-    finished(layer)
+def _told(finished: Callable[[Result], object], result: Result) -> Result:
+    finished(result)
     return result
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from armorfact_hf.model.words import Speaker, WordsApart
 from armorfact_hf.pruning.aims import WordAim
+from armorfact_hf.pruning.entry import Finished, Pruned
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Finished, Pruned
 from armorfact_hf.pruning.states import States
 
 S = TypeVar("S")

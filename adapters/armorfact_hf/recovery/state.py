@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from armorfact_hf.files import room_for, written_beside
-from armorfact_hf.pruning.journal import DAMAGE, Journal
+from armorfact_hf.pruning.entry import DAMAGE
+from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.seal import BLANK, check_seal, seal
 
 STATE = "state.safetensors"

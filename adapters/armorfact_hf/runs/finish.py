@@ -22,7 +22,8 @@ from armorfact_hf.files import flush, room_for, workshop
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.model.structure import is_linear
-from armorfact_hf.pruning.journal import DifferentRun, Journal
+from armorfact_hf.pruning.journal import Journal
+from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import Report
 

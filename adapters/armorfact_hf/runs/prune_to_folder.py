@@ -19,7 +19,8 @@ from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
+from armorfact_hf.pruning.journal import Journal, remove_leftover
+from armorfact_hf.pruning.manifest import DifferentRun, check_same
 from armorfact_hf.pruning.plan import Plan, plan_job
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
 from armorfact_hf.pruning.workers.choice import Choice, check_workers

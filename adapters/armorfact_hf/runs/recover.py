@@ -15,7 +15,8 @@ from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
 from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning.journal import DifferentRun, Journal, check_same, remove_leftover
+from armorfact_hf.pruning.journal import Journal, remove_leftover
+from armorfact_hf.pruning.manifest import DifferentRun, check_same
 from armorfact_hf.recovery.recover import manifest_of, recover_
 from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.report.record import FILE, Report

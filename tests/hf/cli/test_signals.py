@@ -132,12 +132,11 @@ def prune_until(number: int | None, method: str, arguments: list[str]) -> None:
     def send(*_) -> None:
         os.kill(os.getpid(), number)
 
-    written, write = [], Journal.write
+    write = Journal.write
 
     def write_and_send(self, key, finished) -> None:
         write(self, key, finished)
-        written.append(key)
-        if len(written) == 2:
+        if key == "block-0001":
             send()
 
     if method == "Journal.write":

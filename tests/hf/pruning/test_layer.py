@@ -143,7 +143,7 @@ def test_side_by_side_is_the_same_as_one_after_the_other():
         work.append((replace(layer, name=str(k)), moments_of(dense, pruned)))
     told = []
     threads = torch.get_num_threads()
-    together = prune_layers(work, PruneConfig(block=8, sweeps=3), lambda layer: told.append(layer.name))
+    together = prune_layers(work, PruneConfig(block=8, sweeps=3), lambda layer, report: told.append(report.name))
     assert torch.get_num_threads() == threads
     assert sorted(told) == list("0123")
     for (layer, moments), (pruned, report) in zip(work, together, strict=True):

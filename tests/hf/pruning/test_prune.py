@@ -78,9 +78,9 @@ def grams_seen(monkeypatch, model, config, windows=4):
     seen = {}
     prune = InProcess.prune
 
-    def spy(self, layers, statistics):
+    def spy(self, layers, statistics, *more):
         seen.update({layer.name: statistics.of(layer.name) for layer in layers})
-        return prune(self, layers, statistics)
+        return prune(self, layers, statistics, *more)
 
     monkeypatch.setattr(InProcess, "prune", spy)
     prune_(model, random_tokens(windows), config)

@@ -16,7 +16,8 @@ from armorfact_hf.data.load_model import Loaded, load_model, open_model
 from armorfact_hf.model.on_disk import NotStreamable, OnDisk
 from armorfact_hf.pruning import fingerprint
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.journal import DifferentRun, model_fingerprint
+from armorfact_hf.pruning.fingerprint import model_fingerprint
+from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.pruning.plan import plan_job
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import load_to_prune as choosing

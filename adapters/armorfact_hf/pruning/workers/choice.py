@@ -45,8 +45,7 @@ def _stays_here(job: Job) -> str:
         return "a model that is read from disk one block at a time is pruned in one process so far: take --no-stream"
     if device.type != "cpu":
         return f"the model is on {device}, and workers in other processes compute on CPUs: take --device cpu"
-    experts = [layer.name for layer in job.layers if layer.stored_in[1] is not None]
-    return f"{experts[0]} and other experts are pruned in one process so far: leave them dense" if experts else ""
+    return ""
 
 
 @contextmanager

@@ -12,14 +12,14 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import Moments, Statistics
 from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Pruned
 from armorfact_hf.pruning.layer import LayerReport, round_layer
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.memory import experts_at_once
 from armorfact_hf.pruning.progress import Progress
-from armorfact_hf.pruning.side_by_side import prune_layers, side_by_side, threads_each
+from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers, side_by_side, threads_each
 from armorfact_hf.pruning.workers.flow import Flow
 from armorfact_hf.pruning.workers.in_chunks import Gatherer, InChunks, chunks_of
 from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail, with_losses
@@ -73,17 +73,27 @@ class InProcess:
         self.flow.begin(index)
         self.flow.pass_by(index)
 
-    def prune(self, layers: Sequence[Layer], statistics: Statistics | InChunks) -> Pruned:
+    def prune(
+        self,
+        layers: Sequence[Layer],
+        statistics: Statistics | InChunks,
+        keep: Keep = forget,
+        known: Collection[str] = (),
+    ) -> Pruned:
         """What replaces each of the layers; one that no token reaches (of an expert, say) is left as it is."""
         reached = [layer for layer in layers if layer.name in statistics.leader]
         threads = threads_each(reached, torch.get_num_threads())
-        found: dict[str, tuple[FactorizedLinear, LayerReport]] = {}
-        for chunk in chunks_of(reached, self.experts_at_once):
+
+        def done(layer: FactorizedLinear, report: LayerReport) -> None:
+            keep(layer, report)
+            self.progress.tell(1, report.name)
+
+        found: Pruned = []
+        for chunk in chunks_of([layer for layer in reached if layer.name not in known], self.experts_at_once):
             work = [(layer, statistics.of(layer.name)) for layer in chunk]
-            pruned = prune_layers(work, self.job.config, lambda layer: self.progress.tell(1, layer.name), threads)
+            found += prune_layers(work, self.job.config, done, threads)
             del work  # the next chunk takes its memory
-            found |= {report.name: (layer, report) for layer, report in pruned}
-        return [found[layer.name] for layer in reached]
+        return found
 
     def match(self, index: int, pruned: Pruned, statistics: Statistics | InChunks) -> tuple[Pruned, BlockReport | None]:
         """The layers of a block, tuned together towards the states of the dense model behind it."""

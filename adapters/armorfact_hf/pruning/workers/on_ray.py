@@ -14,34 +14,21 @@ from typing import Any
 
 import ray
 
+from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import agree
 from armorfact_hf.model.structure import Layer
+from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Pruned
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.progress import Progress
-from armorfact_hf.pruning.side_by_side import layer_flops, threads_each
+from armorfact_hf.pruning.side_by_side import Keep, forget, layer_flops, threads_each
 from armorfact_hf.pruning.workers import remote
 from armorfact_hf.pruning.workers.cluster import RETRIES, Cluster, get, joined
-from armorfact_hf.pruning.workers.remote import Ref
+from armorfact_hf.pruning.workers.gathered import Gathered, task
+from armorfact_hf.pruning.workers.remote import Ref, alone
+from armorfact_hf.pruning.workers.tuning import layers_by_name
 
 Held = list[Ref]  # the state of each window
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """The statistics of a block.
-
-    Args:
-        leader: as in `Statistics`. moments: of each leader, a reference.
-    """
-
-    leader: dict[str, str]
-    moments: dict[str, Ref]
-
-    def of(self, name: str) -> Ref:
-        """Refers to what is known of the inputs of one layer."""
-        return self.moments[self.leader[name]]
 
 
 @dataclass
@@ -96,33 +83,40 @@ class OnRay:
             if self.dense is not None:
                 self.dense[window] = dense
         parts = dict(zip(names, zip(*(parts for _, _, *parts in called), strict=True), strict=True))
-        return Gathered(leader, {name: self._gathered(name, parts[name]) for name in dict.fromkeys(leader.values())})
+        found = {name: self._gathered(name, parts[name]) for name in dict.fromkeys(leader.values())}
+        gathered = Gathered(leader, found)
+        gathered.pool_(self.job.layers_of(index))
+        return gathered
 
     def pass_by(self, index: int) -> None:
         """Move the dense model's states on through a block that needs no statistics."""
         self._begin(index)
-        moved = [] if self.dense is None else self._advanced([index], self.dense)
+        moved = [self._passed_by(index, window, held) for window, held in enumerate(self.dense or [])]
         for window in self._windows:
             self._tell_window(index, window, self._followed)
             if self.dense is not None:
                 done, self.dense[window] = moved[window]
                 get(done)
 
-    def prune(self, layers: Sequence[Layer], statistics: Gathered) -> Pruned:
+    def prune(
+        self, layers: Sequence[Layer], statistics: Gathered, keep: Keep = forget, known: Collection[str] = ()
+    ) -> Pruned:
         """What replaces each of the layers, each by a task of its own, largest first."""
         work = {layer.name: layer for layer in layers if layer.name in statistics.leader}
         threads = threads_each(list(work.values()), self.cluster.threads)
         waiting = [
-            _task(remote.prune, threads).remote(layer, statistics.of(layer.name), self.job.config, threads)
+            task(remote.prune, threads).remote(alone(layer), statistics.of(layer.name), self.job.config, threads)
             for layer in sorted(work.values(), key=layer_flops, reverse=True)
+            if layer.name not in known
         ]
-        found = {}
+        found = []
         while waiting:
             [done], waiting = ray.wait(waiting)
             layer, report = get(done)
-            found[report.name] = layer, report
+            keep(layer, report)
+            found.append((layer, report))
             self.progress.tell(1, report.name)
-        return [found[name] for name in work]
+        return found
 
     def match(self, index: int, pruned: Pruned, statistics: Gathered) -> tuple[Pruned, BlockReport | None]:
         """The layers of a block, tuned together towards the states of the dense model behind it."""
@@ -142,18 +136,17 @@ class OnRay:
         if config.core_dtype is None:
             return pruned
         threads = threads_each([dense[report.name] for _, report in pruned], self.cluster.threads)
-        rounded = _task(remote.round_core, threads)
+        rounded = task(remote.round_core, threads)
         return get(
             [
-                rounded.remote(dense[report.name], layer, report, statistics.of(report.name), config, threads)
+                rounded.remote(alone(dense[report.name]), layer, report, statistics.of(report.name), config, threads)
                 for layer, report in pruned
             ]
         )
 
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model, here and in every worker before it computes again."""
-        for layer, report in pruned:
-            self.job.model.set_submodule(report.name, layer)
+        put_layers_(self.job.model, layers_by_name(pruned))
         self.replaced.append(ray.put(pruned))
 
     def advance(self, index: int) -> None:
@@ -192,7 +185,7 @@ class OnRay:
 
     def _gathered(self, name: str, parts: Sequence[Ref]) -> Ref:
         threads, correlations = self.cluster.threads, self.job.config.needs_correlations
-        return _task(remote.gather, threads).remote(name, correlations, list(parts), threads)
+        return task(remote.gather, threads).remote(name, correlations, list(parts), threads)
 
     def _advanced(self, blocks: Collection[int], held: Held) -> list[list[Ref]]:
         """For each window, a sign that it is done and its state, both references."""
@@ -200,6 +193,10 @@ class OnRay:
             self._actor(window).advance.options(num_returns=2).remote(list(blocks), window, state, self.replaced)
             for window, state in enumerate(held)
         ]
+
+    def _passed_by(self, index: int, window: int, held: Ref) -> list[Ref]:
+        """As `_advanced` returns for a window."""
+        return self._actor(window).pass_by.options(num_returns=2).remote(index, window, held, self.replaced)
 
     def _tuned(
         self, index: int | None, given: Held, blocks: Sequence[tuple[Pruned, Gathered]]
@@ -209,9 +206,9 @@ class OnRay:
         if not matched.kept:
             return pruned, matched
         dense, threads = {layer.name: layer for layer in self.job.layers}, self.cluster.threads
-        again = _task(remote.report_again, threads)
+        again = task(remote.report_again, threads)
         reports = [
-            again.remote(x, dense[x.name], layers[x.name], statistics.of(x.name), self.job.config, threads)
+            again.remote(x, alone(dense[x.name]), layers[x.name], statistics.of(x.name), self.job.config, threads)
             for given_layers, statistics in blocks
             for _, x in given_layers
         ]
@@ -223,7 +220,3 @@ class OnRay:
     def _tell_window(self, index: int | None, window: int, times: int) -> None:
         for _ in range(0 if index is None else times):
             self.progress.tell(1, f"decoder block {(index or 0) + 1} of {len(self.job.blocks)}, window {window + 1}")
-
-
-def _task(function: Any, cores: int) -> Any:
-    return ray.remote(function).options(num_cpus=cores, max_retries=RETRIES)

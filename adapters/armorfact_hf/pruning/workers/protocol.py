@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, TypeVar
 
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.pruning.journal import Pruned
+from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.matching import BlockReport
+from armorfact_hf.pruning.side_by_side import Keep, forget
 
 S = TypeVar("S")  # statistics, wherever they are kept
 
@@ -31,8 +32,12 @@ class Workers(Protocol[S]):
     def pass_by(self, index: int) -> None:
         """Move the dense model's states on through a block that needs no statistics."""
 
-    def prune(self, layers: Sequence[Layer], statistics: S) -> Pruned:
-        """What replaces each of the layers, in order; one that no token reached is left out.
+    def prune(self, layers: Sequence[Layer], statistics: S, keep: Keep = forget, known: Collection[str] = ()) -> Pruned:
+        """What replaces each of the layers, in any order; one that no token reached is left out.
+
+        Args:
+            layers: all of a block. keep: called in this process with each as soon as it is done.
+            known: names of those that are left out, as an earlier process kept them.
 
         Raises:
             ValueError: a weight holds NaN or infinite values.

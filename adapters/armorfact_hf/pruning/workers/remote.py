@@ -7,20 +7,22 @@ that was killed and started again needs no memory of its own, and any of them ma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import Inputs, Moments, Statistics
 from armorfact_hf.model.stream import BlockStream
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.entry import Pruned
+from armorfact_hf.pruning.experts import Pool
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Pruned
 from armorfact_hf.pruning.layer import LayerReport, prune_layer, round_layer, with_tuned_loss
 from armorfact_hf.pruning.notes import damping_noted
 from armorfact_hf.pruning.states import States
@@ -84,6 +86,13 @@ class Worker:
             states.advance(index, window)
         return True, self._held(states, window)
 
+    def pass_by(self, index: int, window: int, held: Held, replaced: Sequence[Ref]) -> tuple[bool, Held]:
+        """True, and the state of a window of the dense model behind a block, which is dense."""
+        self._catch_up(replaced)
+        states = self._states({window: held})
+        Flow(self.job, [window], _untold, None, states).pass_by(index)
+        return True, self._held(states, window)
+
     def tune(
         self, index: int | None, pruned: Pruned, given: Sequence[Ref], dense: Sequence[Ref], replaced: Sequence[Ref]
     ) -> Tuned:
@@ -93,16 +102,16 @@ class Worker:
             given, dense: references to the states of every window before and, in the dense model, behind them.
         """
         self._catch_up(replaced)
-        _put(self.job, pruned)
-        before, behind = (self._states(dict(enumerate(ray.get(list(refs))))) for refs in (given, dense))
         layers = layers_by_name(pruned)
+        put_layers_(self.job.model, layers)
+        before, behind = (self._states(dict(enumerate(ray.get(list(refs))))) for refs in (given, dense))
         if index is None:
             return tune_tail(self.job, layers, (before, behind), _silent)
         return tune_block(self.job, index, layers, (before, behind), _silent)
 
     def _catch_up(self, replaced: Sequence[Ref]) -> None:
         for pruned in ray.get(list(replaced[self.put :])):
-            _put(self.job, pruned)
+            put_layers_(self.job.model, layers_by_name(pruned))
         self.put = len(replaced)
 
     def _states(self, held: Mapping[int, Held]) -> States:
@@ -131,6 +140,31 @@ def gather(name: str, correlations: bool, parts: Sequence[Ref], threads: int) ->
     return found.of(name)
 
 
+def prior(moments: Sequence[Ref]) -> Moments | None:
+    """What the experts borrow that these references are of, one or more, in the order of the model."""
+    pool = Pool(())
+    for ref in moments:  # one at a time
+        pool.count(ray.get(ref))
+    return pool.prior()
+
+
+def lend(moments: Moments, prior: Moments) -> Moments:
+    """The moments of an expert with what it borrows."""
+    return replace(moments, gram=moments.gram + prior.gram)
+
+
+def alone(layer: Layer) -> Layer:
+    """A layer to send: of an expert only its own weights, not the stack that they are a part of."""
+    if not layer.stack:
+        return layer
+    (d_out, d_in), bias = layer.shape, layer.module.bias
+    linear = nn.Linear(d_in, d_out, bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return replace(layer, module=linear)
+
+
 def prune(layer: Layer, moments: Moments, config: PruneConfig, threads: int) -> tuple[FactorizedLinear, LayerReport]:
     """What replaces a layer, and the report."""
     torch.set_num_threads(threads)
@@ -152,11 +186,6 @@ def report_again(
     """The report of a layer, with its loss now that it is tuned."""
     torch.set_num_threads(threads)
     return with_tuned_loss(report, layer, tuned, moments, config)
-
-
-def _put(job: Job, pruned: Pruned) -> None:
-    for layer, report in pruned:
-        job.model.set_submodule(report.name, layer)
 
 
 def _untold(index: int, window: int) -> None:

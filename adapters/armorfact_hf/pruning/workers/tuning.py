@@ -13,8 +13,8 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.moments import Moments
 from armorfact_hf.model.stream import frozen
 from armorfact_hf.pruning.aims import Aim, StateAim
+from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Pruned
 from armorfact_hf.pruning.layer import with_tuned_loss
 from armorfact_hf.pruning.matching import BlockReport, match_block_
 from armorfact_hf.pruning.schedule import Matching

@@ -1,0 +1,160 @@
+"""Finished work of a run in one file: pruned layers, their reports, and what the file itself is.
+
+A safetensors file holds the tensors, and in its header the reports, its own name, the run that it belongs to and a
+digest over all of it. It is written beside its place and renamed, so a file that is there is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from armorfact import Pattern
+from armorfact_hf.checkpoint.description import Description
+from armorfact_hf.checkpoint.verify import verify
+from armorfact_hf.files import room_for, written_beside
+from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.matching import BlockReport
+from armorfact_hf.pruning.seal import BLANK, check_seal, seal
+
+DAMAGE = (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError)
+Pruned = list[tuple[FactorizedLinear, LayerReport]]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Pruned layers with their reports, the seconds that they took, and how their decoder block was tuned."""
+
+    layers: Pruned
+    seconds: float
+    matched: BlockReport | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of finished work, there or not.
+
+    Args:
+        path: its name without the end is the key that stands in it.
+        run: the digest of the manifest.
+        pattern: the N:M pattern of the run.
+        again: what is made again where the file is lost, in words.
+    """
+
+    path: Path
+    run: str
+    pattern: Pattern
+    again: str
+
+    def write(self, finished: Finished) -> None:
+        """Store finished work.
+
+        Raises:
+            DiskFull: the disk has no room for it.
+        """
+        tensors = {
+            f"{report.name}.{name}": tensor.contiguous()
+            for layer, report in finished.layers
+            for name, tensor in layer.state_dict().items()
+        }
+        reports = [report.to_dict() for _, report in finished.layers]
+        matched = None if finished.matched is None else asdict(finished.matched)
+        about = {"key": self.path.stem, "run": self.run, "seconds": finished.seconds}
+        block = json.dumps(about | {"reports": reports, "matched": matched})
+        with room_for(self.path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(self.path) as draft:
+            save_file(tensors, draft, metadata={"block": block, **BLANK})
+            seal(draft)
+
+    def read(self, device: Any = None) -> Finished | None:
+        """What is stored, or None.
+
+        Raises:
+            ValueError: the file is damaged, or another than what was written under this name in this run.
+        """
+        if not self.path.exists():
+            return None
+        with self._told():
+            check_seal(self.path)
+            return self._read(device)
+
+    def names(self) -> list[str]:
+        """Of the tensors that are stored.
+
+        Raises:
+            ValueError: see `read`.
+        """
+        with self._told():
+            check_seal(self.path)
+            with safe_open(self.path, "pt") as stored:
+                return list(stored.keys())
+
+    def _read(self, device: Any) -> Finished:
+        with safe_open(self.path, "pt") as stored:
+            block = json.loads(stored.metadata()["block"])
+            self._check_place(block)
+            reports = [_report(values) for values in block["reports"]]
+            formats = {x.name: self._format(stored, x) for x in reports}
+            if left_over := [name for name in sorted(stored.keys()) if name.rpartition(".")[0] not in formats]:
+                raise ValueError(f"it holds {', '.join(left_over)}, of which it has no report")
+            verify([self.path], Description(self.pattern, "float32", formats, {}))
+            layers = [(_layer(stored, formats[report.name], device), report) for report in reports]
+            return Finished(layers, float(block["seconds"]), _matched(block["matched"]))
+
+    def _check_place(self, block: Mapping[str, Any]) -> None:
+        if block["run"] != self.run:
+            raise ValueError("it is of another run")
+        if block["key"] != self.path.stem:
+            raise ValueError(f"it is {block['key']} under another name")
+
+    def _format(self, stored: Any, report: LayerReport) -> LayerFormat:
+        """Blocks of the tail are rounded after they were kept for the first time, so the file says what it holds."""
+        values = f"{report.name}.values"
+        whole = values in stored.keys() and stored.get_slice(values).get_dtype() == "I8"  # noqa: SIM118
+        return LayerFormat(report.name, report.shape, self.pattern, report.block, core_dtype="int8" if whole else None)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever reading a damaged file ends with becomes one error, with a sentence."""
+        try:
+            yield
+        except DAMAGE as error:
+            what = str(error).partition(": copy or download")[0]  # there is a nearer way out
+            raise ValueError(
+                f"{self.path} is damaged ({what}); delete that one file, and {self.again} is pruned again"
+            ) from error
+
+
+def _layer(stored: Any, layout: LayerFormat, device: Any) -> FactorizedLinear:
+    prefix = f"{layout.name}."
+    names = [name.removeprefix(prefix) for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
+    tensors = {name: stored.get_tensor(prefix + name) for name in names}
+    dtype = tensors.get("left", tensors["values"]).dtype
+    layer = FactorizedLinear.empty(layout, "bias" in tensors, dtype, device)
+    # Copied into memory of PyTorch's own: aligned as in a run without interruption, and so the same bits.
+    layer.load_state_dict(tensors)
+    return layer
+
+
+def _report(values: dict[str, Any]) -> LayerReport:
+    block = values["block"]
+    return LayerReport(
+        **values
+        | {
+            "shape": tuple(values["shape"]),
+            "block": None if block is None else tuple(block),
+            "notes": tuple(values["notes"]),
+        }
+    )
+
+
+def _matched(values: dict[str, Any] | None) -> BlockReport | None:
+    return None if values is None else BlockReport(**values | {"notes": tuple(values["notes"])})
