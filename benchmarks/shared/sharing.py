@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport, shrunk
 from armorfact_hf.pruning.losses import energy, layer_losses
-from armorfact_hf.pruning.side_by_side import prune_layers
+from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers
 from armorfact_hf.pruning.workers import in_process
 
 Shape = tuple[int, int]
@@ -138,7 +138,7 @@ def prune_stack(layers: Sequence[Layer], moments: Moments, config: PruneConfig, 
 def prune_shared(
     work: Work,
     config: PruneConfig,
-    finished: Callable[[Layer], object],
+    keep: Keep = forget,
     each: int | None = None,
     *,
     sharing: Sharing,
@@ -157,11 +157,12 @@ def prune_shared(
             stacks.append((layers, group[0][1]))
         else:
             alone += group
-    found = prune_layers(alone, config, finished, each)
+    found = prune_layers(alone, config, keep, each)
     for layers, moments in stacks:
-        found += prune_stack(layers, moments, config, sharing)
-        for layer in layers:
-            finished(layer)
+        stacked = prune_stack(layers, moments, config, sharing)
+        for pruned, report in stacked:
+            keep(pruned, report)
+        found += stacked
     by_name = {report.name: (pruned, report) for pruned, report in found}
     return [by_name[layer.name] for layer, _ in work]
 
