@@ -19,6 +19,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fingerprint import model_fingerprint
 from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.pruning.plan import plan_job
+from armorfact_hf.pruning.workers import in_process
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import load_to_prune as choosing
 from armorfact_hf.runs import prune_to_folder as workflow
@@ -133,6 +134,13 @@ def test_experts_stored_one_by_one(family, settings, tmp_path, text_file):
     )
     assert from_disk == from_memory
     assert len(inspect_folder(tmp_path / "True")) > BLOCKS
+
+
+def test_experts_a_few_at_a_time(tmp_path, text_file, monkeypatch):
+    model = saved("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    from_memory = pruned_files(model, tmp_path / "memory", text_file, MATCHED, stream=False)
+    monkeypatch.setattr(in_process, "experts_at_once", lambda job: 1)
+    assert pruned_files(model, tmp_path / "disk", text_file, MATCHED, stream=True) == from_memory
 
 
 @pytest.mark.parametrize("family", MIXTURES)
