@@ -55,7 +55,7 @@ class Pool:
         """Shrink the moments of some or all of the experts towards those of all, in place.
 
         Args:
-            statistics: over all calibration tokens, of layers in ``layers``; those not reached are put into it.
+            statistics: over all calibration tokens, of some of the layers; those not reached are put into it.
             borrowed: n0, in tokens for each input of a layer.
         """
         prior = self.prior(borrowed)
