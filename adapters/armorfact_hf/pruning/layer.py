@@ -72,7 +72,7 @@ def prune_layer(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[Fa
 
 
 def _prune(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[FactorizedLinear, LayerReport]:
-    weight = layer.weight.contiguous()  # bits must not depend on what else is stored around it
+    weight = _weight(layer)
     start = time.perf_counter()
     target = _target(weight.float(), moments, config)
     notes = left_out(config, layer)
@@ -107,7 +107,7 @@ def with_tuned_loss(
     Args:
         layer: the dense one. moments: of its inputs. tuned: what takes its place.
     """
-    target = _target(layer.weight.contiguous().float(), moments, config)
+    target = _target(_weight(layer).float(), moments, config)
     losses = layer_losses(target, tuned, moments.gram, replace(config, baselines=()), layer)
     before = report.losses[config.method] if report.factorized_loss is None else report.factorized_loss
     return replace(report, losses=report.losses | losses, factorized_loss=before)
@@ -124,7 +124,7 @@ def round_layer(
     Args:
         layer: the dense one. moments: of its inputs.
     """
-    target, tuned = _target(layer.weight.float(), moments, config), report.factorized_loss is not None
+    target, tuned = _target(_weight(layer).float(), moments, config), report.factorized_loss is not None
     left, right = (BlockDiagonal(cast(Tensor, side).detach()) for side in (pruned.left, pruned.right))
     result = quantize_core(
         (left, pruned.core, right),
@@ -141,6 +141,11 @@ def round_layer(
         bytes=report.bytes - pruned.nbytes + rounded.nbytes,
         status=f"{report.status}; in int8 {result.status}",
     )
+
+
+def _weight(layer: Layer) -> Tensor:
+    """W, row after row in memory: bits must not depend on what else is stored around it."""
+    return layer.weight.contiguous()
 
 
 def _bias(layer: Layer) -> Tensor | None:

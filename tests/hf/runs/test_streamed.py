@@ -95,8 +95,9 @@ def test_blocks_are_on_the_meta_device_unless_they_are_at_work(model_folder, tex
     assert sum(len(one) > 1 for one in held) < len(held) / 2
 
 
-def test_in_another_dtype(tmp_path, text_file):
-    model = saved("llama", tmp_path / "model")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_in_another_dtype(family, tmp_path, text_file):
+    model = saved(family, tmp_path / "model")
     written = {}
     for stream in (False, True):
         found = (open_model if stream else load_model)(str(model), "bfloat16", log=silent)
@@ -157,16 +158,6 @@ def test_a_mixture_stored_as_transformers_holds_it(tmp_path, text_file):
         for stream in (False, True)
     )
     assert from_disk == from_memory
-
-
-def test_experts_in_another_dtype(tmp_path, text_file):
-    model = saved("mixtral", tmp_path / "model")
-    written = {}
-    for stream in (False, True):
-        found = (open_model if stream else load_model)(str(model), "bfloat16", log=silent)
-        prune_to_folder(found, tmp_path / f"{stream}", QUICK, Calibration(str(text_file), 4, 24), observer=Silent())
-        written[stream] = (tmp_path / f"{stream}" / "model.safetensors").read_bytes()
-    assert written[True] == written[False]
 
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
