@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armorfact_hf.layers.kernels import cpu_experts, cpu_panels
+from armorfact_hf.layers.kernels import cpu_experts, cpu_packed, cpu_panels
 from armorfact_hf.layers.kernels.bf16 import beats_dense
-from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, MOST_ROWS as MOST_ROWS_OF_CORE, Stored, launching
+from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, Stored, launching
 from armorfact_hf.layers.packed import refusal
 from armorfact_hf.layers.strategy import Kind
 
 # Rows of an expert that was chosen, on average, up to which all go at once; any number in bfloat16 on a CPU that
-# multiplies pairs of them. On a GPU a product is bound by arithmetic above, which dense tensor cores do best, and launches
-# are few for the work in them: reasoned, not measured yet.
+# multiplies pairs of them. On a GPU a product is bound by arithmetic above, which dense tensor cores do best, and
+# launches are few for the work in them: reasoned, not measured yet.
 MOST_ROWS = {"cpu": FEW_TOKENS, "cuda": 256}
 # Rows of an expert, beyond whole tiles, that are faster without one (benchmarks/expert_speed.py).
 FEW_BESIDE_TILES = 32
@@ -25,7 +25,7 @@ MOST_PARTS = 32
 
 
 def runs(kind: Kind, counts: Sequence[int]) -> bool:
-    """Whether layers of a kind can be run so, and the experts have few enough tokens that it is worth it.
+    """Whether layers of a kind can be run so, and it is worth it for so many tokens of each expert.
 
     The time grows with all rows, and that of one expert after another with the experts: so their ratio decides.
     """
@@ -81,7 +81,7 @@ def _on_cpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tenso
 
 
 def _few_and_tiles(counts: Sequence[int], in_tiles: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(…, 3) each: an expert, the first of its rows of x, and how many; few of them, or as many as a tile takes."""
+    """An expert, the first of some rows of x that are its own, and how many, (…, 3): few, and up to a tile of them."""
     few, tiles, first = [], [], 0
     for expert, count in enumerate(counts):
         whole = count // cpu_panels.TILE * cpu_panels.TILE if in_tiles else 0
@@ -95,11 +95,11 @@ def _few_and_tiles(counts: Sequence[int], in_tiles: bool) -> tuple[np.ndarray, n
 
 def _rows_at_once(rows: int) -> int:
     """How many of all rows of cores a thread takes at a time, so that each has some."""
-    return max(cpu_panels.TILE, min(MOST_ROWS_OF_CORE, -(-rows // torch.get_num_threads())))
+    return max(cpu_panels.TILE, min(cpu_packed.MOST_ROWS, -(-rows // torch.get_num_threads())))
 
 
 def _parts(stack: Sequence[Tensor | None], given: np.ndarray, column: int) -> np.ndarray:
-    """(parts, 10), what the experts of a stack are given, see `_few_and_tiles`, as `cpu_experts.expert_rows` takes it."""
+    """(parts, 10), what experts of a stack are given, see `_few_and_tiles`, as `cpu_experts.expert_rows` takes it."""
     hit, found = given[:, 0], np.empty((len(given), 10), dtype=np.int64)
     for place, tensor in enumerate(stack):
         found[:, place] = 0 if tensor is None else tensor.data_ptr() + hit * tensor.stride(0) * tensor.element_size()

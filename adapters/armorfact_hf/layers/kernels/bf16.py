@@ -188,7 +188,7 @@ def store_rounded(typingctx, array, index, vector):
 
 @intrinsic
 def transpose_pairs(typingctx, source, at, step, target, to, to_step):
-    """Sixteen rows of sixteen pairs, a ``step`` apart, become columns: target[to + j to_step + 2i] is pair j of row i."""
+    """target[to + j to_step + 2i] = source[at + i step + 2j], and the next of both, for i and j below sixteen."""
 
     def generate(context, builder, signature, args):
         source, at, step, target, to, to_step = args

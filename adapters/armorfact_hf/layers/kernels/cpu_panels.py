@@ -37,7 +37,8 @@ def tile_rows(like, x, y, rows, d_in, width, most, parts):
     """y = A C B x of every part, on its rows of x and into its columns of y, in two parallel passes: B, then C and A.
 
     Args:
-        like, x, y, rows, d_in, width, parts: as for `cpu_experts.expert_rows`, in bfloat16; at most `TILE` tokens a part.
+        like, x, y, rows, d_in, width, parts: as for `cpu_experts.expert_rows`, in bfloat16; no part with more tokens
+            than `TILE`.
         most: rows of a core that a thread takes at a time, about.
     """
     y = carray(pointer(y, like), rows * width)
