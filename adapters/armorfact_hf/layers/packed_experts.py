@@ -31,13 +31,14 @@ def runs(kind: Kind, counts: Sequence[int]) -> bool:
     """
     if refusal(kind) is not None:
         return False
-    if kind.device.type == "cpu" and _in_tiles(kind.dtype):
+    if kind.device.type == "cpu" and _in_tiles(kind.stored):
         return True
     chosen = sum(count > 0 for count in counts)
     return sum(counts) <= MOST_ROWS.get(kind.device.type, -1) * chosen
 
 
 def _in_tiles(dtype: torch.dtype) -> bool:
+    """Whether many rows of an expert stand side by side, see `cpu_panels`, for such kept values."""
     return dtype == torch.bfloat16 and beats_dense()
 
 
@@ -68,7 +69,7 @@ def _on_cpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tenso
     columns = np.cumsum([0, *widths])
     few, tiles = (
         np.concatenate([_parts(stack, given, column) for stack, column in zip(held, columns, strict=False)])
-        for given in _few_and_tiles(counts, _in_tiles(x.dtype))
+        for given in _few_and_tiles(counts, _in_tiles(stacks[0][0].dtype))
     )
     sizes = LIKE[x.dtype], x.data_ptr(), y.data_ptr(), rows, d_in, y.shape[1]
     with launching():
