@@ -27,7 +27,7 @@ Json = dict[str, Any]
 CALIBRATION = Calibration(windows=4, length=1024)
 SWEEPS = 3
 TIMES = (1, 2)  # the default blocks: those solved with; a line through log prices gives those of other sizes
-RANGE = (1 / 2, 3)  # times the default: the sizes offered
+RANGE = (1 / 6, 4)  # times the default: the sizes offered
 
 # Both add up over layers: nats a token, as docs/evidence.md foretells them, and relative losses.
 PRICES: dict[str, Callable[[Json, Json], float]] = {
@@ -69,9 +69,9 @@ def _cheaply(weight: Tensor, gram: Tensor, size: int) -> Tensor:
 
 
 def square_sizes(shape: Shape) -> list[int]:
-    """Of blocks that fit rows and columns, up to the larger dimension."""
+    """Of blocks that fit rows and columns, up to 128 as in "auto"."""
     d_out, d_in = shape
-    return [size for size in fitting(d_in, 4, d_in) if d_out % size == 0]
+    return [size for size in fitting(d_in, 4) if d_out % size == 0]
 
 
 def solved_sizes(shape: Shape, default: int) -> list[int]:

@@ -65,7 +65,7 @@ def test_solved_sizes_are_near_multiples_of_the_default_and_fit():
 
 def test_prices_are_those_solved_for_and_on_their_line_elsewhere():
     found = {offer.block[0]: offer for offer in offers(layer(), PRICES["budget by KL"])}
-    assert list(found) == [24, 32, 48, 64, 96]
+    assert list(found) == [8, 12, 16, 24, 32, 48, 64, 96]
     assert found[48].price == pytest.approx(1 / 48) and found[96].price == pytest.approx(1 / 96)
     assert found[64].price == pytest.approx((1 / 48) ** (2 / 3) * (1 / 96) ** (1 / 3))
     assert found[24].price == pytest.approx(2**0.5 / 48)
