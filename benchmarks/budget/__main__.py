@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from armorfact_hf.runs.prune_to_folder import Calibration
-from benchmarks.budget.forms import DEFAULT, Blocks, blocks_of, blocks_table, foretold_table, given_blocks
+from benchmarks.budget.forms import DEFAULT, Blocks, blocks_of, blocks_table, foretold_table, given_blocks, rate_table
 from benchmarks.budget.prices import PRICES, solved_layers
 from benchmarks.results import dense_figures
 from benchmarks.shared.quality import kept, loss_table, measure, measured, quality_table
@@ -35,7 +35,7 @@ def main(given: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     solved = solved_layers(model, every, out)
     blocks = {form: blocks_of(form, solved) for form in (DEFAULT, *PRICES)}
-    print(foretold_table(blocks, solved), blocks_table(blocks), sep="\n\n", flush=True)
+    print(foretold_table(blocks, solved), blocks_table(blocks), rate_table(solved), sep="\n\n", flush=True)
     forms = [form for form in PRICES if form in arguments.forms.split(",")]
     found = {DEFAULT: measured(model, "one each", every, out)}
     found |= {form: _measured(model, every, blocks[form], out) for form in forms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from statistics import fmean
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers
 from benchmarks.budget.choice import Shape, chosen
-from benchmarks.budget.prices import PRICES, Json, offers
+from benchmarks.budget.prices import PRICES, Json, Price, offers
 from benchmarks.evidence.tables import kind, table
 from benchmarks.shared.sharing import Pruned, Work, pruned_by
 
@@ -61,8 +62,28 @@ def foretold_table(found: Mapping[str, Blocks], solved: Mapping[str, Json]) -> s
     return table(["run", "wrappers", *(f"sum: {name}" for name in PRICES)], rows)
 
 
-def _price(layer: Json, block: Shape, price) -> float:
+def _price(layer: Json, block: Shape, price: Price) -> float:
     return next(offer.price for offer in offers(layer, price) if offer.block == tuple(block))
+
+
+def rate_table(solved: Mapping[str, Json]) -> str:
+    """A line a price, a column a kind of layer: by what power of e it falls with the wrappers' share of the layer.
+
+    From the default blocks to the larger ones that were solved with; the mean, the least and the most over layers.
+    """
+    kinds = list(dict.fromkeys(map(kind, solved)))
+    rows = []
+    for name, price in PRICES.items():
+        each = {k: [falling(layer, price) for key, layer in solved.items() if kind(key) == k] for k in kinds}
+        rows.append([name, *(f"{fmean(x):.1f} ({min(x):.1f} to {max(x):.1f})" for x in each.values())])
+    return table(["", *kinds], rows)
+
+
+def falling(layer: Json, price: Price) -> float:
+    """The rate rho in a price that goes as exp(-rho s), s the wrappers' share of the layer's entries."""
+    logs = [math.log(price(layer, point["losses"])) for point in layer["points"]]
+    shares = [sum(point["size"] / length for length in layer["shape"]) for point in layer["points"]]
+    return (logs[0] - logs[-1]) / (shares[-1] - shares[0])
 
 
 def blocks_table(found: Mapping[str, Blocks]) -> str:

@@ -23,6 +23,7 @@ from benchmarks.evidence.traces import read_trace, write_traces
 from benchmarks.shared.quality import kept, one_in
 
 Json = dict[str, Any]
+Price = Callable[[Json, Json], float]
 
 CALIBRATION = Calibration(windows=4, length=1024)
 SWEEPS = 3
@@ -30,7 +31,7 @@ TIMES = (1, 2)  # the default blocks: those solved with; a line through log pric
 RANGE = (1 / 6, 4)  # times the default: the sizes offered
 
 # Both add up over layers: nats a token, as docs/evidence.md foretells them, and relative losses.
-PRICES: dict[str, Callable[[Json, Json], float]] = {
+PRICES: dict[str, Price] = {
     "budget by KL": lambda layer, losses: layer["importance"] / 2 * losses["H~"],
     "budget by loss": lambda layer, losses: losses["H"] / layer["energies"]["H"],
 }
@@ -80,7 +81,7 @@ def solved_sizes(shape: Shape, default: int) -> list[int]:
     return sorted({min(sizes, key=lambda size: abs(np.log(size / (times * default)))) for times in TIMES})
 
 
-def offers(layer: Json, price: Callable[[Json, Json], float]) -> list[Offer]:
+def offers(layer: Json, price: Price) -> list[Offer]:
     """Square sizes around the default, priced as if log prices were linear in the size."""
     d_out, d_in = layer["shape"]
     solved = [point["size"] for point in layer["points"]]

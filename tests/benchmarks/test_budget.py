@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -16,7 +17,7 @@ from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.budget import __main__ as command
 from benchmarks.budget import prices
 from benchmarks.budget.choice import Offer, chosen, worthwhile
-from benchmarks.budget.forms import DEFAULT, blocks_of, entries, given_blocks
+from benchmarks.budget.forms import DEFAULT, blocks_of, entries, falling, given_blocks
 from benchmarks.budget.prices import PRICES, offers, solved_sizes
 from benchmarks.shared import quality
 from tests.hf.models import random_tokens, tiny_model
@@ -70,6 +71,13 @@ def test_prices_are_those_solved_for_and_on_their_line_elsewhere():
     assert found[64].price == pytest.approx((1 / 48) ** (2 / 3) * (1 / 96) ** (1 / 3))
     assert found[24].price == pytest.approx(2**0.5 / 48)
     assert found[64].entries == entries((576, 1536), (64, 64))
+
+
+def test_the_rate_is_that_by_which_prices_fall_with_the_share_of_wrappers():
+    one = layer()
+    for point in one["points"]:
+        point["losses"]["H~"] = math.exp(-3.5 * point["size"] * (1 / 576 + 1 / 1536))
+    assert falling(one, PRICES["budget by KL"]) == pytest.approx(3.5)
 
 
 def test_dear_layers_get_larger_blocks_at_the_entries_of_the_default():
