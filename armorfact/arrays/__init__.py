@@ -216,3 +216,16 @@ def sweep_blocks(
     fallen = kernels.sweep_blocks(*(as_numpy(argument) for argument in arguments))
     xp = namespace(core)
     return xp.asarray(fallen)
+
+
+def sweep_whole(gradient: Array, core: Array, kept: Array, left_gram: Array, right_gram: Array, largest: int) -> None:
+    """One pass over the entries of a core of whole numbers, on the device the arrays are on; see `sweep_blocks`."""
+    arguments = (gradient, core, kept, left_gram, right_gram)
+    if not shares_memory_with_numpy(core):
+        from armorfact.arrays import batched
+
+        batched.sweep_whole(*arguments, largest)
+        return
+    from armorfact.arrays import kernels
+
+    kernels.sweep_whole(*(as_numpy(argument) for argument in arguments), largest)
