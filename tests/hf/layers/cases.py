@@ -73,11 +73,11 @@ def whole_layer(
     """A layer whose wrappers are whole numbers too, between scales of any size and sign."""
     layer, generator = int8_layer(d_out, d_in, block, dtype, bias, pattern, seed), torch.Generator().manual_seed(seed)
 
-    def whole(blocks: Tensor) -> BlockDiagonal:
-        scales = torch.randn(2, *blocks.shape[:2], generator=generator).to(dtype) / 8
+    def whole(blocks: Tensor, size: float) -> BlockDiagonal:
+        scales = size * torch.randn(2, *blocks.shape[:2], generator=generator).to(dtype)
         return BlockDiagonal(torch.randint(-127, 128, blocks.shape, generator=generator, dtype=torch.int8), *scales)
 
-    return FactorizedLinear.of(layer.core, whole(layer.left), whole(layer.right), layer.bias)
+    return FactorizedLinear.of(layer.core, whole(layer.left, 1 / 64), whole(layer.right, 1 / 16), layer.bias)
 
 
 def random_inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

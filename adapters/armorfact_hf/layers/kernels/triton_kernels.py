@@ -115,7 +115,10 @@ def _tile(
             block = tl.load(right + column[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
             inputs = _dot(block, inputs).to(x.dtype.element_ty)
         v0, v1, p0, p1 = _groups(values, positions, rows, first, d_out, groups, bytes_a_row, OUT, GROUPS)
-        total += _dot(_dense(v0, v1, p0, p1, OUT, GROUPS).to(x.dtype.element_ty), inputs)
+        weights = _dense(v0, v1, p0, p1, OUT, GROUPS)
+        if weights.dtype == tl.int8:
+            weights = weights.to(tl.float32).to(x.dtype.element_ty)
+        total += _dot(weights, inputs)
     return total
 
 
