@@ -228,4 +228,4 @@ def sweep_whole(gradient: Array, core: Array, kept: Array, left_gram: Array, rig
         return
     from armorfact.arrays import kernels
 
-    kernels.sweep_whole(*(as_numpy(argument) for argument in arguments), largest)
+    kernels.sweep_whole(*map(as_numpy, arguments), largest=largest)

@@ -86,6 +86,6 @@ def refusal(layers: Sequence[nn.Module]) -> str | None:
         return "some have biases of their own"
     alike = {
         (x.in_features, x.pattern, x.dtype, x.layout.core_dtype, x.layout.wrapper_dtype, x.values.device)
-        for x in layers
+        for x in cast(Sequence[FactorizedLinear], layers)
     }
     return None if len(alike) == 1 else "they differ in their inputs, pattern, dtypes or device"

@@ -63,7 +63,7 @@ class FactorizedLinear(nn.Module):
     right: Tensor | None
     left_scales: Tensor | None
     right_scales: Tensor | None
-    bias: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
