@@ -220,12 +220,12 @@ def sweep_blocks(
 
 def sweep_whole(gradient: Array, core: Array, kept: Array, left_gram: Array, right_gram: Array, largest: int) -> None:
     """One pass over the entries of a core of whole numbers, on the device the arrays are on; see `sweep_blocks`."""
-    arguments = (gradient, core, kept, left_gram, right_gram)
     if not shares_memory_with_numpy(core):
         from armorfact.arrays import batched
 
-        batched.sweep_whole(*arguments, largest)
+        batched.sweep_whole(gradient, core, kept, left_gram, right_gram, largest)
         return
     from armorfact.arrays import kernels
 
-    kernels.sweep_whole(*map(as_numpy, arguments), largest=largest)
+    held = as_numpy(gradient), as_numpy(core), as_numpy(kept), as_numpy(left_gram), as_numpy(right_gram)
+    kernels.sweep_whole(*held, largest)
