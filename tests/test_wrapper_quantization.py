@@ -123,7 +123,7 @@ def test_feedback_agrees_with_its_twin_and_no_row_ends_above_rounding_to_nearest
     errors = _errors(blocks - found.scaled(), metric)
     step = found.rows[..., :, None] * found.columns[..., None, :]
     near = np.clip(np.rint(blocks / step), -127, 127) * step
-    assert (errors <= _errors(blocks - near, metric) * (1 + 1e-6)).all()
+    assert (errors <= _errors(blocks - near, metric) * (1 + 1e-6) + 1e-20).all()  # a row on its grid has none
     turned = round_columns(np.swapaxes(blocks, 1, 2), gram, np.float64)
     np.testing.assert_array_equal(turned.blocks, np.swapaxes(found.blocks, 1, 2))
     np.testing.assert_array_equal(turned.rows, found.columns)
