@@ -10,7 +10,7 @@ from torch import Tensor
 
 from armorfact_hf.layers.kernels import cpu_experts, cpu_packed, cpu_panels
 from armorfact_hf.layers.kernels.bf16 import beats_dense
-from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, Stored, launching
+from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, launching
 from armorfact_hf.layers.packed import refusal
 from armorfact_hf.layers.strategy import Kind
 
@@ -22,6 +22,8 @@ MOST_ROWS = {"cpu": FEW_TOKENS, "cuda": 256}
 FEW_BESIDE_TILES = 32
 # Parts that one call takes in tiles: their B x, 8 MiB at a width of 2048, stay in a cache.
 MOST_PARTS = 32
+
+Stack = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # values, positions, left and right of experts' layers
 
 
 def runs(kind: Kind, counts: Sequence[int]) -> bool:
@@ -42,42 +44,43 @@ def _in_tiles(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and beats_dense()
 
 
-def product(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
+def product(x: Tensor, counts: Sequence[int], stacks: Sequence[Stack]) -> Tensor:
     """y = A C B x of the experts' layers, (rows, d_out of all stacks), those of several stacks side by side.
 
     Args:
         x: (rows, d_in), the tokens of one expert after those of another. counts: how many rows each expert has.
-        stacks: values, positions, left and right of the layers, experts first; all of one d_in and dtype.
+        stacks: the layers, experts first; all of one d_in and of the same dtypes. Kept values may be in int8.
     """
     return _on_gpu(x, counts, stacks) if x.is_cuda else _on_cpu(x, counts, stacks)
 
 
-def _on_gpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
+def _on_gpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stack]) -> Tensor:
     # Imports without Triton, but is of no use where there is no GPU.
     from armorfact_hf.layers.kernels import triton_experts
 
     return torch.cat([triton_experts.product(x, counts, *stack) for stack in stacks], dim=-1)
 
 
-def _on_cpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
+def _on_cpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stack]) -> Tensor:
     (rows, d_in), x = x.shape, x.contiguous()
     widths = [values.shape[1] for values, *_ in stacks if values is not None]
     y = x.new_empty(rows, sum(widths))
     if not y.numel():
         return y
+    kept = next(values.dtype for values, *_ in stacks if values is not None)
     held = [[tensor if tensor is None else tensor.contiguous() for tensor in stack] for stack in stacks]
     columns = np.cumsum([0, *widths])
     few, tiles = (
         np.concatenate([_parts(stack, given, column) for stack, column in zip(held, columns, strict=False)])
-        for given in _few_and_tiles(counts, _in_tiles(stacks[0][0].dtype))
+        for given in _few_and_tiles(counts, _in_tiles(kept))
     )
-    sizes = LIKE[x.dtype], x.data_ptr(), y.data_ptr(), rows, d_in, y.shape[1]
+    like, sizes = LIKE[x.dtype], (x.data_ptr(), y.data_ptr(), rows, d_in, y.shape[1])
     with launching():
         if len(few):
-            cpu_experts.expert_rows(*sizes, few)
+            cpu_experts.expert_rows(like, LIKE[kept], *sizes, few)
         for first in range(0, len(tiles), MOST_PARTS):
             some = tiles[first : first + MOST_PARTS]
-            cpu_panels.tile_rows(*sizes, _rows_at_once(some[:, 4].sum()), some)
+            cpu_panels.tile_rows(like, *sizes, _rows_at_once(some[:, 4].sum()), some)
     return y
 
 
