@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
@@ -127,7 +127,7 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer, workers: C
     progress = Progress(observer, units(job))
     with (
         damping_noted(),
-        _folder_of_states(job, journal) as folder,
+        _folder_of_states(job, journal) if workers is None else nullcontext() as folder,
         hired(workers, job, progress, folder) as those,
     ):
         run = BlockByBlock(job, journal, those, progress, Clock(), folder=folder)

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.workers.in_process import InProcess
@@ -41,10 +40,14 @@ def check_workers(choice: Choice, job: Job | None = None) -> None:
 def _stays_here(job: Job) -> str:
     """Why other processes cannot do a job, and the way out; empty if they can."""
     device = job.weights.device
-    if isinstance(job.weights, OnDisk):
-        return "a model that is read from disk one block at a time is pruned in one process so far: take --no-stream"
-    if device.type != "cpu":
-        return f"the model is on {device}, and workers in other processes compute on CPUs: take --device cpu"
+    if device.type not in ("cpu", "cuda"):
+        return f"the model is on {device}, and workers compute on CPUs or on CUDA devices: take --device cpu"
+    if device.index:
+        return f"the model is on {device}, and each worker is shown one GPU, as cuda:0: take --device cuda"
+    if job.states != "auto":
+        return "with workers, states wait in Ray's object store, which goes to disk by itself: leave --states out"
+    if job.experts_at_once is not None:
+        return "with workers, statistics wait in Ray's object store, of all experts: leave experts_at_once out"
     return ""
 
 
