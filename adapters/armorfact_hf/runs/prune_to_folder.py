@@ -95,12 +95,12 @@ def prune_to_folder(
     check_workers(workers)
     loaded = model
     if isinstance(loaded, str):
-        loaded = load_to_prune(loaded, config, calibration, stream=stream, observer=observer)
+        loaded = load_to_prune(loaded, config, calibration, stream=stream, observer=observer, workers=workers)
     job = job_of(loaded, config, calibration, observer, select, states)
     check_workers(workers, job)
     if out.exists():
         return _found_finished(out, loaded, job, observer)
-    plan = plan_job(job, measure=observer.wants_plan)
+    plan = plan_job(job, measure=observer.wants_plan, workers=workers)
     observer.plan(plan)
     check_room(out, plan.disk_bytes)
     facts = _model_facts(loaded, job)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from armorfact_hf.data.load_model import Loaded, load_model, open_model
+from armorfact_hf.data.load_model import load_model, open_model
 from armorfact_hf.model.on_disk import NotStreamable, OnDisk
 from armorfact_hf.pruning import fingerprint
 from armorfact_hf.pruning.config import PruneConfig
@@ -29,7 +29,7 @@ from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import BLOCKS, tiny_model, word_tokenizer
 from tests.hf.observers import Silent, Stepping
 from tests.hf.processes import begin, exit_code
-from tests.hf.runs.folders import QUICK, names, prune, saved, silent
+from tests.hf.runs.folders import QUICK, loaded, names, prune, pruned_files, saved, silent
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -40,21 +40,6 @@ SETTINGS = {
     "with the head": replace(MATCHED, head=True),
     "int8 cores": replace(MATCHED, core_dtype="int8"),
 }
-
-
-def loaded(model: Path, stream: bool) -> Loaded:
-    """The model; with a tokenizer of words, which transformers replaces by its own for some families."""
-    found = (open_model if stream else load_model)(str(model), log=silent)
-    return replace(found, tokenizer=word_tokenizer())
-
-
-def pruned_files(model: Path, out: Path, text: Path, config: PruneConfig, stream: bool) -> dict[str, bytes]:
-    """What is written but for the report, which holds times."""
-    calibration = Calibration(str(text), 4, 24)
-    prune_to_folder(loaded(model, stream), out, config, calibration, observer=Silent())
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".safetensors", ".json")} | {
-        "report.json": b""
-    }
 
 
 @pytest.mark.parametrize(

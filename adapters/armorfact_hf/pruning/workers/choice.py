@@ -51,6 +51,22 @@ def _stays_here(job: Job) -> str:
     return ""
 
 
+def count_of(choice: Choice) -> int | None:
+    """How many workers that is; None where a cluster says it."""
+    return None if choice in (None, RAY) else int(choice)
+
+
+def gpu_share(workers: int, gpus: int) -> float:
+    """What part of a GPU each worker asks Ray for, so that all of them are placed; 0 without GPUs.
+
+    Each is shown one GPU, which is cuda:0 to it: as many workers have one as there are, and more share them evenly.
+
+    >>> gpu_share(2, 4), gpu_share(4, 4), gpu_share(5, 4), gpu_share(4, 0)
+    (1.0, 1.0, 0.5, 0.0)
+    """
+    return 1 / -(-workers // gpus) if gpus else 0.0
+
+
 @contextmanager
 def hired(choice: Choice, job: Job, progress: Progress, folder: Path | None = None) -> Iterator[Workers[Any]]:
     """The workers of a job, before its first block; in this process, states wait in ``folder`` if there is one.
@@ -64,5 +80,5 @@ def hired(choice: Choice, job: Job, progress: Progress, folder: Path | None = No
         return
     from armorfact_hf.pruning.workers.on_ray import OnRay
 
-    with OnRay.of(job, progress, None if choice == RAY else int(choice)) as workers:
+    with OnRay.of(job, progress, count_of(choice)) as workers:
         yield workers

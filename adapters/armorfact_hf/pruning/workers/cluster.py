@@ -14,6 +14,8 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
+from armorfact_hf.pruning.workers.choice import gpu_share
+
 RETRIES = 10  # of a task that was killed, and starts of a worker: what dies so often dies of itself
 ADDRESS = "RAY_ADDRESS"
 
@@ -34,17 +36,6 @@ class Cluster:
     def __str__(self) -> str:
         on = f", GPUs: {self.gpus}" if self.gpus else ""
         return f"workers: {self.workers}, threads of each: {self.threads} (OMP_NUM_THREADS sets them){on}"
-
-
-def gpu_share(workers: int, gpus: int) -> float:
-    """What part of a GPU each worker asks Ray for, so that all of them are placed; 0 without GPUs.
-
-    Each is shown one GPU, which is cuda:0 to it: as many workers have one as there are, and more share them evenly.
-
-    >>> gpu_share(2, 4), gpu_share(4, 4), gpu_share(5, 4), gpu_share(4, 0)
-    (1.0, 1.0, 0.5, 0.0)
-    """
-    return 1 / -(-workers // gpus) if gpus else 0.0
 
 
 @contextmanager
