@@ -154,9 +154,9 @@ def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneRe
     )
 
 
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
-    status = Path("/proc/self/status")
+def peak_memory(process: int | str = "self") -> int:
+    """The most memory that this process has held, in bytes; or, on Linux, another one by its number."""
+    status = Path(f"/proc/{process}/status")
     if status.exists():  # what getrusage says there counts what the process was forked from
         [line] = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024

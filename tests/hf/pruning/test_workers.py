@@ -83,7 +83,9 @@ def test_every_worker_finds_its_share_of_a_gpu(workers, gpus):
 @pytest.mark.usefixtures("own_cache")
 def test_a_job_on_disk_travels_without_its_model(family, tmp_path):
     opened = loaded(saved(family, tmp_path / "model"), stream=True)
-    job = make_job(opened.model, random_tokens(), QUICK, lambda name, _: "layers.0." not in name, weights=opened.weights)
+    job = make_job(
+        opened.model, random_tokens(), QUICK, lambda name, _: "layers.0." not in name, weights=opened.weights
+    )
     packed = pickle.dumps(sent(job))
     assert len(packed) < 50_000 < sum(weight.nbytes for weight in opened.model.parameters())
     found = pickle.loads(packed)()
