@@ -18,6 +18,7 @@ from armorfact_hf.pruning import fingerprint
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fingerprint import model_fingerprint
 from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.pruning.memory import memory_of
 from armorfact_hf.pruning.plan import plan_job
 from armorfact_hf.pruning.workers import in_process
 from armorfact_hf.report.record import Report
@@ -277,6 +278,15 @@ def test_what_does_not_fit_into_memory_is_opened_on_disk(free, on_disk, model_fo
     found = load_to_prune(str(model_folder), QUICK, Calibration(str(text_file), 4, 24), observer=observer)
     assert isinstance(found.weights, OnDisk) == on_disk
     assert on_disk == any("decoder blocks are read from disk one at a time" in sentence for sentence in told)
+
+
+def test_every_worker_takes_memory_of_its_own(model_folder, text_file, monkeypatch):
+    calibration = Calibration(str(text_file), 4, 24)
+    alone = memory_of(job_of(loaded(model_folder, True), QUICK, calibration, Silent()), streamed=False).peak
+    monkeypatch.setattr(choosing, "available", lambda device: 2 * alone)
+    for workers, on_disk in ((None, False), (8, True)):
+        found = load_to_prune(str(model_folder), QUICK, calibration, observer=Silent(), workers=workers)
+        assert isinstance(found.weights, OnDisk) == on_disk
 
 
 def test_the_plan_of_a_model_on_disk_reads_no_block(model_folder, text_file, monkeypatch):

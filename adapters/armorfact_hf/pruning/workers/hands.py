@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ class Tasks:
         return ray.remote(function).options(num_cpus=cores, max_retries=RETRIES).remote(*arguments)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turns:
     """The workers, one after the other: each has a device, of which a task would know nothing.
 
@@ -38,14 +38,13 @@ class Turns:
     """
 
     actors: Sequence[Any]
-    _next: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_next", cycle(self.actors))
+        self._turns = cycle(self.actors)
 
     def do(self, function: Callable[..., Any], cores: int, *arguments: Any) -> Ref:
         """See `Hands`."""
-        return next(self._next).act.remote(function, *arguments)
+        return next(self._turns).act.remote(function, *arguments)
 
 
 def hands_of(actors: Sequence[Any], on_gpus: bool) -> Hands:
