@@ -20,13 +20,12 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fingerprint import model_fingerprint
 from armorfact_hf.pruning.job import make_job
 from armorfact_hf.pruning.plan import plan_job
-from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.workers import choice
 from armorfact_hf.pruning.workers.choice import check_workers, gpu_share
 from armorfact_hf.pruning.workers.sent import sent
-from tests.hf.models import random_tokens, tiny_model
-from tests.hf.observers import Silent, Stepping
+from tests.hf.models import BLOCKS, random_tokens, tiny_model
+from tests.hf.observers import Stepping
 from tests.hf.processes import begin, exit_code
 from tests.hf.runs.folders import OURS, QUICK, loaded, prune, pruned_files, saved
 
@@ -93,6 +92,37 @@ def test_a_job_on_disk_travels_without_its_model(family, tmp_path):
     assert all(weight.is_meta for block in found.blocks for weight in block.parameters())
     assert [(x.name, x.block, x.shape) for x in found.layers] == [(x.name, x.block, x.shape) for x in job.layers]
     assert found.manifest == job.manifest
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_folder_that_another_machine_does_not_see_is_told(model_folder):
+    opened = loaded(model_folder, stream=True)
+    there = sent(make_job(opened.model, random_tokens(), weights=opened.weights))
+    model_folder.rename(model_folder.with_name("elsewhere"))
+    with pytest.raises(ValueError, match=r"model\.safetensors is not there on .*: every machine has to see"):
+        there()
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_worker_holds_the_block_that_it_is_at(model_folder):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'armorfact[ray]'")
+    from armorfact_hf.pruning.workers import remote
+
+    opened = loaded(model_folder, stream=True)
+    job = make_job(opened.model, random_tokens(), PruneConfig(head=True), weights=opened.weights)
+    worker, held = remote.Worker(sent(job), 1), remote.Held()
+
+    def in_memory() -> list[int]:
+        blocks = enumerate(worker.job.blocks)
+        return [index for index, block in blocks if not next(block.parameters()).is_meta]
+
+    assert in_memory() == []
+    for index in range(BLOCKS):
+        worker.inputs(index, 0, held, None, [])
+        _, held = worker.advance([index], 0, held, [])
+        assert in_memory() == [index]
+    worker.inputs(None, 0, held, None, [])
+    assert in_memory() == []
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -169,38 +199,6 @@ def test_workers_that_read_from_disk_write_the_files_of_one_process(family, chan
         assert (
             pruned_files(model, tmp_path / f"{workers}", text_file, config, stream=True, workers=workers) == in_memory
         )
-
-
-@pytest.mark.usefixtures("cluster", "own_cache")
-def test_a_worker_holds_the_block_that_it_is_at(model_folder):
-    from armorfact_hf.pruning.workers import remote
-
-    opened = loaded(model_folder, stream=True)
-    worker = remote.Worker(sent(make_job(opened.model, random_tokens(), weights=opened.weights)), 1)
-    held = remote.Held()
-
-    def in_memory() -> list[int]:
-        blocks = enumerate(worker.job.blocks)
-        return [index for index, block in blocks if not next(block.parameters()).is_meta]
-
-    assert in_memory() == []
-    for index in range(3):
-        worker.inputs(index, 0, held, None, [])
-        _, held = worker.advance([index], 0, held, [])
-        assert in_memory() == [index]
-    worker.inputs(None, 0, held, None, [])
-    assert in_memory() == []
-
-
-@pytest.mark.usefixtures("cluster", "own_cache")
-def test_a_folder_that_workers_do_not_find_is_told(model_folder):
-    from armorfact_hf.pruning.workers.on_ray import OnRay
-
-    opened = loaded(model_folder, stream=True)
-    job = make_job(opened.model, random_tokens(), weights=opened.weights)
-    model_folder.rename(model_folder.with_name("elsewhere"))
-    with OnRay.of(job, Progress(Silent(), 1), 1) as workers, pytest.raises(OSError, match="model"):
-        workers.statistics(0)
 
 
 @pytest.mark.usefixtures("cluster")

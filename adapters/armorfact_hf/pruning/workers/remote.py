@@ -158,8 +158,8 @@ class Worker:
             self.at_work.close()
             self.at_work.enter_context(self.job.weights.held(*keys))
             self.keys, self.put = keys, 0
-        for pruned in ray.get(list(replaced[self.put :])):
-            put_layers_(self.job.model, layers_by_name(pruned))
+        for pruned in replaced[self.put :]:
+            put_layers_(self.job.model, layers_by_name(ray.get(pruned)))
         self.put = len(replaced)
 
     def _states_of(self, window: int, held: Held) -> States:

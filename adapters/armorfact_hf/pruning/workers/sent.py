@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
+from platform import node
 from typing import Any
 
 from armorfact_hf.model.on_disk import OnDisk
@@ -20,11 +22,13 @@ OF_THE_MODEL = ("model", "weights", "blocks", "layers")
 
 
 def sent(job: Job) -> Callable[[], Job]:
-    """What makes the job, wherever it is called."""
+    """What makes the job, wherever it is called; a ValueError says that a file of a model on disk is not there."""
     if not isinstance(job.weights, OnDisk):
         return partial(_held, job)
     facts = {field.name: getattr(job, field.name) for field in fields(job) if field.name not in OF_THE_MODEL}
-    return partial(_reopened, job.weights.again, frozenset(layer.name for layer in job.layers), facts)
+    return partial(
+        _reopened, job.weights.files, job.weights.again, frozenset(layer.name for layer in job.layers), facts
+    )
 
 
 def _held(job: Job) -> Job:
@@ -32,7 +36,13 @@ def _held(job: Job) -> Job:
     return job
 
 
-def _reopened(again: Callable[[], OnDisk], names: Collection[str], facts: Mapping[str, Any]) -> Job:
+def _reopened(
+    files: Collection[Path], again: Callable[[], OnDisk], names: Collection[str], facts: Mapping[str, Any]
+) -> Job:
+    if missing := [path for path in files if not path.is_file()]:
+        raise ValueError(
+            f"{missing[0]} is not there on {node()}: every machine has to see the folder of the model under that path"
+        )
     weights = again()
     _, blocks = decoder_blocks(weights.model)
     layers, _ = fitting_layers(weights.model, facts["config"], lambda name, _: name in names)
