@@ -13,6 +13,7 @@ from armorfact.sizes import auto_block
 from armorfact.solvers import Adam, Best, Exact, Gradient, Solver, State
 from armorfact.solvers.exact import Extrapolation
 from armorfact.status import Ending, Status
+from armorfact.wrapper_quantization import quantize_wrappers
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "magnitude",
     "nowag",
     "quantize_core",
+    "quantize_wrappers",
     "sparsegpt",
     "wanda",
 ]

@@ -1,4 +1,4 @@
-"""What `factorize` and `quantize_core` return."""
+"""What `factorize`, `quantize_core` and `quantize_wrappers` return."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ class BlockDiagonal:
     """A block-diagonal square matrix.
 
     Args:
-        blocks: (count, size, size).
+        blocks: (count, size, size), floating, or int8 between scales.
+        rows, columns: (count, size) each, what every row and every column is to be multiplied with; None for ones.
     """
 
     blocks: Array
+    rows: Array | None = None
+    columns: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -30,21 +33,37 @@ class BlockDiagonal:
         count, size, _ = self.blocks.shape
         return count * size, count * size
 
+    @property
+    def dtype(self) -> Any:
+        """Of the scales, or of the blocks where there are none."""
+        return (self.blocks if self.rows is None else self.rows).dtype
+
+    def scaled(self, dtype: Any = None) -> Array:
+        """(count, size, size) with the scales multiplied in, in `dtype` if none is given."""
+        if dtype is None and self.rows is None:
+            return self.blocks
+        xp = arrays.namespace(self.blocks)
+        found = xp.astype(self.blocks, self.dtype if dtype is None else dtype, copy=False)
+        if self.rows is None or self.columns is None:
+            return found
+        rows, columns = (xp.astype(scale, found.dtype, copy=False) for scale in (self.rows, self.columns))
+        return found * rows[..., :, None] * columns[..., None, :]
+
     def dense(self) -> Array:
         """The matrix with its zeros, for inspection."""
-        return blocks.dense(self.blocks)
+        return blocks.dense(self.scaled())
 
     def apply(self, x: Array) -> Array:
         """``x @ self.dense().T`` for x (..., count * size)."""
         xp = arrays.namespace(x, self.blocks)
         flat = xp.reshape(x, (-1, x.shape[-1]))
-        product = blocks.right_product(flat, arrays.transpose(self.blocks))
+        product = blocks.right_product(flat, arrays.transpose(self.scaled()))
         return xp.reshape(product, x.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the blocks."""
-        return arrays.nbytes(self.blocks)
+        """Bytes of the blocks and the scales."""
+        return sum(arrays.nbytes(held) for held in (self.blocks, self.rows, self.columns) if held is not None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,7 +98,7 @@ class Result:
     @property
     def factors(self) -> Factors:
         """A, C (dense, in their dtype) and B as arrays: what a warm start takes."""
-        return Factors(self.left.blocks, self.core.dense(self.left.blocks.dtype), self.right.blocks)
+        return Factors(self.left.scaled(), self.core.dense(self.left.dtype), self.right.scaled())
 
     @property
     def relative_loss(self) -> float:

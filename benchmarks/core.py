@@ -1,4 +1,4 @@
-"""What an int8 core costs: perplexity and bits a weight, beside the same core in bfloat16 and dense int4.
+"""What int8 costs: perplexity and bits a weight of cores, and of wrappers as well, beside bfloat16 and dense int4.
 
     python -m benchmarks.core
 
@@ -24,7 +24,12 @@ from armorfact_hf.pruning.fitting import fitting_layers
 from benchmarks.results import SUBSET, TEXTS, Run, dense_figures, measure
 
 GROUP, BITS = 128, 4
-RUNS = (Run("2:4, bfloat16 core", SUBSET), Run("2:4, int8 core", {**SUBSET, "core_dtype": "int8"}))
+CORE = {"core_dtype": "int8"}
+RUNS = (
+    Run("2:4, bfloat16 core", SUBSET),
+    Run("2:4, int8 core", {**SUBSET, **CORE}),
+    Run("2:4, int8 core and wrappers", {**SUBSET, **CORE, "wrapper_dtype": "int8"}),
+)
 
 
 def rounded(weight: Tensor, bits: int = BITS, group: int = GROUP) -> Tensor:

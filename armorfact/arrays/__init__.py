@@ -216,3 +216,16 @@ def sweep_blocks(
     fallen = kernels.sweep_blocks(*(as_numpy(argument) for argument in arguments))
     xp = namespace(core)
     return xp.asarray(fallen)
+
+
+def sweep_whole(gradient: Array, core: Array, kept: Array, left_gram: Array, right_gram: Array, largest: int) -> None:
+    """One pass over the entries of a core of whole numbers, on the device the arrays are on; see `sweep_blocks`."""
+    if not shares_memory_with_numpy(core):
+        from armorfact.arrays import batched
+
+        batched.sweep_whole(gradient, core, kept, left_gram, right_gram, largest)
+        return
+    from armorfact.arrays import kernels
+
+    held = as_numpy(gradient), as_numpy(core), as_numpy(kept), as_numpy(left_gram), as_numpy(right_gram)
+    kernels.sweep_whole(*held, largest)

@@ -54,6 +54,23 @@ def sweep_blocks(
     return fallen
 
 
+def sweep_whole(gradient: Array, core: Array, kept: Array, left_gram: Array, right_gram: Array, largest: int) -> None:
+    """`armorfact.arrays.kernels.sweep_whole` on any device: an entry of every block at a time, in the same order."""
+    xp = arrays.namespace(core)
+    for r in range(core.shape[1]):
+        t = left_gram[:, r, r]
+        carried = xp.zeros_like(core[:, r, :])
+        for k in range(core.shape[2]):
+            old, curvature = core[:, r, k], t * right_gram[k, k]
+            usable = kept[:, r, k] & (curvature > 0)
+            slope = gradient[:, r, k] + t * carried[:, k]
+            wanted = old - slope / xp.where(usable, curvature, xp.ones_like(curvature))
+            new = xp.where(usable, xp.clip(xp.round(wanted), -largest, largest), old)
+            carried += (new - old)[:, None] * right_gram[k, :]
+            core[:, r, k] = new
+        gradient[:, r:, :] += left_gram[:, r:, r][:, :, None] * carried[:, None, :]
+
+
 def _placement(supports: Array, group: int, like: Array) -> Array:
     """One-hot (supports, keep, group): puts the values of a support at their positions."""
     xp = arrays.namespace(like)

@@ -135,14 +135,61 @@ def sweep_blocks(gradient, core, visit, left_gram, right_gram, inverses, support
     """
     fallen = np.zeros(core.shape[:2], dtype=np.float64)
     arguments = (gradient, core, visit, left_gram, right_gram, inverses, supports, fallen)
-    parts = min(_threads(), fallen.size) if core.size >= WORTH_A_THREAD else 1
-    cuts = [fallen.size * k // parts for k in range(parts + 1)]
-    ranges = list(itertools.pairwise(cuts))
-    others = [_pool().submit(_sweep_range, *arguments, *part) for part in ranges[1:]]
-    _sweep_range(*arguments, *ranges[0])
+    _side_by_side(_sweep_range, fallen.size, core.size, arguments)
+    return fallen
+
+
+@numba.njit(cache=True, nogil=True)
+def _sweep_whole_range(gradient, core, kept, left_gram, right_gram, largest, start, stop):
+    _, rows, columns = core.shape
+    carried = np.empty(columns, dtype=core.dtype)
+    for i in range(start, stop):
+        for r in range(rows):
+            t = left_gram[i, r, r]
+            carried[:] = 0
+            moved = False
+            for k in range(columns):
+                curvature = t * right_gram[k, k]
+                if not kept[i, r, k] or not curvature > 0:
+                    continue
+                wanted = core[i, r, k] - (gradient[i, r, k] + t * carried[k]) / curvature
+                new = core.dtype.type(min(max(np.rint(wanted), -largest), largest))
+                change = new - core[i, r, k]
+                if change != 0:
+                    moved = True
+                    core[i, r, k] = new
+                    for c in range(columns):
+                        carried[c] += change * right_gram[k, c]
+            if moved:
+                for other in range(r, rows):
+                    weight = left_gram[i, other, r]
+                    for c in range(columns):
+                        gradient[i, other, c] += weight * carried[c]
+
+
+def sweep_whole(gradient, core, kept, left_gram, right_gram, largest):
+    """Move every kept entry of C to the best whole number in its turn; rows of different blocks do not interact.
+
+    The entry (r, k) moves by the nearest whole number to ``-q / (T_rr S_kk)``, so that no move raises the loss.
+
+    Args:
+        gradient: (I, rows, columns), the slice q of T C S - P. core: the same shape, whole numbers in a floating dtype.
+            Both are updated in place.
+        kept: (I, rows, columns) bool, the entries that may move.
+        left_gram: T, (I, rows, rows). right_gram: S, (columns, columns).
+        largest: magnitude that an entry may have.
+    """
+    _side_by_side(_sweep_whole_range, len(core), core.size, (gradient, core, kept, left_gram, right_gram, largest))
+
+
+def _side_by_side(sweep, blocks, size, arguments):
+    """``sweep(*arguments, start, stop)`` over ranges of blocks, one for each thread; ``size`` entries in all."""
+    parts = min(_threads(), blocks) if size >= WORTH_A_THREAD else 1
+    ranges = list(itertools.pairwise(blocks * k // parts for k in range(parts + 1)))
+    others = [_pool().submit(sweep, *arguments, *part) for part in ranges[1:]]
+    sweep(*arguments, *ranges[0])
     for other in others:
         other.result()
-    return fallen
 
 
 @functools.cache

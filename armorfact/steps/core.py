@@ -113,7 +113,7 @@ def _panels(
     core = xp.asarray(factors.core, copy=True)
     carried = residual_gram
     fallen = 0.0
-    for lo, hi, gradient, gram in _gradient_panels(problem, h, factors, residual_gram):
+    for lo, hi, gradient, gram in gradient_panels(problem, h, factors, residual_gram):
         if lo:
             gradient += carried[:, :lo] @ gram[:lo, :]
         groups = slice(lo // problem.pattern.group, hi // problem.pattern.group)
@@ -134,7 +134,7 @@ def _panels(
     return factors.replace(core=core), fallen
 
 
-def _gradient_panels(
+def gradient_panels(
     problem: Problem, h: FullGram, factors: Factors, residual_gram: Array
 ) -> Iterator[tuple[int, int, Array, Array]]:
     """(lo, hi, Q[:, lo:hi], S[:, lo:hi] down to row hi at least) from left to right.
@@ -228,7 +228,7 @@ def core_step_naive(problem: Problem, factors: Factors) -> Factors:
     if isinstance(problem.gram, DiagonalGram):
         panels = [(lo, lo + size) for lo in range(0, core.shape[1], size)]
     else:
-        panels = [(lo, hi) for lo, hi, *_ in _gradient_panels(problem, problem.gram, factors, factors.core)]
+        panels = [(lo, hi) for lo, hi, *_ in gradient_panels(problem, problem.gram, factors, factors.core)]
     for start, stop in panels:
         for r in range(core.shape[0]):
             for lo in range(start, stop, group):

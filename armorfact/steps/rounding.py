@@ -40,18 +40,18 @@ def equilibrated(magnitude: Array) -> tuple[Array, Array]:
     given, and the least scales of the rows follow from them; then the least ones of the columns from those.
 
     Args:
-        magnitude: (d_out, d_in), not negative.
+        magnitude: (..., d_out, d_in), not negative.
 
     Returns:
-        (d_out,) and (d_in,), positive.
+        (..., d_out) and (..., d_in), positive.
     """
     xp = arrays.namespace(magnitude)
-    rows, columns = xp.ones_like(magnitude[:, 0]), xp.ones_like(magnitude[0, :])
+    rows, columns = xp.ones_like(magnitude[..., :, 0]), xp.ones_like(magnitude[..., 0, :])
     for _ in range(ROUNDS):
-        scaled = magnitude / rows[:, None] / columns
-        rows, columns = rows * largest(scaled, 1) ** 0.5, columns * largest(scaled, 0) ** 0.5
-    rows = largest(magnitude / columns, 1)
-    return rows, largest(magnitude / rows[:, None], 0)
+        scaled = magnitude / rows[..., :, None] / columns[..., None, :]
+        rows, columns = rows * largest(scaled, -1) ** 0.5, columns * largest(scaled, -2) ** 0.5
+    rows = largest(magnitude / columns[..., None, :], -1)
+    return rows, largest(magnitude / rows[..., :, None], -2)
 
 
 def largest(magnitude: Array, axis: int) -> Array:

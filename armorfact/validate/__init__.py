@@ -1,7 +1,7 @@
 """Everything the user passes in is checked here, before any work is done."""
 
 from armorfact.validate.choices import init, one_of, seed, solver
-from armorfact.validate.factorizations import factorization, fits
+from armorfact.validate.factorizations import factorization, fits, whole
 from armorfact.validate.grams import as_given, gram, output_gram
 from armorfact.validate.weights import scaled, weight, working, working_dtype
 
@@ -17,6 +17,7 @@ __all__ = [
     "seed",
     "solver",
     "weight",
+    "whole",
     "working",
     "working_dtype",
 ]

@@ -25,7 +25,7 @@ def factorization(value: Any) -> tuple[BlockDiagonal, Core, BlockDiagonal]:
             f"got {type(value).__name__}"
         )
     left, core, right = parts
-    left, right = (BlockDiagonal(floating(side.blocks, name)) for side, name in ((left, "left"), (right, "right")))
+    left, right = (BlockDiagonal(floating(side.scaled(), name)) for side, name in ((left, "left"), (right, "right")))
     shape = left.shape[0], right.shape[0]
     if shape != core.shape:
         raise ValueError(f"the wrappers are for a core of shape {shape}, got one of {core.shape}")
@@ -46,3 +46,13 @@ def fits(parts: tuple[BlockDiagonal, Core, BlockDiagonal], weight: Array) -> Non
         finite(array, f"the factorization's {name}")
     if left.blocks.dtype != right.blocks.dtype:
         raise TypeError(f"the wrappers must have one dtype, got {left.blocks.dtype} and {right.blocks.dtype}")
+
+
+def whole(core: Core) -> None:
+    """That a core holds whole numbers.
+
+    Raises:
+        TypeError: it does not.
+    """
+    if str(core.values.dtype).rpartition(".")[2] != "int8":
+        raise TypeError(f"the core must be in int8, got {core.values.dtype}: `quantize_core` rounds it")

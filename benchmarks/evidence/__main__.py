@@ -42,7 +42,7 @@ def main() -> None:
         print(whole_table(model, out / "whole", arguments.third))
         return
     settings = Settings(**SETTINGS.get(model, {"every": 2}))
-    experiment = Experiment(model, out / name, settings, Budget(arguments.seconds))
+    experiment = Experiment(model, out / name, settings, Budget(arguments.seconds), arguments.depths)
     try:
         experiment.measure(SETS[arguments.what])
     except Unfinished:
@@ -70,6 +70,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--out", type=Path, default=Path("evidence"))
     parser.add_argument("--seconds", type=float, help="stop after so long; everything measured is kept")
+    parser.add_argument(
+        "--depths", nargs="+", type=int, help="of the three decoder blocks, measure layers of these only"
+    )
     parser.add_argument("--plots", type=Path, help="a folder for the scatter plots of proxy")
     parser.add_argument("--third", action="store_true", help="whole: prune every third decoder block only")
     parser.add_argument("--limit", type=int, default=500, help="questions a task")

@@ -80,12 +80,14 @@ class Experiment:
 
     Args:
         model: a name for `load_model`. folder: where figures and traces are kept. settings, budget: see there.
+        depths: of `spread_layers`, measure those of these decoder blocks; None is all.
     """
 
     model: str
     folder: Path
     settings: Settings = Settings()
     budget: Budget = field(default_factory=Budget)
+    depths: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,19 +99,26 @@ class Experiment:
         """Fill in every figure that is missing.
 
         Raises:
-            Unfinished: the budget is spent.
+            Unfinished: the budget is spent. ValueError: a depth without layers.
         """
         loaded = load_model(self.model, "bfloat16", log=lambda _: None)
         layers = spread_layers(loaded.model)
-        if not any(self._missing(layer, methods) for layer in layers):
+        wanted = self._wanted(layers)
+        if not any(self._missing(layer, methods) for layer in wanted):
             return
         self._trace(loaded, layers)
         loaded.model.float()
-        depths = sorted({layer.decoder_block for layer in layers})
+        depths = sorted({layer.decoder_block for layer in wanted})
         divergence = Divergence(loaded.model, self._held_out(loaded), depths, self.settings.every)
-        for layer in layers:
+        for layer in wanted:
             if missing := self._missing(layer, methods):
                 self._layer(layer, layers, {name: methods[name] for name in missing}, divergence)
+
+    def _wanted(self, layers: Sequence[Layer]) -> list[Layer]:
+        there = sorted({layer.decoder_block for layer in layers})
+        if self.depths is not None and not set(self.depths) <= set(there):
+            raise ValueError(f"the layers are of the decoder blocks {there}: expected some of these, got {self.depths}")
+        return [layer for layer in layers if self.depths is None or layer.decoder_block in self.depths]
 
     def _missing(self, layer: Layer, methods: Mapping[str, Method]) -> list[str]:
         return [name for name in methods if name not in self.figures["points"].get(layer.name, {})]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
 
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.evaluation.measure import perplexity_of
@@ -40,25 +43,36 @@ def measured(model: str, form: str, every: int, out: Path, calibration: Calibrat
         every: one decoder block in so many is pruned.
     """
     calibration = Calibration() if calibration is None else calibration
-    key = json.dumps([model, form, every, calibration.windows, calibration.length])
-    path = out / f"shared-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key = [model, form, every, calibration.windows, calibration.length]
+    return kept(out, "shared", key, lambda: measure(model, every, calibration, shared_right(FORMS[form])))
+
+
+def kept(out: Path, name: str, key: Sequence[Any], found: Callable[[], Any]) -> Any:
+    """What stands in a file of ``out`` under a name and key, found out first where there is none."""
+    path = out / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     if not path.exists():
-        path.write_text(json.dumps(_measure(model, form, every, calibration)), encoding="utf-8")
+        path.write_text(json.dumps(found()), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _measure(model: str, form: str, every: int, calibration: Calibration) -> dict[str, Any]:
+def measure(model: str, every: int, calibration: Calibration, inside: AbstractContextManager) -> dict[str, Any]:
+    """The figures of a model of which one decoder block in so many was pruned, inside a context that changes how."""
     loaded = load_model(model, "bfloat16")
-    prefix, blocks = decoder_blocks(loaded.model)
-    chosen = "|".join(map(str, range(0, len(blocks), every)))
-    config = PruneConfig(include=(f"re:{prefix}\\.({chosen})\\.",), sweeps=10, refine=None, baselines=())
-    with shared_right(FORMS[form]):
+    config = PruneConfig(include=one_in(loaded.model, every), sweeps=10, refine=None, baselines=())
+    with inside:
         report = prune_(loaded.model, calibration.tokens(loaded, print), config)
     return figures(report) | {"perplexity": [perplexity_of(loaded, text).perplexity for text in TEXTS]}
 
 
+def one_in(model: nn.Module, every: int) -> tuple[str, ...]:
+    """What `PruneConfig` includes for the layers of one decoder block in so many."""
+    prefix, blocks = decoder_blocks(model)
+    chosen = "|".join(map(str, range(0, len(blocks), every)))
+    return (f"re:{prefix}\\.({chosen})\\.",)
+
+
 def figures(report: PruneReport) -> dict[str, Any]:
-    """Losses by projection and in the mean, the bytes of the wrappers, seconds and blocks."""
+    """Losses by projection and in the mean, the bytes of the wrappers, seconds, and blocks where they are all alike."""
     found: dict[str, list[LayerReport]] = {}
     for layer in report.layers:
         found.setdefault(layer.name.rpartition(".")[2], []).append(layer)
@@ -68,7 +82,7 @@ def figures(report: PruneReport) -> dict[str, Any]:
         "wrapper bytes": sum(map(wrapper_bytes, report.layers)),
         "dense bytes": sum(layer.dense_bytes for layer in report.layers),
         "seconds": report.seconds,
-        "blocks": {name: layers[0].block for name, layers in found.items()},
+        "blocks": {name: layers[0].block for name, layers in found.items() if len({x.block for x in layers}) == 1},
     }
 
 
@@ -78,12 +92,12 @@ def wrapper_bytes(report: LayerReport) -> int:
 
 
 def quality_table(found: dict[str, dict[str, Any]], dense: list[float]) -> str:
-    """A line a form; a gap is the share of what "one each" loses that the form wins back."""
+    """A line a form; a gap is the share of what the first form loses that another wins back."""
     header = ["run", "gensim-enwiki", "qasper", "gap closed", "mean layer loss", "wrappers", "seconds"]
     rows = [["dense", *(f"{value:.2f}" for value in dense), "", "", "", ""]]
-    alone = found["one each"]["perplexity"]
+    base = next(iter(found.values()))["perplexity"]
     for form, line in found.items():
-        gaps = [(old - new) / (old - best) for old, new, best in zip(alone, line["perplexity"], dense, strict=True)]
+        gaps = [(old - new) / (old - best) for old, new, best in zip(base, line["perplexity"], dense, strict=True)]
         share = line["wrapper bytes"] / line["dense bytes"]
         first, second = (f"{value:.2f}" for value in line["perplexity"])
         closed = ", ".join(f"{gap:+.1%}" for gap in gaps)
@@ -92,10 +106,10 @@ def quality_table(found: dict[str, dict[str, Any]], dense: list[float]) -> str:
 
 
 def loss_table(found: dict[str, dict[str, Any]]) -> str:
-    """A line a form, a column a projection: its mean loss over the decoder blocks, and its blocks of A and B."""
+    """A line a form, a column a projection: its mean loss over the decoder blocks, and its blocks if they are alike."""
     names = list(next(iter(found.values()))["losses"])
     rows = []
     for form, line in found.items():
-        cells = [f"{line['losses'][name]:.4f} ({'x'.join(map(str, line['blocks'][name]))})" for name in names]
-        rows.append([form, *cells])
+        blocks = {name: f" ({'x'.join(map(str, block))})" for name, block in line["blocks"].items()}
+        rows.append([form, *(f"{line['losses'][name]:.4f}{blocks.get(name, '')}" for name in names)])
     return table(["run", *names], rows)

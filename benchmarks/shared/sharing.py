@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -167,12 +167,16 @@ def prune_shared(
     return [by_name[layer.name] for layer, _ in work]
 
 
-@contextmanager
-def shared_right(sharing: Sharing | None) -> Iterator[None]:
+def shared_right(sharing: Sharing | None) -> AbstractContextManager:
     """Inside, `prune_` shares B; no setting of the adapters asks for it. None changes nothing."""
+    return nullcontext() if sharing is None else pruned_by(partial(prune_shared, sharing=sharing))
+
+
+@contextmanager
+def pruned_by(prune: Callable[..., list[Pruned]]) -> Iterator[None]:
+    """Inside, `prune_` calls another function in the place of `prune_layers`."""
     kept = in_process.prune_layers
-    if sharing is not None:
-        in_process.prune_layers = partial(prune_shared, sharing=sharing)
+    in_process.prune_layers = prune
     try:
         yield
     finally:

@@ -104,7 +104,7 @@ def test_the_command_prints_both_tables_and_measures_once(model_folder, text_fil
     command.main(given)
     printed = capsys.readouterr().out
     assert "| one each |" in printed and "| shared wide |" in printed and "q_proj" in printed
-    monkeypatch.setattr(quality, "_measure", None)
+    monkeypatch.setattr(quality, "measure", None)
     command.main(given)
     assert capsys.readouterr().out in printed
 

@@ -158,13 +158,23 @@ def test_another_solver_serves_only_inside_its_context():
 def tiny_experiment(model_folder, text_file, tmp_path):
     """A function that makes the experiment on a tiny model anew."""
     settings = Settings(Calibration(str(text_file), windows=3, length=24), text=str(text_file), windows=2, length=16)
-    return lambda seconds=None: Experiment(str(model_folder), tmp_path / "out", settings, Budget(seconds))
+    return lambda seconds=None, depths=None: Experiment(
+        str(model_folder), tmp_path / "out", settings, Budget(seconds), depths
+    )
 
 
 def test_every_kind_of_layer_at_three_depths():
     names = [layer.name for layer in spread_layers(tiny_model("llama", num_hidden_layers=12))]
     assert len(names) == 3 * 7
     assert {name.split(".")[2] for name in names} == {"2", "6", "10"}
+
+
+def test_layers_of_some_depths_only(tiny_experiment):
+    one = tiny_experiment(depths=[1])
+    one.measure({"wanda": METHODS["wanda"]})
+    assert {layer.split(".")[2] for layer in one.figures["points"]} == {"1"}
+    with pytest.raises(ValueError, match=r"decoder blocks \[0, 1, 2\].* got \[1, 7\]"):
+        tiny_experiment(depths=[1, 7]).measure(METHODS)
 
 
 def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_figures(tiny_experiment):

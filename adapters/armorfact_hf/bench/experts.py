@@ -61,7 +61,7 @@ def _time_group(shape: str, modules: list[FactorizedExperts], tokens: int) -> Ti
 
 def _dense_bytes(experts: FactorizedExperts) -> int:
     d_out, d_in = experts.stacks["up"].layout.shape
-    itemsize = experts.stacks["up"].values.element_size()
+    itemsize = experts.stacks["up"].dtype.itemsize
     return experts.num_experts * len(experts.stacks) * d_out * d_in * itemsize
 
 
@@ -78,10 +78,10 @@ def seconds_by_form(
         clock: as for `time_side_by_side`.
     """
     first, top = modules[0], _top(modules[0])
-    held, d_in = first.stacks["up"].values, first.stacks["up"].layout.shape[1]
+    held, dtype, d_in = first.stacks["up"].values, first.stacks["up"].dtype, first.stacks["up"].layout.shape[1]
     chosen = torch.rand(tokens, first.num_experts, device=held.device).topk(top).indices
-    weights = torch.full(chosen.shape, 1 / top, dtype=held.dtype, device=held.device)
-    x = torch.randn(tokens, d_in, device=held.device).to(held.dtype)
+    weights = torch.full(chosen.shape, 1 / top, dtype=dtype, device=held.device)
+    x = torch.randn(tokens, d_in, device=held.device).to(dtype)
     dense = [dense_experts(experts) for experts in modules]
     forms = {AS_STORED: [_Routed(experts, chosen, weights) for experts in modules]}
     for name in RIVALS:

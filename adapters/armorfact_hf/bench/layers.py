@@ -19,6 +19,7 @@ from armorfact_hf.bench.timing import DENSE_BYTES, Timing, time_side_by_side
 from armorfact_hf.checkpoint.measured import shape_key, write_measured
 from armorfact_hf.layers.execution import STRATEGIES, Execution, runnable
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.parts import PARTS
 
 
 def time_layers(
@@ -89,7 +90,7 @@ class _Bare(nn.Module):
         self.layer = cast(FactorizedLinear, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        values, positions, _, _, merged, compressed = self.layer.tensors
+        values, positions, _, _, merged, compressed, *_ = self.layer.tensors
         shape = self.layer.pattern.keep, self.layer.pattern.group, self.layer.choice
         y = torch.ops.armorfact.factorized_linear(x, values, positions, None, None, merged, compressed, *shape)
         return y if self.layer.bias is None else y + self.layer.bias
@@ -98,16 +99,8 @@ class _Bare(nn.Module):
 def _sharing(layer: FactorizedLinear) -> FactorizedLinear:
     """A layer of the same tensors."""
     with torch.device("meta"):
-        other = FactorizedLinear(
-            layer.out_features,
-            layer.in_features,
-            layer.pattern,
-            layer.block,
-            layer.bias is not None,
-            layer.dtype,
-            core_dtype=layer.values.dtype,
-        )
-    for name in ("values", "positions", "left", "right", "bias"):
+        other = FactorizedLinear.empty(layer.layout, layer.bias is not None, layer.dtype)
+    for name in PARTS:
         setattr(other, name, getattr(layer, name))
     return other
 

@@ -1,7 +1,7 @@
 """What `config.json` says of a pruned model: its pruned layers, and the digests that guard its tensors.
 
-Version 1 of the format; version 2 where experts are pruned, and 3 where cores are int8, which those before have no
-words for. docs/format.md describes them for readers in other languages.
+Version 1 of the format; version 2 where experts are pruned, 3 where cores are int8, and 4 where wrappers are, or the
+cores of experts, which those before have no words for. docs/format.md describes them for readers in other languages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from armorfact_hf.layers.format import LayerFormat, check_keys, shown
 
 QUANT_METHOD = "armorfact"
 # What an entry of a module may hold beside name, shape and block.
-VERSIONS: dict[int, tuple[str, ...]] = {1: (), 2: ("experts",), 3: ("experts", "core_dtype")}
+VERSIONS: dict[int, tuple[str, ...]] = {
+    1: (),
+    2: ("experts",),
+    3: ("experts", "core_dtype"),
+    4: ("experts", "core_dtype", "wrapper_dtype"),
+}
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -82,13 +87,17 @@ class Description:
             raise ValueError(f"prune: expected an object, or nothing, got {shown(prune)}")
         pattern = _pattern(found["pattern"])
         modules = _modules(found["modules"], pattern, VERSIONS[found["version"]])
-        return cls(pattern, found["dtype"], modules, dict(prune), _sha256(found.get("sha256", {})))
+        parsed = cls(pattern, found["dtype"], modules, dict(prune), _sha256(found.get("sha256", {})))
+        if parsed.version > found["version"]:  # its keys are known there, but not the two of them together
+            raise ValueError(f"modules: expected no core_dtype of experts in version {found['version']}")
+        return parsed
 
     @property
     def version(self) -> int:
         """The oldest version of the format that has words for it."""
-        if any(layer.core_dtype is not None for layer in self.modules.values()):
-            return 3
+        whole = [layer for layer in self.modules.values() if layer.core_dtype is not None]
+        if whole:
+            return 4 if any(layer.wrapper_dtype or layer.experts for layer in whole) else 3
         return 2 if self.has_experts else 1
 
     @property

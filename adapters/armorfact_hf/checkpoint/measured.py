@@ -50,8 +50,10 @@ def _processor() -> str:
 def shape_key(layer: FactorizedLinear) -> str:
     """Layers with equal keys run equally fast."""
     block = "" if layer.block is None else f" in {layer.block[0]}x{layer.block[1]}"
-    core = "" if layer.values.dtype == layer.dtype else f", {_name(layer.values.dtype)}"
-    return f"{layer.out_features}x{layer.in_features}{block}{core}"
+    layout = layer.layout
+    core = "" if layout.core_dtype is None else f", {layout.core_dtype}"
+    wrappers = "" if layout.wrapper_dtype is None else f", {layout.wrapper_dtype} wrappers"
+    return f"{layer.out_features}x{layer.in_features}{block}{core}{wrappers}"
 
 
 def write_measured(folder: Path, device: torch.device, dtype: torch.dtype, choices: Choices) -> Path:

@@ -210,7 +210,7 @@ def _check_header(layer: LayerFormat, held: dict[str, _Stored], sha256: Collecti
 
 def _floating(layer: LayerFormat, held: dict[str, _Stored]) -> _Stored:
     """The tensor of a module whose dtype all its floating ones share."""
-    return held["left" if "values" in layer.integers else "values"]
+    return held[layer.floating]
 
 
 def _check_dtype(tensor: _Stored, part: str, layer: LayerFormat, floating: str) -> None:

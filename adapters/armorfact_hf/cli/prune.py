@@ -55,6 +55,10 @@ def prune(  # typer reads options from the signature: it is as long as there are
         str | None,
         typer.Option(help="int8 rounds the kept values after all tuning; scales go into the wrappers [default: none]."),
     ] = DEFAULTS.core_dtype,
+    wrapper_dtype: Annotated[
+        str | None,
+        typer.Option(help="int8 rounds the wrappers as well, with --core-dtype int8 [default: none]."),
+    ] = DEFAULTS.wrapper_dtype,
     include: Annotated[
         list[str], typer.Option(help="Layers to prune: last parts of their names, or re:EXPRESSION; repeatable.")
     ] = list(DEFAULTS.include),  # noqa: B006 (typer reads it, nothing changes it)
@@ -124,6 +128,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
             rate=rate,
             tail=tail,
             core_dtype=core_dtype,
+            wrapper_dtype=wrapper_dtype,
             include=tuple(include),
             ignore=tuple(ignore),
             head=head,

@@ -148,6 +148,7 @@ def held(layers: Rows) -> Table:
     for layer in layers:
         shape = "x".join(map(str, layer.shape if layer.experts is None else (layer.experts, *layer.shape)))
         block = "none" if layer.block is None else "x".join(map(str, layer.block))
+        block += f", {layer.wrapper_dtype}" if layer.wrapper_dtype else ""
         block += f", {layer.core_dtype} core" if layer.core_dtype else ""
         share = f"{layer.bytes / layer.dense_bytes:.3f}"
         table.add_row(

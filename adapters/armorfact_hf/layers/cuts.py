@@ -85,8 +85,12 @@ class Share:
         """The part of one of a pruned layer's tensors, where `of_format` refuses nothing.
 
         Args:
-            part: "values", "positions", "left" or "right". tensor: of the shape that ``layer`` says.
+            part: its name, as in `LayerFormat.tensors`. tensor: of the shape that ``layer`` says.
         """
+        if part == "left_scales":
+            return self._rows(tensor.T).T.contiguous()
+        if part == "right_scales":
+            return tensor[:, self.columns.start : self.columns.stop]
         if part == "left":
             return self._rows(tensor, tensor.shape[-1])
         length, columns = tensor.shape[0 if part == "right" else 1], self.columns

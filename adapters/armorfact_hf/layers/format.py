@@ -13,7 +13,7 @@ import torch
 from armorfact import Pattern
 
 MAX_SIZE = 1 << 24  # of a dimension of a layer: far above every model, far below what overflows
-CORE_DTYPES = {"int8": torch.int8}  # of kept values, where that is not the dtype of all else
+WHOLE_DTYPES = {"int8": torch.int8}  # of kept values and wrappers, where that is not the dtype of all else
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class LayerFormat:
         experts: how many such layers are stacked, one for each expert, the first dimension of every tensor; None for a
             layer of its own.
         core_dtype: of the kept values, "int8", whose scales are in A and B; None is that of the other tensors.
+        wrapper_dtype: of the blocks of A and B, "int8" around a core of int8, with scales of their rows and columns;
+            None is that of the other tensors.
 
     Raises:
-        ValueError: int8 without wrappers, or of experts; sizes that are no positive whole numbers, or that the pattern
-            or the blocks do not divide.
+        ValueError: a core in int8 without wrappers; wrappers in int8 around another core, or of experts; sizes that are
+            no positive whole numbers, or that the pattern or the blocks do not divide.
     """
 
     name: str
@@ -40,9 +42,10 @@ class LayerFormat:
     block: tuple[int, int] | None
     experts: int | None = None
     core_dtype: str | None = None
+    wrapper_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        self._check_core()
+        self._check_dtypes()
         if self.experts is not None:
             _check_sizes(self.name, "experts", (self.experts,))
         _check_sizes(self.name, "shape [d_out, d_in]", self.shape)
@@ -59,15 +62,18 @@ class LayerFormat:
                     f"got block {list(self.block)}"
                 )
 
-    def _check_core(self) -> None:
-        if self.core_dtype is None:
-            return
-        if not isinstance(self.core_dtype, str) or self.core_dtype not in CORE_DTYPES:
-            known = ", ".join(CORE_DTYPES)
-            raise ValueError(f"module {self.name}: expected a core_dtype of {known}, got {shown(self.core_dtype)}")
-        if self.block is None or self.experts is not None:
-            what = "without blocks" if self.block is None else "of experts"
-            raise ValueError(f"module {self.name}: expected no core_dtype of a core {what}, got {self.core_dtype}")
+    def _check_dtypes(self) -> None:
+        for key in ("core_dtype", "wrapper_dtype"):
+            dtype = getattr(self, key)
+            if dtype is not None and not (isinstance(dtype, str) and dtype in WHOLE_DTYPES):
+                raise ValueError(
+                    f"module {self.name}: expected a {key} of {', '.join(WHOLE_DTYPES)}, got {shown(dtype)}"
+                )
+        if self.core_dtype is not None and self.block is None:
+            raise ValueError(f"module {self.name}: expected no core_dtype without blocks, got {self.core_dtype}")
+        if self.wrapper_dtype is not None and (self.core_dtype is None or self.experts is not None):
+            what = "around a core that has none" if self.core_dtype is None else "of experts"
+            raise ValueError(f"module {self.name}: expected no wrapper_dtype {what}, got {self.wrapper_dtype}")
 
     @property
     def kept(self) -> int:
@@ -83,13 +89,24 @@ class LayerFormat:
         if self.block is not None:
             (b_out, b_in) = self.block
             shapes |= {"left": (d_out // b_out, b_out, b_out), "right": (d_in // b_in, b_in, b_in)}
+        if self.wrapper_dtype is not None:
+            shapes |= {"left_scales": (2, d_out), "right_scales": (2, d_in)}
         return {part: (*self._stacked, *shape) for part, shape in shapes.items()}
 
     @property
     def integers(self) -> dict[str, torch.dtype]:
         """The dtypes of those tensors that hold whole numbers, by their part; all others are floating."""
-        core = {} if self.core_dtype is None else {"values": CORE_DTYPES[self.core_dtype]}
-        return {"positions": torch.uint8, **core}
+        found = {"positions": torch.uint8}
+        if self.core_dtype is not None:
+            found["values"] = WHOLE_DTYPES[self.core_dtype]
+        if self.wrapper_dtype is not None:
+            found["left"] = found["right"] = WHOLE_DTYPES[self.wrapper_dtype]
+        return found
+
+    @property
+    def floating(self) -> str:
+        """The part whose dtype all floating tensors share."""
+        return next(part for part in ("values", "left", "left_scales") if part not in self.integers)
 
     @property
     def bias(self) -> tuple[int, ...]:
@@ -130,16 +147,17 @@ class LayerFormat:
         shape = _pair(name, "shape [d_out, d_in]", entry["shape"])
         if "experts" in entry and type(experts) is not int:
             raise ValueError(f"module {name}: expected experts to be a whole number, got {shown(experts)}")
-        if "core_dtype" in entry and entry["core_dtype"] is None:
-            raise ValueError(f"module {name}: expected core_dtype to be a name, got None")
+        for key in ("core_dtype", "wrapper_dtype"):
+            if key in entry and entry[key] is None:
+                raise ValueError(f"module {name}: expected {key} to be a name, got None")
         blocks = None if block is None else _pair(name, "block [b_out, b_in]", block)
-        return cls(name, shape, pattern, blocks, experts, entry.get("core_dtype"))
+        return cls(name, shape, pattern, blocks, experts, entry.get("core_dtype"), entry.get("wrapper_dtype"))
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`: plain JSON types."""
         block = None if self.block is None else list(self.block)
         found = {"name": self.name, "shape": list(self.shape), "block": block}
-        more = {"experts": self.experts, "core_dtype": self.core_dtype}
+        more = {key: getattr(self, key) for key in ("experts", "core_dtype", "wrapper_dtype")}
         return found | {key: value for key, value in more.items() if value is not None}
 
 

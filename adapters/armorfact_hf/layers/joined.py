@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from armorfact_hf.layers import operators as operators  # registers what `run` is
 from armorfact_hf.layers.execution import default_execution
-from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, FewTokens
+from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, FewTokens, Stored
 from armorfact_hf.layers.linear import FactorizedLinear
 
 run = torch.ops.armorfact.factorized_linears.default
@@ -68,12 +68,14 @@ class _Prepared(NamedTuple):
     def of(cls, layers: list[FactorizedLinear], state: list[tuple[str, int]]) -> _Prepared:
         executions = [layer.execution or default_execution(layer.kind) for layer in layers]
         packed = [n for n in range(FEW_TOKENS + 1) if all(each.at(n) == "packed" for each in executions)]
-        factors = [(x.values.detach(), x.positions, _detached(x.left), _detached(x.right)) for x in layers]
+        factors = [_stored(layer.tensors) for layer in layers]
         return cls(FewTokens(factors), frozenset(packed), state)
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _stored(tensors: Sequence[Tensor | None]) -> Stored:
+    """The factors of a layer as a launch takes them, of `FactorizedLinear.tensors`."""
+    found = [tensor if tensor is None else tensor.detach() for tensor in tensors]
+    return cast(Stored, (*found[:4], *found[6:]))
 
 
 def refusal(layers: Sequence[nn.Module]) -> str | None:
@@ -82,5 +84,8 @@ def refusal(layers: Sequence[nn.Module]) -> str | None:
         return "not all of them are pruned"
     if any(layer.bias is not None for layer in layers):
         return "some have biases of their own"
-    alike = {(x.in_features, x.pattern, x.dtype, x.values.dtype, x.values.device) for x in layers}
+    alike = {
+        (x.in_features, x.pattern, x.dtype, x.layout.core_dtype, x.layout.wrapper_dtype, x.values.device)
+        for x in cast(Sequence[FactorizedLinear], layers)
+    }
     return None if len(alike) == 1 else "they differ in their inputs, pattern, dtypes or device"

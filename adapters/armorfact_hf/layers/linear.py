@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,11 @@ from armorfact import BlockDiagonal, Core, Pattern
 from armorfact_hf.layers import operators as operators  # registers what `forward` calls
 from armorfact_hf.layers import plain
 from armorfact_hf.layers.execution import STRATEGIES, Execution
-from armorfact_hf.layers.format import CORE_DTYPES, LayerFormat
+from armorfact_hf.layers.format import WHOLE_DTYPES, LayerFormat
+from armorfact_hf.layers.parts import PARTS, name_of, put_empty_, scales_of, wrapper
 from armorfact_hf.layers.strategy import Kind, Operands
+
+OPERANDS = ("values", "positions", "left", "right", "merged", "compressed", "left_scales", "right_scales")
 
 
 class FactorizedLinear(nn.Module):
@@ -31,9 +34,12 @@ class FactorizedLinear(nn.Module):
         dtype, device: of the floating tensors.
         core_dtype: of the kept values: None is ``dtype``; with torch.int8 they are integers, whose scales the wrappers
             hold (`armorfact.quantize_core`), and no parameters: they cannot be trained.
+        wrapper_dtype: of the blocks of A and B, the same: with torch.int8 around such a core they have scales, in
+            ``left_scales`` and ``right_scales`` (`armorfact.quantize_wrappers`).
 
     Raises:
-        ValueError: int8 without wrappers; sizes that the pattern or the blocks do not divide; see `LayerFormat`.
+        ValueError: int8 without wrappers, or wrappers in int8 around another core; sizes that the pattern or the blocks
+            do not divide; see `LayerFormat`.
 
     Example:
         >>> import torch
@@ -51,7 +57,13 @@ class FactorizedLinear(nn.Module):
         (29696, 32768)
     """
 
+    values: Tensor
     positions: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    left_scales: Tensor | None
+    right_scales: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -63,27 +75,17 @@ class FactorizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: Any = None,
         core_dtype: torch.dtype | None = None,
+        wrapper_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = d_out, d_in
         self.pattern = Pattern.parse(pattern)
         self.block = None if block is None else (int(block[0]), int(block[1]))
-        named = None if core_dtype in (None, dtype) else str(core_dtype).removeprefix("torch.")
-        layout = LayerFormat("FactorizedLinear", (d_out, d_in), self.pattern, self.block, core_dtype=named)
-        shapes = layout.tensors
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
-
-        if layout.core_dtype is None:
-            self.values = empty(*shapes["values"])
-        else:
-            self.register_buffer("values", torch.zeros(shapes["values"], dtype=core_dtype, device=device))
-        self.register_buffer("positions", torch.zeros(shapes["positions"], dtype=torch.uint8, device=device))
-        self.left = self.right = None
-        if self.block is not None:
-            self.left, self.right = empty(*shapes["left"]), empty(*shapes["right"])
-        self.bias = empty(d_out) if bias else None
+        whole = name_of(core_dtype, dtype), name_of(wrapper_dtype, dtype)
+        layout = LayerFormat("FactorizedLinear", (d_out, d_in), self.pattern, self.block, None, *whole)
+        held = layout.tensors | ({"bias": layout.bias} if bias else {})
+        for part in PARTS:
+            put_empty_(self, part, held.get(part), layout.integers.get(part), dtype, device)
         self.execution: Execution | None = None
         self.choice = ""  # the text of that, as the operators take it
         self.register_buffer("merged", None, persistent=False)
@@ -94,8 +96,8 @@ class FactorizedLinear(nn.Module):
         cls, layout: LayerFormat, bias: bool, dtype: torch.dtype | None = None, device: Any = None
     ) -> FactorizedLinear:
         """A layer of these sizes that holds zeros."""
-        core_dtype = CORE_DTYPES.get(layout.core_dtype or "")
-        return cls(*layout.shape, layout.pattern, layout.block, bias, dtype, device, core_dtype)
+        whole = [WHOLE_DTYPES.get(each or "") for each in (layout.core_dtype, layout.wrapper_dtype)]
+        return cls(*layout.shape, layout.pattern, layout.block, bias, dtype, device, *whole)
 
     @classmethod
     def of(
@@ -110,13 +112,16 @@ class FactorizedLinear(nn.Module):
         Args:
             core: C. left, right: A and B, both or neither; both where C is int8. bias: (d_out,) or None.
         """
-        wrappers = {} if left is None or right is None else {"left": left.blocks, "right": right.blocks}
-        block = (wrappers["left"].shape[-1], wrappers["right"].shape[-1]) if wrappers else None
-        values, dtype, core_dtype = core.values, core.values.dtype, None
-        if not values.is_floating_point():
-            dtype, core_dtype = wrappers["left"].dtype if wrappers else None, values.dtype
-        layer = cls(*core.shape, core.pattern, block, bias is not None, dtype, values.device, core_dtype)
-        given = {"values": values, "positions": core.packed, "bias": bias, **wrappers}
+        given = {"values": core.values, "positions": core.packed, "bias": bias}
+        block, floating, whole = None, core.values.dtype, None
+        if left is not None and right is not None:
+            block, floating, whole = (left.blocks.shape[-1], right.blocks.shape[-1]), left.dtype, left.blocks.dtype
+            given |= {"left": left.blocks, "left_scales": scales_of(left)}
+            given |= {"right": right.blocks, "right_scales": scales_of(right)}
+        dtype = floating if floating.is_floating_point else None
+        layer = cls(
+            *core.shape, core.pattern, block, bias is not None, dtype, core.values.device, core.values.dtype, whole
+        )
         with torch.no_grad():
             for name, tensor in given.items():
                 if tensor is not None:
@@ -126,20 +131,27 @@ class FactorizedLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the floating tensors, and so of the inputs."""
-        held = self.values if self.left is None else self.left
-        return cast(Tensor, held).dtype
+        wrapper = self.left if self.left_scales is None else self.left_scales
+        return (self.values if wrapper is None else wrapper).dtype
 
     @property
     def layout(self) -> LayerFormat:
         """How it is stored."""
-        name, core = "FactorizedLinear", str(self.values.dtype).removeprefix("torch.")
-        core_dtype = None if self.values.dtype == self.dtype else core
-        return LayerFormat(name, (self.out_features, self.in_features), self.pattern, self.block, None, core_dtype)
+        dtype, shape = self.dtype, (self.out_features, self.in_features)
+        whole = [name_of(None if held is None else held.dtype, dtype) for held in (self.values, self.left)]
+        return LayerFormat("FactorizedLinear", shape, self.pattern, self.block, None, *whole)
 
     @property
     def core(self) -> Core:
         """C as it is stored."""
         return Core(self.values.detach(), self.positions, self.pattern, self.in_features)
+
+    @property
+    def wrappers(self) -> tuple[BlockDiagonal, BlockDiagonal] | None:
+        """A and B as they are stored, or None."""
+        if self.left is None or self.right is None:
+            return None
+        return wrapper(self.left, self.left_scales), wrapper(self.right, self.right_scales)
 
     @property
     def weight(self) -> Tensor:
@@ -213,19 +225,22 @@ class FactorizedLinear(nn.Module):
             self.pattern.keep,
             self.pattern.group,
             self.choice,
+            self.left_scales,
+            self.right_scales,
         )
 
     def _operands(self) -> Operands:
-        return Operands(self.values, self.positions, self.left, self.right, self.pattern, self.in_features)
+        factors, scales = (self.values, self.positions, self.left, self.right), (self.left_scales, self.right_scales)
+        return Operands(*factors, self.pattern, self.in_features, None, None, *scales)
 
     @property
     def tensors(self) -> list[Tensor | None]:
         """Those of `Operands`, in its order, as the operators take them."""
         held = {**self._parameters, **self._buffers}  # looking each up as an attribute takes ten times as long
-        return [held.get(name) for name in ("values", "positions", "left", "right", "merged", "compressed")]
+        return [held.get(name) for name in OPERANDS]
 
     def _asks_for_gradients(self, x: Tensor) -> bool:
-        held = (x, self.values, self.left, self.right)
+        held = (x, self.values, self.left, self.right, self.left_scales, self.right_scales)
         return any(tensor is not None and tensor.requires_grad for tensor in held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorizedLinear:
@@ -244,4 +259,5 @@ class FactorizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.pattern}, block={self.block}"
             + ("" if self.layout.core_dtype is None else f", core={self.layout.core_dtype}")
+            + ("" if self.layout.wrapper_dtype is None else f", wrappers={self.layout.wrapper_dtype}")
         )

@@ -22,12 +22,13 @@ from armorfact_hf.layers import packed
 from armorfact_hf.layers.execution import STRATEGIES, Execution, default_execution
 from armorfact_hf.layers.strategy import Kind, Operands
 
-FACTORS = 6  # how many a layer has, see `FactorizedLinear.tensors`
+FACTORS = 8  # how many a layer has, see `FactorizedLinear.tensors`
 
 _library = torch.library.Library("armorfact", "DEF")
 _library.define(
     "factorized_linear(Tensor x, Tensor values, Tensor positions, Tensor? left, Tensor? right, Tensor? merged, "
-    "Tensor? compressed, int keep, int group, str execution) -> Tensor"
+    "Tensor? compressed, int keep, int group, str execution, Tensor? left_scales=None, Tensor? right_scales=None) "
+    "-> Tensor"
 )
 _library.define("factorized_linears(Tensor x, Tensor?[] factors, int keep, int group, str[] executions) -> Tensor")
 
@@ -43,9 +44,12 @@ def _factorized_linear(
     keep: int,
     group: int,
     execution: str,
+    left_scales: Tensor | None = None,
+    right_scales: Tensor | None = None,
 ) -> Tensor:
     """x (tokens, d_in), and `Operands`; ``execution`` is the text of an `Execution`, or empty for the default one."""
-    operands = Operands(values, positions, left, right, _pattern(keep, group), x.shape[1], merged, compressed)
+    factors = values, positions, left, right, merged, compressed, left_scales, right_scales
+    operands = _operands(factors, _pattern(keep, group), x.shape[1])
     return STRATEGIES[_strategy(x, operands, execution)].product(x, operands)
 
 
@@ -66,8 +70,8 @@ _pattern = cache(Pattern)
 
 
 def _operands(factors: Sequence[Any], pattern: Pattern, d_in: int) -> Operands:
-    values, positions, left, right, merged, compressed = factors
-    return Operands(values, positions, left, right, pattern, d_in, merged, compressed)
+    values, positions, left, right, *beside = factors
+    return Operands(values, positions, left, right, pattern, d_in, *beside)
 
 
 def _strategy(x: Tensor, operands: Operands, execution: str) -> str:

@@ -13,7 +13,7 @@ from llvmlite import binding
 from torch import Tensor
 
 from armorfact_hf.layers.kernels.blocks import block_product
-from armorfact_hf.layers.kernels.cpu_packed import DTYPES, FEW_TOKENS, FewTokens, packed_product
+from armorfact_hf.layers.kernels.cpu_packed import DTYPES, FEW_TOKENS, FewTokens, Stored, packed_product
 from armorfact_hf.layers.strategy import PAIR, Kind, Operands
 
 HAS_TRITON = find_spec("triton") is not None
@@ -29,8 +29,6 @@ def refusal(kind: Kind) -> str | None:
     device = kind.device.type
     if device not in ("cpu", "cuda", "meta"):
         return f"the packed product runs on CPUs and on CUDA devices, got {device}: use 'unpacked'"
-    if device == "cuda" and kind.stored == torch.int8:
-        return "the packed product of int8 cores runs on CPUs: use 'unpacked' on a GPU"
     if device == "cuda" and not HAS_TRITON:
         return "the packed product on a GPU is written in Triton: pip install triton, or use 'unpacked'"
     if device != "cuda" and kind.dtype == torch.float16 and not _cpu_has_half():
@@ -56,9 +54,9 @@ def prepare(operands: Operands) -> dict[str, Tensor]:
 
 def product(x: Tensor, operands: Operands) -> Tensor:
     """y = A C B x; C is never unpacked in memory."""
-    values, positions, left, right, *_ = operands
     if not x.is_cuda:
-        return packed_product(x, values, positions, left, right)
+        return packed_product(x, *_stored(operands if x.shape[0] <= FEW_TOKENS else operands.widened))
+    values, positions, left, right, *_ = operands.widened
     # Imports without Triton, but is of no use where there is no GPU.
     from armorfact_hf.layers.kernels.triton_packed import packed_product as on_gpu
 
@@ -69,5 +67,9 @@ def product(x: Tensor, operands: Operands) -> Tensor:
 def products(x: Tensor, layers: Sequence[Operands]) -> Tensor:
     """The `product` of x with each of several layers, side by side; a few tokens on a CPU go through all at once."""
     if x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
-        return FewTokens([(each.values, each.positions, each.left, each.right) for each in layers])(x)
+        return FewTokens([_stored(each) for each in layers])(x)
     return torch.cat([product(x, each) for each in layers], dim=-1)
+
+
+def _stored(layer: Operands) -> Stored:
+    return (*layer[:4], layer.left_scales, layer.right_scales)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from armorfact_hf.layers.kernels import cpu_experts as kernels
 from armorfact_hf.layers.kernels.bf16 import beats_dense
-from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, Stored, launching
+from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, launching
 from armorfact_hf.layers.packed import refusal
 from armorfact_hf.layers.strategy import Kind
 
@@ -19,6 +19,8 @@ from armorfact_hf.layers.strategy import Kind
 # tensor cores do best, and launches are few for the work in them: reasoned, not measured yet.
 MOST_ROWS = {"cpu": FEW_TOKENS, "cuda": 256}
 MOST_IN_PAIRS = 64
+
+Stack = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # values, positions, left and right of experts' layers
 
 
 def runs(kind: Kind, counts: Sequence[int]) -> bool:
@@ -31,33 +33,34 @@ def runs(kind: Kind, counts: Sequence[int]) -> bool:
 
 
 def _most_rows(kind: Kind) -> int:
-    in_pairs = kind.device.type == "cpu" and kind.dtype == torch.bfloat16 and beats_dense()
+    in_pairs = kind.device.type == "cpu" and kind.dtype == kind.stored == torch.bfloat16 and beats_dense()
     return MOST_IN_PAIRS if in_pairs else MOST_ROWS.get(kind.device.type, -1)
 
 
-def product(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
+def product(x: Tensor, counts: Sequence[int], stacks: Sequence[Stack]) -> Tensor:
     """y = A C B x of the experts' layers, (rows, d_out of all stacks), those of several stacks side by side.
 
     Args:
         x: (rows, d_in), the tokens of one expert after those of another. counts: how many rows each expert has.
-        stacks: values, positions, left and right of the layers, experts first; all of one d_in and dtype.
+        stacks: the layers, experts first; all of one d_in and of the same dtypes. Kept values may be in int8.
     """
     return _on_gpu(x, counts, stacks) if x.is_cuda else _on_cpu(x, counts, stacks)
 
 
-def _on_gpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
+def _on_gpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stack]) -> Tensor:
     # Imports without Triton, but is of no use where there is no GPU.
     from armorfact_hf.layers.kernels import triton_experts
 
     return torch.cat([triton_experts.product(x, counts, *stack) for stack in stacks], dim=-1)
 
 
-def _on_cpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tensor:
+def _on_cpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stack]) -> Tensor:
     (rows, d_in), x = x.shape, x.contiguous()
     widths = [values.shape[1] for values, *_ in stacks if values is not None]
     y = x.new_empty(rows, sum(widths))
     if not y.numel():
         return y
+    kept = next(values.dtype for values, *_ in stacks if values is not None)
     held = [[tensor if tensor is None else tensor.contiguous() for tensor in stack] for stack in stacks]
     tokens = np.array(counts)
     hit = np.flatnonzero(tokens)
@@ -65,7 +68,7 @@ def _on_cpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stored]) -> Tenso
     columns = np.cumsum([0, *widths])
     parts = np.concatenate([_parts(stack, hit, own, column) for stack, column in zip(held, columns, strict=False)])
     with launching():
-        kernels.expert_rows(LIKE[x.dtype], x.data_ptr(), y.data_ptr(), rows, d_in, y.shape[1], parts)
+        kernels.expert_rows(LIKE[x.dtype], LIKE[kept], x.data_ptr(), y.data_ptr(), rows, d_in, y.shape[1], parts)
     return y
 
 

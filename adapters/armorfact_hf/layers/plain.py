@@ -29,7 +29,7 @@ def product(x: Tensor, operands: Operands) -> Tensor:
     The weight is formed and multiplied with once: whoever asks for gradients has many tokens, and the way back through
     three products would keep two more activations.
     """
-    return functional.linear(x, _weight(operands))
+    return functional.linear(x, _weight(operands.widened))
 
 
 def _weight(operands: Operands) -> Tensor:

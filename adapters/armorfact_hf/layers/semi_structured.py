@@ -20,4 +20,4 @@ def product(x: Tensor, operands: Operands) -> Tensor:
     """y = A (C (B x))."""
     compressed = cusparselt.Compressed(operands.kept("compressed"), (operands.values.shape[0], operands.columns))
     algorithm = cusparselt.found_algorithm(compressed)
-    return operands.between_wrappers(x, lambda inputs: cusparselt.product(compressed, inputs, algorithm))
+    return operands.widened.between_wrappers(x, lambda inputs: cusparselt.product(compressed, inputs, algorithm))

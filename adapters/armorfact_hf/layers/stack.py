@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,16 +14,15 @@ from armorfact_hf.layers import operators as operators  # registers what `Factor
 from armorfact_hf.layers import packed_experts, plain
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.parts import PARTS, put_empty_
 from armorfact_hf.layers.strategy import Kind, Operands
-
-PARTS = ("values", "positions", "left", "right", "bias")
 
 
 class FactorizedStack(nn.Module):
     """Linear layers of one shape, one for each expert, each stored as A C B; see `FactorizedLinear`.
 
     Args:
-        layout: the sizes, with the number of experts. bias: whether there are biases.
+        layout: the sizes, with the number of experts; kept values may be in int8. bias: whether there are biases.
         dtype, device: of the floating tensors.
     """
 
@@ -30,6 +30,8 @@ class FactorizedStack(nn.Module):
     positions: Tensor
     left: Tensor | None
     right: Tensor | None
+    left_scales: None
+    right_scales: None
     bias: Tensor | None
 
     def __init__(self, layout: LayerFormat, bias: bool, dtype: torch.dtype | None = None, device: Any = None) -> None:
@@ -37,11 +39,7 @@ class FactorizedStack(nn.Module):
         self.layout = layout
         shapes = layout.tensors | ({"bias": layout.bias} if bias else {})
         for part in PARTS:
-            if part == "positions":
-                positions = torch.zeros(shapes[part], dtype=torch.uint8, device=device)
-                self.register_buffer(part, positions)
-            else:
-                self.register_parameter(part, _empty(shapes.get(part), dtype, device))
+            put_empty_(self, part, shapes.get(part), layout.integers.get(part), dtype, device)
 
     @classmethod
     def of(cls, layers: Sequence[FactorizedLinear]) -> FactorizedStack:
@@ -50,17 +48,22 @@ class FactorizedStack(nn.Module):
         Raises:
             ValueError: they are not.
         """
-        kinds = {(layer.kind, layer.block, layer.bias is None) for layer in layers}
+        kinds = {(layer.kind, layer.block, layer.layout.wrapper_dtype, layer.bias is None) for layer in layers}
         if len(kinds) != 1:
             raise ValueError(f"layers of one shape, block and dtype can be stacked, got {len(kinds)} kinds")
         first = layers[0]
-        layout = LayerFormat("experts", first.kind.shape, first.pattern, first.block, len(layers))
-        stack = cls(layout, first.bias is not None, first.values.dtype, first.values.device)
+        layout = replace(first.layout, name="experts", experts=len(layers))
+        stack = cls(layout, first.bias is not None, first.dtype, first.values.device)
         with torch.no_grad():
             for part, held in stack.state_dict().items():
                 for expert, layer in enumerate(layers):
                     held[expert] = getattr(layer, part)
         return stack
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the floating tensors, and so of the inputs."""
+        return (self.values if self.left is None else self.left).dtype
 
     @property
     def pattern(self) -> Pattern:
@@ -75,14 +78,15 @@ class FactorizedStack(nn.Module):
         the stack.
         """
         count, d_in = len(self.values), self.layout.shape[1]
-        parts = [[None] * count if held is None else held.unbind() for held in (getattr(self, x) for x in PARTS)]
+        held = (self.values, self.positions, self.left, self.right, self.bias)
+        parts = [[None] * count if tensor is None else tensor.unbind() for tensor in held]
         return [(Operands(v, p, a, b, self.pattern, d_in), bias) for v, p, a, b, bias in zip(*parts, strict=True)]
 
     def product(self, factors: Operands, bias: Tensor | None, x: Tensor) -> Tensor:
         """What one expert's layer makes of the rows of x."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.dtype != factors.values.dtype or (torch.is_grad_enabled() and self._asks_for_gradients(x)):
+        if x.dtype != factors.dtype or (torch.is_grad_enabled() and self._asks_for_gradients(x)):
             y = plain.product(x, factors)
         else:
             keep, group = self.pattern.keep, self.pattern.group
@@ -91,21 +95,19 @@ class FactorizedStack(nn.Module):
 
     def runs_packed(self, x: Tensor, counts: Sequence[int]) -> bool:
         """Whether rows of x, so many for each expert, are few enough to go through the packed cores at once."""
-        held = self.values
-        if torch.is_autocast_enabled(x.device.type) or x.dtype != held.dtype:
+        held, dtype = self.values, self.dtype
+        if torch.is_autocast_enabled(x.device.type) or x.dtype != dtype:
             return False
-        kind = Kind(self.layout.shape, self.pattern, held.dtype, held.device)
+        kind = Kind(self.layout.shape, self.pattern, dtype, held.device, held.dtype)
         gradients = torch.is_grad_enabled() and self._asks_for_gradients(x)
         return not gradients and packed_experts.runs(kind, counts)
 
     def layer(self, expert: int) -> FactorizedLinear:
         """One expert's layer, a copy."""
         factors, bias = self.each[expert]
-        held: dict[str, Any] = dict(zip(PARTS, (*factors[:4], bias), strict=True))
-        device, dtype = factors.values.device, factors.values.dtype
-        layer = FactorizedLinear(
-            *self.layout.shape, self.pattern, self.layout.block, bias is not None, dtype=dtype, device=device
-        )
+        held: dict[str, Any] = dict(zip((*PARTS[:4], "bias"), (*factors[:4], bias), strict=True))
+        layout = replace(self.layout, experts=None)
+        layer = FactorizedLinear.empty(layout, bias is not None, factors.dtype, factors.values.device)
         layer.load_state_dict({part: tensor for part, tensor in held.items() if tensor is not None})
         return layer
 
@@ -114,12 +116,6 @@ class FactorizedStack(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.layout.experts}, shape={self.layout.shape}, pattern={self.pattern}"
-
-
-def _empty(shape: tuple[int, ...] | None, dtype: torch.dtype | None, device: Any) -> nn.Parameter | None:
-    if shape is None:
-        return None
-    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
 
 
 PRUNED = (FactorizedLinear, FactorizedStack)  # what holds the factors of a pruned model

@@ -44,6 +44,8 @@ class Operands(NamedTuple):
     Args:
         values, positions: the core C, see `armorfact.Core`. pattern: N:M, that of C. columns: d_in.
         left, right: the blocks of A and B, both or neither; both where the values are int8.
+        left_scales, right_scales: (2, d_out) and (2, d_in), where the blocks are int8: what their rows, and then what
+            their columns are to be multiplied with.
         merged: A C B (d_out, d_in), where "dense" was prepared.
         compressed: C in cuSPARSELt's form, where "semi_structured" was.
     """
@@ -56,11 +58,22 @@ class Operands(NamedTuple):
     columns: int
     merged: Tensor | None = None
     compressed: Tensor | None = None
+    left_scales: Tensor | None = None
+    right_scales: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of inputs and wrappers."""
-        return (self.values if self.left is None else self.left).dtype
+        """Of inputs and of all that is floating."""
+        wrapper = self.left if self.left_scales is None else self.left_scales
+        return (self.values if wrapper is None else wrapper).dtype
+
+    @property
+    def widened(self) -> Operands:
+        """The same with A and B in the dtype of the inputs."""
+        if self.left is None or self.right is None or self.left_scales is None or self.right_scales is None:
+            return self
+        left, right = _widened(self.left, self.left_scales), _widened(self.right, self.right_scales)
+        return self._replace(left=left, right=right, left_scales=None, right_scales=None)
 
     @property
     def core(self) -> Core:
@@ -80,13 +93,19 @@ class Operands(NamedTuple):
 
     def dense(self) -> Tensor:
         """A C B, (d_out, d_in)."""
-        core = self.core.dense(self.dtype)
-        return core if self.left is None or self.right is None else Factors(self.left, core, self.right).dense()
+        core, (_, _, left, right, *_) = self.core.dense(self.dtype), self.widened
+        return core if left is None or right is None else Factors(left, core, right).dense()
 
     def between_wrappers(self, x: Tensor, core_product: Callable[[Tensor], Tensor]) -> Tensor:
         """A core_product(B x), for the rows of x."""
         y = core_product(x if self.right is None else block_product(self.right, x))
         return y if self.left is None else block_product(self.left, y)
+
+
+def _widened(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Blocks of whole numbers times their scales, rounded once."""
+    rows, columns = scales.to(torch.promote_types(scales.dtype, torch.float32)).view(2, *blocks.shape[:2])
+    return (blocks * rows[..., :, None] * columns[..., None, :]).to(scales.dtype)
 
 
 class Strategy(Protocol):

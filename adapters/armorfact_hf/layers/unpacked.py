@@ -25,7 +25,7 @@ def prepare(operands: Operands) -> dict[str, Tensor]:
 
 def product(x: Tensor, operands: Operands) -> Tensor:
     """y = A (C (B x))."""
-    return operands.between_wrappers(x, lambda inputs: _core_product(inputs, operands.core))
+    return operands.widened.between_wrappers(x, lambda inputs: _core_product(inputs, operands.core))
 
 
 def _core_product(x: Tensor, core: Core) -> Tensor:

@@ -34,10 +34,10 @@ def dense_experts(pruned: FactorizedExperts) -> nn.Module:
 
 def _register_empty(module: Any, name: str, stacks: Sequence[FactorizedStack]) -> None:
     """A parameter for the weights of some projections, one below the other, and one for their biases."""
-    held, experts = stacks[0].values, len(stacks[0].values)
+    held, dtype, experts = stacks[0].values, stacks[0].dtype, len(stacks[0].values)
     d_out, d_in = sum(stack.layout.shape[0] for stack in stacks), stacks[0].layout.shape[1]
     sizes = (d_in, d_out) if module.is_transposed else (d_out, d_in)
-    module.register_parameter(name, nn.Parameter(held.new_empty(experts, *sizes), requires_grad=False))
+    module.register_parameter(name, nn.Parameter(held.new_empty(experts, *sizes, dtype=dtype), requires_grad=False))
     if module.has_bias:
-        bias = nn.Parameter(held.new_empty(experts, d_out), requires_grad=False)
+        bias = nn.Parameter(held.new_empty(experts, d_out, dtype=dtype), requires_grad=False)
         module.register_parameter(f"{name}_bias", bias)

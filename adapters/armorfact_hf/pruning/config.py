@@ -14,7 +14,7 @@ from armorfact_hf.pruning.schedule import Matching
 METHODS = ("armorfact", "sparsegpt", "wanda", "nowag", "magnitude")
 BASELINES = ("sparsegpt", "wanda", "nowag", "magnitude", "paper")
 OBJECTIVES = ("gram", "diagonal", "nowag")
-CORE_DTYPES = ("int8",)
+WHOLE_DTYPES = ("int8",)  # of cores and wrappers
 DEFAULT_SHRINKAGE = 1.0
 
 
@@ -49,6 +49,8 @@ class PruneConfig:
         tail: the last so many blocks are tuned once more, together, towards the words of the dense model.
         core_dtype: "int8" rounds the kept values in the end, after all tuning, and solves for the wrappers once more
             (`armorfact.quantize_core`); None keeps them in the dtype of the model. It is for the method "armorfact".
+        wrapper_dtype: "int8" then rounds the wrappers as well, with a scale for each of their rows and columns
+            (`armorfact.quantize_wrappers`). It takes a core in int8, and is not for experts.
         include: which linear layers of the decoder blocks: module names or their last parts ("q_proj",
             "mlp.down_proj"), or regular expressions after "re:" that match from the start of the name. Experts that
             stand in one tensor are such layers too ("experts.7.gate"), all those of a module or none ("re:.*experts").
@@ -78,6 +80,7 @@ class PruneConfig:
     rate: float = 5e-4
     tail: int = 4
     core_dtype: str | None = None
+    wrapper_dtype: str | None = None
     include: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] = ()
     head: bool = False
@@ -90,7 +93,8 @@ class PruneConfig:
         _one_of("target", self.target, ("weight", "output"))
         _one_of("init", self.init, METHODS[1:])
         _one_of("refine", self.refine, ("block", None))
-        _one_of("core_dtype", self.core_dtype, (*CORE_DTYPES, None))
+        _one_of("core_dtype", self.core_dtype, (*WHOLE_DTYPES, None))
+        _one_of("wrapper_dtype", self.wrapper_dtype, (*WHOLE_DTYPES, None))
         Pattern.parse(self.pattern)
         self._check_numbers()
         self._check_combinations()
@@ -138,6 +142,11 @@ class PruneConfig:
             raise ValueError(
                 f"core_dtype={self.core_dtype!r} needs wrappers, which hold the scales, and method={self.method!r} "
                 "makes none: take method='armorfact', or leave it out"
+            )
+        if self.wrapper_dtype is not None and self.core_dtype is None:
+            raise ValueError(
+                f"wrapper_dtype={self.wrapper_dtype!r} is for wrappers around a core in int8, which makes up for their "
+                "rounding: add core_dtype='int8' (--core-dtype int8), or leave it out"
             )
         if self.target == "output" and (self.objective, self.propagate) != ("gram", "pruned"):
             raise ValueError(

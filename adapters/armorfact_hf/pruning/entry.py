@@ -117,9 +117,10 @@ class Entry:
 
     def _format(self, stored: Any, report: LayerReport) -> LayerFormat:
         """Blocks of the tail are rounded after they were kept for the first time, so the file says what it holds."""
-        values = f"{report.name}.values"
-        whole = values in stored.keys() and stored.get_slice(values).get_dtype() == "I8"  # noqa: SIM118
-        return LayerFormat(report.name, report.shape, self.pattern, report.block, core_dtype="int8" if whole else None)
+        held = {f"{report.name}.{part}" for part in ("values", "left")}.intersection(stored.keys())
+        whole = {name.rpartition(".")[2] for name in held if stored.get_slice(name).get_dtype() == "I8"}
+        core, wrappers = ("int8" if part in whole else None for part in ("values", "left"))
+        return LayerFormat(report.name, report.shape, self.pattern, report.block, None, core, wrappers)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -137,7 +138,7 @@ def _layer(stored: Any, layout: LayerFormat, device: Any) -> FactorizedLinear:
     prefix = f"{layout.name}."
     names = [name.removeprefix(prefix) for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
     tensors = {name: stored.get_tensor(prefix + name) for name in names}
-    dtype = tensors.get("left", tensors["values"]).dtype
+    dtype = tensors[layout.floating].dtype
     layer = FactorizedLinear.empty(layout, "bias" in tensors, dtype, device)
     # Copied into memory of PyTorch's own: aligned as in a run without interruption, and so the same bits.
     layer.load_state_dict(tensors)

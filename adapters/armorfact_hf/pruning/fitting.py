@@ -95,10 +95,10 @@ def fitting_layers(
 
 def _refuse_experts(layers: list[Layer], config: PruneConfig) -> None:
     stacks = [layer.stack for layer in layers if layer.stack]
-    if stacks and config.core_dtype is not None:
+    if stacks and config.wrapper_dtype is not None:
         raise ValueError(
-            f"{stacks[0]} are experts, whose cores cannot be rounded to {config.core_dtype}: leave them dense with "
-            "ignore=('re:.*experts',), --ignore 're:.*experts' on the command line, or prune without core_dtype"
+            f"{stacks[0]} are experts, whose wrappers cannot be rounded to {config.wrapper_dtype}: leave them dense "
+            "with ignore=('re:.*experts',), --ignore 're:.*experts' on the command line, or prune without wrapper_dtype"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from armorfact import BlockDiagonal, Core, Pattern, factorize, quantize_core
+from armorfact import BlockDiagonal, Core, Pattern, factorize, quantize_core, quantize_wrappers
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.moments import Moments
 from armorfact_hf.model.structure import Layer
@@ -116,22 +116,22 @@ def with_tuned_loss(
 def round_layer(
     layer: Layer, pruned: FactorizedLinear, report: LayerReport, moments: Moments, config: PruneConfig
 ) -> tuple[FactorizedLinear, LayerReport]:
-    """A pruned layer with its core in int8, and its report.
+    """A pruned layer with its core in int8, and its wrappers if the settings ask for it, and its report.
 
-    A and B are solved for once more, towards what they were made for: W, or, where the layer was tuned with its decoder
-    block, the product A C B that came of that.
+    What stays free is solved for once more, towards what they were made for: W, or, where the layer was tuned with its
+    decoder block, the product A C B that came of that.
 
     Args:
         layer: the dense one. moments: of its inputs.
     """
     target, tuned = _target(_weight(layer).float(), moments, config), report.factorized_loss is not None
-    left, right = (BlockDiagonal(cast(Tensor, side).detach()) for side in (pruned.left, pruned.right))
-    result = quantize_core(
-        (left, pruned.core, right),
-        exact_weight(pruned).float() if tuned else target,
-        _given(moments.gram, config),
-        normalize=_normalize(config),
-    )
+    left, right = cast(tuple[BlockDiagonal, BlockDiagonal], pruned.wrappers)
+    aim, gram = exact_weight(pruned).float() if tuned else target, _given(moments.gram, config)
+    result = quantize_core((left, pruned.core, right), aim, gram, normalize=_normalize(config))
+    status = f"{report.status}; in int8 {result.status}"
+    if config.wrapper_dtype is not None:
+        result = quantize_wrappers(result, aim, gram, normalize=_normalize(config))
+        status += f"; {result.status}"
     rounded = FactorizedLinear.of(result.core, result.left, result.right, pruned.bias)
     losses = layer_losses(target, rounded, moments.gram, replace(config, baselines=()), layer)
     return rounded, replace(
@@ -139,7 +139,7 @@ def round_layer(
         losses=report.losses | losses,
         unrounded_loss=report.losses[config.method],
         bytes=report.bytes - pruned.nbytes + rounded.nbytes,
-        status=f"{report.status}; in int8 {result.status}",
+        status=status,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 import armorfact
@@ -56,9 +57,10 @@ def left_out(config: PruneConfig, layer: Layer) -> list[str]:
 def exact_weight(pruned: FactorizedLinear) -> Tensor:
     """A C B in float64, so that nothing but the stored factors counts."""
     core = pruned.core.dense().double()
-    if pruned.left is None or pruned.right is None:
+    if pruned.wrappers is None:
         return core
-    return armorfact.Factors(pruned.left.double(), core, pruned.right.double()).dense()
+    left, right = (side.scaled(torch.float64) for side in pruned.wrappers)
+    return armorfact.Factors(left, core, right).dense()
 
 
 def _baseline(method: str, weight: Tensor, gram: Tensor, config: PruneConfig, layer: Layer) -> Tensor:

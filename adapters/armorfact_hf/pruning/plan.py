@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from torch import nn
@@ -167,7 +166,8 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
 def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
     wrapped, ranks, dtype = config.method == "armorfact", config.tensor_parallel, layer.weight.dtype
     pattern, block = Pattern.parse(config.pattern), layer.block if wrapped else None
-    stored = LayerFormat(layer.name, layer.shape, pattern, block, core_dtype=config.core_dtype)
+    stored = LayerFormat(layer.name, layer.shape, pattern, block, None, config.core_dtype, config.wrapper_dtype)
+    core = stored.integers.get("values", dtype)
     cuts = Share.of_rows(layer.shape, 0, ranks), Share.of_columns(layer.shape, 0, ranks)
     return PlannedLayer(
         layer.name,
@@ -175,7 +175,7 @@ def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:
         stored.block,
         layer.weight.nbytes,
         stored.nbytes(dtype),
-        dtype.itemsize * sum(prod(shape) for part, shape in stored.tensors.items() if part in ("left", "right")),
+        stored.nbytes(dtype) - replace(stored, block=None, core_dtype=None, wrapper_dtype=None).nbytes(core),
         fitting_block(layer.shape, replace(config, tensor_parallel=1))[0] if wrapped else None,
         max(cut.of_format(stored).nbytes(dtype) for cut in cuts),
         layer.decoder_block is not None,

@@ -157,9 +157,10 @@ def describe_(job: Job, reports: Sequence[LayerReport]) -> None:
     model, pattern = job.model, Pattern.parse(job.config.pattern)
     places = {layer.name: layer.stored_in for layer in job.layers}
     layers: dict[str, LayerFormat] = {}
+    whole = job.config.core_dtype, job.config.wrapper_dtype
     for report in reports:
         name, experts = places[report.name]
-        layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts, job.config.core_dtype)
+        layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts, *whole)
     dtype = str(model.dtype).removeprefix("torch.")
     attach_(model, Description(pattern, dtype, layers, job.config.to_dict()))
     if any(report.decoder_block is None for report in reports):

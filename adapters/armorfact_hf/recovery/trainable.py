@@ -23,7 +23,7 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
 
     Raises:
         ValueError: an unknown choice, a model without pruned layers, or without any of the factors; "factors" of a
-            model whose cores are int8.
+            model whose cores are int8, either of one whose wrappers are.
     """
     if train not in TRAINED:
         raise ValueError(f"train must be one of {', '.join(TRAINED)}, got {train!r}")
@@ -46,11 +46,17 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
 
 
 def refuse_integers(model: nn.Module, train: str) -> None:
-    """Raise ValueError if kept values are to be trained that are integers."""
+    """Raise ValueError if kept values or wrappers are to be trained that are integers."""
     for name, module in model.named_modules():
-        if "values" in TRAINED[train] and isinstance(module, PRUNED) and not module.values.is_floating_point():
-            dtype = str(module.values.dtype).removeprefix("torch.")
+        if not isinstance(module, PRUNED):
+            continue
+        if module.layout.wrapper_dtype is not None:
             raise ValueError(
-                f"the core of {name} is {dtype}, which cannot be trained: take train='wrappers' (--train wrappers), or "
-                "train a folder that was pruned without --core-dtype"
+                f"the wrappers of {name} are {module.layout.wrapper_dtype}, which cannot be trained: train a folder "
+                "that was pruned without --wrapper-dtype"
+            )
+        if "values" in TRAINED[train] and module.layout.core_dtype is not None:
+            raise ValueError(
+                f"the core of {name} is {module.layout.core_dtype}, which cannot be trained: take train='wrappers' "
+                "(--train wrappers), or train a folder that was pruned without --core-dtype"
             )

@@ -236,7 +236,8 @@ def compare(
     for method, folder in {**beside, config.method: out}.items():
         observer.say(f"Pruning {model} by {method}, into {folder}.")
         # What the others would be compared with on every layer stands in the report of the chosen method already.
-        chosen = config if folder == out else replace(config, method=method, baselines=(), core_dtype=None)
+        other = replace(config, method=method, baselines=(), core_dtype=None, wrapper_dtype=None)
+        chosen = config if folder == out else other
         loaded = load_to_prune(
             model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer, workers=workers
         )

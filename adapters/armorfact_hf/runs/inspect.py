@@ -9,7 +9,7 @@ import torch
 
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.checkpoint.verify import verify_folder
-from armorfact_hf.layers.format import CORE_DTYPES, LayerFormat
+from armorfact_hf.layers.format import WHOLE_DTYPES, LayerFormat
 from armorfact_hf.report.record import FILE, Report
 
 
@@ -19,7 +19,8 @@ class HeldLayer:
 
     Args:
         name, shape, block: which layer, or stack of experts' layers; block is None for a core alone.
-        experts: how many layers are in the stack, or None. core_dtype: of kept values that are integers, or None.
+        experts: how many layers are in the stack, or None.
+        core_dtype, wrapper_dtype: of kept values and of blocks that are integers, or None.
         bytes: of its tensors. dense_bytes: of the weight they stand for, in the same dtype.
         theory: bytes of core and wrappers by the formula of docs/format.md.
         loss, sparsegpt_loss: relative losses in the report, this one's and SparseGPT's; None where it has none. That
@@ -31,6 +32,7 @@ class HeldLayer:
     block: tuple[int, int] | None
     experts: int | None
     core_dtype: str | None
+    wrapper_dtype: str | None
     bytes: int
     dense_bytes: int
     theory: tuple[float, float]
@@ -55,6 +57,7 @@ def inspect_folder(folder: Path) -> list[HeldLayer]:
             block=layer.block,
             experts=layer.experts,
             core_dtype=layer.core_dtype,
+            wrapper_dtype=layer.wrapper_dtype,
             bytes=held.bytes[layer.name],
             dense_bytes=(layer.experts or 1) * layer.shape[0] * layer.shape[1] * held.dtypes[layer.name].itemsize,
             theory=_theory(layer, held.dtypes[layer.name]),
@@ -66,12 +69,13 @@ def inspect_folder(folder: Path) -> list[HeldLayer]:
 
 
 def _theory(layer: LayerFormat, dtype: torch.dtype) -> tuple[float, float]:
-    """N / M of the weight, at its own size and some bits for its position; and the blocks."""
+    """N / M of the weight, at its own size and some bits for its position; and the blocks, with their scales."""
     (d_out, d_in), pattern = layer.shape, layer.pattern
-    value = CORE_DTYPES.get(layer.core_dtype or "", dtype)
+    value, entry = (WHOLE_DTYPES.get(name or "", dtype) for name in (layer.core_dtype, layer.wrapper_dtype))
     core = d_out * d_in * pattern.keep / pattern.group * (value.itemsize + pattern.index_bits / 8)
     (b_out, b_in), count = layer.block or (0, 0), layer.experts or 1
-    return count * core, count * dtype.itemsize * (b_out * d_out + b_in * d_in)
+    scales = 0 if layer.wrapper_dtype is None else 2 * dtype.itemsize * (d_out + d_in)
+    return count * core, count * (entry.itemsize * (b_out * d_out + b_in * d_in) + scales)
 
 
 def _losses(folder: Path) -> dict[str, dict[str, float]]:

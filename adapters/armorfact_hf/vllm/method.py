@@ -16,12 +16,13 @@ from armorfact_hf.checkpoint.contents import AGAIN
 from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.joined import JoinedLinears, refusal
+from armorfact_hf.layers.parts import PARTS
 from armorfact_hf.vllm.parts import Part
 from armorfact_hf.vllm.ranks import shares
 from armorfact_hf.vllm.routing import ignoring, part_number
 
 FEW_AND_MANY = (1, 128)  # tokens: on either side of what any way to run a layer draws a line at
-TENSORS = ("values", "positions", "left", "right", "weight")  # under any module, but for the bias
+TENSORS = (*(part for part in PARTS if part != "bias"), "weight")  # under any module, but for the bias
 
 
 class Placeholder(nn.Parameter):
@@ -106,7 +107,7 @@ class PrunedLinearMethod(LinearMethodBase):
     @torch.inference_mode()
     def _warm(self, layer: LinearBase) -> None:
         """Compute once, of few tokens and of many, so that no request waits for kernels to be compiled."""
-        weight = next(layer.parts.parameters())
+        weight = next(layer.parts.parameters())  # the first floating tensor: whole numbers are no parameters
         for tokens in FEW_AND_MANY:
             self.apply(
                 layer, torch.zeros(tokens, self.parts[0].share.shape[1], dtype=weight.dtype, device=weight.device)

@@ -58,6 +58,27 @@ def test_a_saved_model_computes_the_same(written, family):
 
 
 @pytest.mark.parametrize("family", EXPERTS)
+@torch.no_grad()
+def test_int8_cores_of_experts_load_to_the_same_logits(family, tmp_path):
+    model, tokens = tiny_model(family, dtype=torch.bfloat16), random_tokens(seed=1)
+    report = prune_(model, random_tokens(), replace(CONFIG, core_dtype="int8"))
+    for layer in report.layers:
+        assert layer.losses["armorfact"] < 1.1 * layer.unrounded_loss + 1e-3
+    stacks = [stack for x in model.modules() if isinstance(x, FactorizedExperts) for stack in x.stacks.values()]
+    assert stacks and {(stack.values.dtype, stack.dtype) for stack in stacks} == {(torch.int8, torch.bfloat16)}
+    save_pruned(model, tmp_path)
+    description = describe_folder(tmp_path)
+    assert description.version == 4 and {layer.core_dtype for layer in description.modules.values()} == {"int8"}
+    verify_folder(tmp_path, description)
+    loaded = load_pruned(tmp_path)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    for layer in inspect_folder(tmp_path):
+        assert sum(layer.theory) == pytest.approx(layer.bytes)
+    logits = to_dense_(loaded)(tokens).logits
+    assert (logits - model(tokens).logits).norm() < 0.05 * logits.norm()
+
+
+@pytest.mark.parametrize("family", EXPERTS)
 def test_tensors_are_stored_under_the_names_that_they_have_in_the_model(written, family):
     """transformers renames, splits and merges what stands under its own names of experts' weights."""
     model, folder, report = written(family)

@@ -61,6 +61,25 @@ def int8_layer(
     return FactorizedLinear.of(replace(layer.core, values=whole), left, right, layer.bias)
 
 
+def whole_layer(
+    d_out: int = 12,
+    d_in: int = 36,
+    block: tuple[int, int] = (6, 12),
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    pattern: Pattern = PAIR,
+    seed: int = 0,
+) -> FactorizedLinear:
+    """A layer whose wrappers are whole numbers too, between scales of any size and sign."""
+    layer, generator = int8_layer(d_out, d_in, block, dtype, bias, pattern, seed), torch.Generator().manual_seed(seed)
+
+    def whole(blocks: Tensor, size: float) -> BlockDiagonal:
+        scales = size * torch.randn(2, *blocks.shape[:2], generator=generator).to(dtype)
+        return BlockDiagonal(torch.randint(-127, 128, blocks.shape, generator=generator, dtype=torch.int8), *scales)
+
+    return FactorizedLinear.of(layer.core, whole(layer.left, 1 / 64), whole(layer.right, 1 / 16), layer.bias)
+
+
 def random_inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -78,7 +97,7 @@ def reference(layer: FactorizedLinear, x: Tensor) -> Tensor:
 def sizes_of_terms(layer: FactorizedLinear, x: Tensor) -> Tensor:
     """|A| |C| |B| |x| + |bias|: what the rounding of each entry is relative to."""
     exact = in_float64(layer)
-    for tensor in (*exact.parameters(), exact.values):
+    for tensor in (*exact.parameters(), *exact.buffers()):
         tensor.abs_()
     return functional.linear(x.double().abs(), exact.weight, exact.bias)
 
@@ -103,7 +122,8 @@ def factorized(layer: FactorizedLinear, x: Tensor, text: str = "") -> Tensor:
     """What the operator makes of a layer's factors, its bias left out."""
     held = layer.values, layer.positions, layer.left, layer.right, layer.merged, layer.compressed
     pattern = layer.pattern
-    return torch.ops.armorfact.factorized_linear(x, *held, pattern.keep, pattern.group, text)
+    scales = layer.left_scales, layer.right_scales
+    return torch.ops.armorfact.factorized_linear(x, *held, pattern.keep, pattern.group, text, *scales)
 
 
 def packed_operator(layer: FactorizedLinear, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Compiled:
 
     def launch(self, *args, num_warps, num_stages=3, **constants):
         kinds = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-        kinds[torch.int32] = "*i32"
+        kinds |= {torch.int32: "*i32", torch.int8: "*i8"}
         names = self.kernel.arg_names
         arguments = dict(zip(names, args, strict=False)) | constants
         signature = dict.fromkeys(names, "constexpr")

@@ -93,10 +93,13 @@ def test_all_at_once_is_one_after_another(dtype, tokens, block, bias, gate):
     ],
     ids=str,
 )
+@pytest.mark.parametrize("core", ["floating", "int8"])
 @torch.no_grad()
-def test_few_and_some_rows_of_any_size(shape, block, dtype):
-    counts = [1, 0, 4, 7]
-    layers = [cases.random_layer(*shape, block, dtype, bias=False, seed=seed) for seed in range(len(counts))]
+def test_few_and_some_rows_of_any_size(core, shape, block, dtype):
+    if core == "int8" and block is None:
+        pytest.skip("a core in int8 has wrappers")
+    counts, made = [1, 0, 4, 7], cases.random_layer if core == "floating" else cases.int8_layer
+    layers = [made(*shape, block, dtype, bias=False, seed=seed) for seed in range(len(counts))]
     stack, x = FactorizedStack.of(layers), cases.random_inputs(sum(counts), shape[1], dtype=dtype)
     y = packed_experts.product(x, counts, [(stack.values, stack.positions, stack.left, stack.right)])
     for layer, given, found in zip(layers, x.split(counts), y.split(counts), strict=True):
@@ -153,7 +156,24 @@ def test_on_a_gpu(tokens):
     assert close(found.cpu(), wanted, torch.bfloat16)
 
 
+@torch.no_grad()
+def test_a_stack_of_int8_cores_keeps_their_dtypes_and_gives_its_layers_back():
+    layers = [cases.int8_layer(dtype=torch.bfloat16, seed=seed) for seed in range(3)]
+    stack = FactorizedStack.of(layers)
+    assert (stack.values.dtype, stack.dtype, stack.layout.core_dtype) == (torch.int8, torch.bfloat16, "int8")
+    assert {name for name, _ in stack.named_parameters()} == {"left", "right", "bias"}
+    for expert, layer in enumerate(layers):
+        again = stack.layer(expert).state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in layer.state_dict().items())
+    x = cases.random_inputs(2, 36, dtype=torch.bfloat16)
+    assert stack.runs_packed(x, [1, 1, 0])
+    factors, bias = stack.each[1]
+    torch.testing.assert_close(stack.product(factors, bias, x), layers[1](x))
+
+
 def test_only_like_layers_are_stacked():
+    with pytest.raises(ValueError, match="no wrapper_dtype of experts"):
+        FactorizedStack.of([cases.whole_layer(), cases.whole_layer(seed=1)])
     with pytest.raises(ValueError, match="of one shape, block and dtype can be stacked, got 2 kinds"):
         FactorizedStack.of([random_layer(), random_layer(block=(4, 4))])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -61,6 +62,15 @@ def check(y: Tensor, x: Tensor, core: Core, right: Tensor | None = None) -> None
 def test_equals_the_dense_product_with_tails_of_every_tile(tokens, dtype):
     x, core, _ = drawn(tokens, tokens, 37, 404, None, dtype)
     check(product(x, core), x, core)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "block"), [(1, None), (1, 16), (7, None), (65, 16)])
+@pytest.mark.usefixtures("interpreted")
+def test_kept_values_in_int8(tokens, block, dtype):
+    x, core, right = drawn(tokens, tokens, 37, 400, block, dtype)
+    whole = replace(core, values=(core.values.float() * 40).round().clamp(-127, 127).to(torch.int8))
+    check(product(x, whole, right), x, whole, right)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -220,7 +230,10 @@ def test_compiles_within_the_memory_of_any_recent_gpu(monkeypatch, tmp_path, tok
     one, some = Compiled(kernels.one_token), Compiled(kernels.some_tokens)
     stand_in = SimpleNamespace(INTERPRETED=True, one_token=one, some_tokens=some)
     monkeypatch.setattr(triton_source, "_kernels", lambda: stand_in)
-    product(*drawn(0, tokens, 33, 512, block, dtype))
+    x, core, right = drawn(0, tokens, 33, 512, block, dtype)
+    product(x, core, right)
+    assert 0 < max(one.shared, some.shared) <= 99 * 1024
+    product(x, replace(core, values=core.values.to(torch.int8)), right)
     assert 0 < max(one.shared, some.shared) <= 99 * 1024
 
 

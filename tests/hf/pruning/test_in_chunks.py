@@ -32,7 +32,13 @@ def digest(model) -> str:
 
 @pytest.mark.parametrize(
     ("settings", "states"),
-    [({}, "memory"), ({}, "disk"), ({"propagate": "dense", "tail": 0}, "memory"), ({"method": "sparsegpt"}, "memory")],
+    [
+        ({}, "memory"),
+        ({}, "disk"),
+        ({"propagate": "dense", "tail": 0}, "memory"),
+        ({"method": "sparsegpt"}, "memory"),
+        ({"core_dtype": "int8"}, "memory"),
+    ],
 )
 def test_the_same_bits(settings, states):
     """Layers and losses, with blocks tuned and the last ones together; the first block's router favours two experts."""

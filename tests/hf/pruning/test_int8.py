@@ -28,11 +28,14 @@ from tests.hf.models import BLOCKS, random_tokens, tiny_model
 from tests.hf.observers import Stepping
 
 INT8 = PruneConfig(core_dtype="int8", sweeps=2, passes=1, tail=2, baselines=())
+WHOLE = replace(INT8, wrapper_dtype="int8")
 SETTINGS = {
     "layers alone": replace(INT8, refine=None),
     "the paper's objective": replace(INT8, refine=None, objective="nowag"),
     "blocks and tail": INT8,
     "with the head": replace(INT8, head=True, refine=None),
+    "wrappers as well": WHOLE,
+    "wrappers as well, layers alone": replace(WHOLE, refine=None),
 }
 
 
@@ -52,6 +55,7 @@ def test_every_core_is_int8_and_the_report_is_of_what_is_stored(settings):
     assert set(layers) == {layer.name for layer in report.layers}
     assert {layer.values.dtype for layer in layers.values()} == {torch.int8}
     assert {layer.dtype for layer in layers.values()} == {torch.bfloat16}
+    assert {layer.layout.wrapper_dtype for layer in layers.values()} == {SETTINGS[settings].wrapper_dtype}
     for layer in report.layers:
         assert layer.bytes == layers[layer.name].nbytes
         assert layer.unrounded_loss is not None
@@ -59,8 +63,9 @@ def test_every_core_is_int8_and_the_report_is_of_what_is_stored(settings):
         assert "; in int8 " in layer.status
 
 
-def test_rounding_costs_hardly_anything_beside_the_same_run_without():
-    model, report = pruned(replace(INT8, refine=None), torch.float32)
+@pytest.mark.parametrize("config", [INT8, WHOLE], ids=["core", "wrappers as well"])
+def test_rounding_costs_hardly_anything_beside_the_same_run_without(config):
+    model, report = pruned(replace(config, refine=None), torch.float32)
     plain, before = pruned(replace(INT8, refine=None, core_dtype=None), torch.float32)
     first, other = report.layers[0], before.layers[0]
     assert first.unrounded_loss == pytest.approx(other.losses["armorfact"])
@@ -91,6 +96,25 @@ def test_blocks_of_the_tail_are_rounded_once_in_the_end(tmp_path):
         kinds = {key: {x.values.dtype for x, _ in journal.read(key).layers} for key in ("block-0000", "tail")}
         kinds["last"] = {x.values.dtype for x, _ in journal.read(f"block-{BLOCKS - 1:04}").layers}
     assert kinds == {"block-0000": {torch.int8}, "tail": {torch.int8}, "last": {torch.bfloat16}}
+
+
+def test_a_folder_in_version_4_is_resumed_loaded_inspected_and_not_trained(tmp_path):
+    model, report = pruned(WHOLE, journal=tmp_path / "journal")
+    again, _ = pruned(WHOLE, journal=tmp_path / "journal")
+    assert model_fingerprint(again) == model_fingerprint(model)
+    save_pruned(model, tmp_path / "pruned")
+    found = json.loads((tmp_path / "pruned" / "config.json").read_text())["quantization_config"]
+    assert (found["version"], {entry["wrapper_dtype"] for entry in found["modules"]}) == (4, {"int8"})
+    loaded, tokens = load_pruned(tmp_path / "pruned"), random_tokens(2)
+    assert model_fingerprint(loaded) == model_fingerprint(model)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    for layer, told in zip(inspect_folder(tmp_path / "pruned"), report.layers, strict=True):
+        assert (layer.core_dtype, layer.wrapper_dtype, layer.bytes) == ("int8", "int8", told.bytes)
+        assert sum(layer.theory) == pytest.approx(layer.bytes)
+    for train in ("factors", "wrappers"):
+        with pytest.raises(ValueError, match=r"wrappers of .*q_proj are int8, .* pruned without --wrapper-dtype"):
+            train_factors_(loaded, train)
+    assert not layers_of(to_dense_(loaded))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +174,9 @@ def test_the_plan_counts_a_byte_a_value():
     assert other.wrapper_overhead == plan.wrapper_overhead
     _, report = pruned()
     assert plan.bytes == sum(layer.bytes for layer in report.layers)
+    whole = make_plan(model, random_tokens(), WHOLE, measure=False)
+    assert whole.bytes == sum(layer.bytes for layer in pruned(WHOLE)[1].layers)
+    assert plan.bytes - whole.bytes == round((plan.wrapper_overhead - whole.wrapper_overhead) * plan.dense_bytes)
 
 
 def test_wrappers_can_be_trained_and_kept_values_are_refused_with_the_way_out():
@@ -171,7 +198,9 @@ def test_wrappers_can_be_trained_and_kept_values_are_refused_with_the_way_out():
     [
         ("llama", {"method": "wanda"}, "needs wrappers, which hold the scales"),
         ("llama", {"core_dtype": "int4"}, "core_dtype must be one of int8, None, got 'int4'"),
-        ("mixtral", {}, r"experts, whose cores cannot be rounded to int8: leave them dense with ignore="),
+        ("mixtral", {"wrapper_dtype": "int8"}, r"experts, whose wrappers cannot be rounded to int8: leave them dense"),
+        ("llama", {"core_dtype": None, "wrapper_dtype": "int8"}, "add core_dtype='int8'"),
+        ("llama", {"wrapper_dtype": "int4"}, "wrapper_dtype must be one of int8, None, got 'int4'"),
     ],
 )
 def test_what_cannot_be_rounded_is_refused_before_any_work(family, settings, message):
@@ -181,7 +210,7 @@ def test_what_cannot_be_rounded_is_refused_before_any_work(family, settings, mes
 
 def test_experts_that_are_left_dense_do_not_keep_the_rest_from_being_rounded():
     model = tiny_model("mixtral")
-    prune_(model, random_tokens(), replace(INT8, refine=None, ignore=("re:.*experts",)))
+    prune_(model, random_tokens(), replace(WHOLE, refine=None, ignore=("re:.*experts",)))
     assert {layer.values.dtype for layer in layers_of(model).values()} == {torch.int8}
 
 

@@ -155,23 +155,25 @@ def _core_rows(values, positions, row, rows, x, tokens, d_in, z):
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def few_tokens(like, values_like, x, y, tokens, d_in, parts):
+def few_tokens(like, values_like, blocks_like, x, y, tokens, d_in, parts):
     """y = A C B x of one or several layers side by side, for a handful of tokens, in two parallel passes: B, then C, A.
 
     Arguments are addresses and sizes, since a small layer is done in the time that it takes to unwrap six arrays.
 
     Args:
         like: an array of the layers' dtype: float32, int16 for float16, uint16 for bfloat16.
-        values_like: one of that of the kept values, the same or int8.
+        values_like, blocks_like: arrays of that of the kept values and of that of the wrappers' blocks: the same, or
+            int8.
         x: of (tokens, d_in). y: of (tokens, d_out of all), written.
-        parts: (layers, 7) int64, for each layer the addresses of its factors, 0 for none, and its sizes:
+        parts: (layers, 9) int64, for each layer the addresses of its factors, 0 for none, and its sizes:
             values (d_out, d_in / 2), positions (d_out, ceil(d_in / 8)) uint8, two bits a kept value, left and right
-            (blocks, size, size), d_out, and the sizes of the blocks on the left and on the right, 0 for none.
+            (blocks, size, size), d_out, and the sizes of the blocks on the left and on the right, 0 for none; then the
+            addresses of the scales of left (2, d_out) and of right (2, d_in), those of rows first, 0 for none.
     """
     layers, width = parts.shape[0], np.sum(parts[:, 4])
     y = carray(pointer(y, like), tokens * width)
     wide = _widened(carray(pointer(x, like), tokens * d_in))
-    inputs = _right_products(like, wide, tokens, d_in, parts)
+    inputs = _right_products(like, blocks_like, wide, tokens, d_in, parts)
     ends = np.empty(layers, dtype=np.int64)  # of each layer's pieces of rows
     first_rows = np.empty(layers, dtype=np.int64)
     pieces = rows_before = 0
@@ -186,15 +188,27 @@ def few_tokens(like, values_like, x, y, tokens, d_in, parts):
         here = min(rows, d_out - row)
         values = carray(pointer(parts[p, 0], values_like), d_out * (d_in // 2))
         positions = carray(pointer(parts[p, 1], BYTES), d_out * ((d_in + 7) // 8))
-        left = carray(pointer(parts[p, 2], like), d_out * block_out)
+        left = carray(pointer(parts[p, 2], blocks_like), d_out * block_out)
         z = np.empty(tokens * here, dtype=np.float32)
         given = inputs[p] if parts[p, 6] else wide
         _core_rows(values, positions, row, here, given, tokens, d_in, z)
+        scales = carray(pointer(parts[p, 7], like), 2 * d_out)
         for t in range(tokens):
+            at = t * here
+            if parts[p, 7]:
+                _scale(z, at, scales, d_out + row, here)
             for r in range(here):
-                at = t * here
                 result = _dot(left, (row + r) * here, z, at, here) if block_out else z[at + r]
+                if parts[p, 7]:
+                    result *= element(scales, row + r)
                 put(y, t * width + first_rows[p] + row + r, result)
+
+
+@njit(cache=True)
+def _scale(z, at, scales, first, count):
+    """z[at : at + count] *= scales[first : first + count]."""
+    for k in range(count):
+        z[at + k] *= element(scales, first + k)
 
 
 @njit(cache=True, inline="always")
@@ -213,7 +227,7 @@ def _widened(x):
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _right_products(like, x, tokens, d_in, parts):
+def _right_products(like, blocks_like, x, tokens, d_in, parts):
     """B x of every layer that has a B, each flat like x, (layers, tokens * d_in)."""
     layers = parts.shape[0]
     products = np.empty((layers, tokens * d_in), dtype=np.float32)
@@ -225,12 +239,19 @@ def _right_products(like, x, tokens, d_in, parts):
     for i in prange(blocks):
         p = np.searchsorted(ends, i, side="right")
         size = parts[p, 6]
-        right = carray(pointer(parts[p, 3], like), d_in * size)
+        right = carray(pointer(parts[p, 3], blocks_like), d_in * size)
         first = (i - (ends[p] - d_in // size)) * size
+        scales = carray(pointer(parts[p, 8], like), 2 * d_in)
+        given = np.empty(size, dtype=np.float32)
         for t in range(tokens):
             at = t * d_in + first
+            given[:] = x[at : at + size]
+            if parts[p, 8]:
+                _scale(given, 0, scales, d_in + first, size)
             for r in range(size):
-                products[p, at + r] = _dot(right, (first + r) * size, x, at, size)
+                products[p, at + r] = _dot(right, (first + r) * size, given, 0, size)
+            if parts[p, 8]:
+                _scale(products[p], at, scales, first, size)
     return products
 
 

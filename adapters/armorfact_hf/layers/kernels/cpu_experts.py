@@ -29,13 +29,14 @@ from armorfact_hf.layers.kernels.simd import (
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def expert_rows(like, x, y, rows, d_in, width, parts):
+def expert_rows(like, values_like, x, y, rows, d_in, width, parts):
     """y = A C B x of every part, on its rows of x and into its columns of y, in two parallel passes: B, then C and A.
 
     Threads share the rows of all cores, so that experts with one token each keep all of them busy.
 
     Args:
         like: an array of the layers' dtype: float32, int16 for float16, uint16 for bfloat16.
+        values_like: one of that of the kept values, the same or int8.
         x: address of (rows, d_in). y: of (rows, width), written.
         parts: (parts, 10) int64, for each layer the addresses of its values, positions, left and right, d_out, and the
             sizes of the blocks on the left and on the right, as `cpu.few_tokens` takes them; then the first of its rows
@@ -58,7 +59,7 @@ def expert_rows(like, x, y, rows, d_in, width, parts):
         first, tokens, column = parts[p, 7], parts[p, 8], parts[p, 9]
         row = (i - (ends[p] + -d_out // piece)) * piece
         here = min(piece, d_out - row)
-        values = carray(pointer(parts[p, 0], like), d_out * (d_in // 2))
+        values = carray(pointer(parts[p, 0], values_like), d_out * (d_in // 2))
         positions = carray(pointer(parts[p, 1], BYTES), d_out * ((d_in + 7) // 8))
         left = carray(pointer(parts[p, 2], like), d_out * block_out)
         z = np.empty(tokens * here, dtype=np.float32)
@@ -151,7 +152,7 @@ def _rows_of_core_by(values, positions, row, rows, wide, pairs, tokens, d_in, z)
         else:
             _wide_rows(values, positions, row, rows, wide, tokens, d_in, z)
 
-    return in_pairs if pairs.dtype == types.uint16 else widely
+    return in_pairs if pairs.dtype == values.dtype == types.uint16 else widely
 
 
 @overload(_block)

@@ -22,21 +22,32 @@ MOST_ROWS = 512
 # numba knows no 16-bit float: float16 goes as int16, bfloat16 as uint16.
 _STORED = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
 LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in (*DTYPES, torch.int8)}
-Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # values, positions, left and right of a layer
+# Values, positions, left and right of a layer, and the scales of these two where they are int8.
+Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # numba's simplest pool of threads aborts the process when two threads of Python enter it at once.
 _one_at_a_time = threading.Lock()
 
 
-def packed_product(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def packed_product(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    left_scales: Tensor | None = None,
+    right_scales: Tensor | None = None,
+) -> Tensor:
     """y = A C B x (tokens, d_out), for the rows of x (tokens, d_in) and a packed 2:4 core.
 
     Args:
         x: any strides, in one of `DTYPES`. values, positions: the core, see `armorfact.Core`, in that dtype or int8.
         left, right: blocks of A and B in the dtype of x, each may be None.
+        left_scales, right_scales: for at most `FEW_TOKENS` tokens blocks may be in int8, between these scales
+            (2, channels) of rows and of columns.
     """
     if x.shape[0] > FEW_TOKENS:
         return _many_tokens(x, values, positions, left, right)
-    return FewTokens([(values, positions, left, right)])(x)
+    return FewTokens([(values, positions, left, right, left_scales, right_scales)])(x)
 
 
 class FewTokens:
@@ -45,13 +56,14 @@ class FewTokens:
     Made once for factors that stay where they are in memory: to describe them takes longer than some layers' product.
 
     Args:
-        layers: values, positions, left and right of each, as there; the values of all in one dtype.
+        layers: the factors of each, as there; the values of all in one dtype, and so are the blocks.
     """
 
     def __init__(self, layers: Sequence[Stored]) -> None:
         self.held = [[_contiguous(tensor) for tensor in layer] for layer in layers]  # so that no address goes stale
         self.parts = np.array([_described(*layer) for layer in self.held])
         self.values_like = LIKE[layers[0][0].dtype]
+        self.blocks_dtype = next((left.dtype for _, _, left, *_ in layers if left is not None), None)
         self.d_out = sum(layer[0].shape[0] for layer in layers)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -61,8 +73,9 @@ class FewTokens:
         if y.numel():
             x = x.contiguous()
             with launching():
+                like, blocks_like = LIKE[x.dtype], LIKE[self.blocks_dtype or x.dtype]
                 kernels.few_tokens(
-                    LIKE[x.dtype], self.values_like, x.data_ptr(), y.data_ptr(), tokens, d_in, self.parts
+                    like, self.values_like, blocks_like, x.data_ptr(), y.data_ptr(), tokens, d_in, self.parts
                 )
         return y
 
@@ -71,10 +84,13 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None else tensor.contiguous()
 
 
-def _described(values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None) -> list[int]:
+def _described(
+    values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None, *scales: Tensor | None
+) -> list[int]:
     """A layer as `kernels.few_tokens` takes it."""
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (values, positions, left, right)]
-    return [*addresses, values.shape[0], *(0 if tensor is None else tensor.shape[-1] for tensor in (left, right))]
+    factors = [0 if tensor is None else tensor.data_ptr() for tensor in (values, positions, left, right)]
+    sizes = [0 if tensor is None else tensor.shape[-1] for tensor in (left, right)]
+    return [*factors, values.shape[0], *sizes, *(0 if tensor is None else tensor.data_ptr() for tensor in scales)]
 
 
 def _many_tokens(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

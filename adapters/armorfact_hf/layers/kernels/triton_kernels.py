@@ -1,7 +1,8 @@
 """The Triton kernels that multiply with packed 2:4 cores; `triton_packed` and `triton_experts` launch them.
 
 Importing this file needs triton. A group is four columns, of which the core keeps two: the values v0 and v1, at the
-positions p0 < p1. Two groups share a byte of positions. Sums are float32 whatever the dtype of the tensors.
+positions p0 < p1. Two groups share a byte of positions. Values may be int8, which any dtype of x holds exactly. Sums
+are float32 whatever the dtype of the tensors.
 """
 
 import triton
@@ -114,7 +115,10 @@ def _tile(
             block = tl.load(right + column[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
             inputs = _dot(block, inputs).to(x.dtype.element_ty)
         v0, v1, p0, p1 = _groups(values, positions, rows, first, d_out, groups, bytes_a_row, OUT, GROUPS)
-        total += _dot(_dense(v0, v1, p0, p1, OUT, GROUPS), inputs)
+        weights = _dense(v0, v1, p0, p1, OUT, GROUPS)
+        if weights.dtype == tl.int8:
+            weights = weights.to(tl.float32).to(x.dtype.element_ty)
+        total += _dot(weights, inputs)
     return total
 
 

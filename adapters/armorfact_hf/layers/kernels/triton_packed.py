@@ -45,7 +45,7 @@ def packed_product(x: Tensor, values: Tensor, positions: Tensor, right: Tensor |
 
     Args:
         x: (tokens, d_in) float16, bfloat16 or float32, any strides; d_in is a multiple of 4.
-        values: (d_out, d_in / 2) in the dtype of x, the kept values of each row from left to right.
+        values: (d_out, d_in / 2) in the dtype of x or int8, the kept values of each row from left to right.
         positions: (d_out, ceil(d_in / 8)) uint8, 2 bits for each kept value, the first in the low bits of its byte,
             as in `armorfact.Core.packed`.
         right: (d_in / b, b, b) in the dtype of x, the blocks of B, or None.
@@ -169,7 +169,8 @@ def check(x: Tensor, values: Tensor, positions: Tensor, right: Tensor | None) ->
             f"got {tuple(x.shape)} in {x.dtype}"
         )
     d_in, d_out = x.shape[1], values.shape[0]
-    expected = {"values": (values, (d_out, d_in // 2), x.dtype)}
+    kept = torch.int8 if values.dtype == torch.int8 else x.dtype
+    expected = {"values": (values, (d_out, d_in // 2), kept)}
     expected["positions"] = (positions, (d_out, _tiles(d_in, 8)), torch.uint8)
     if right is not None:
         size = right.shape[-1]

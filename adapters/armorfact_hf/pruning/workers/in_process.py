@@ -119,10 +119,13 @@ class InProcess:
         config, dense = self.job.config, {layer.name: layer for layer in self.job.layers}
         if config.core_dtype is None:
             return pruned
-        return side_by_side(
-            lambda layer, given, report: round_layer(layer, given, report, statistics.of(layer.name), config),
-            [(dense[report.name], layer, report) for layer, report in pruned],
-        )
+        given, done = {report.name: (layer, report) for layer, report in pruned}, {}
+        for chunk in chunks_of([dense[name] for name in given], self.experts_at_once):
+            work = [(layer, *given[layer.name], statistics.of(layer.name), config) for layer in chunk]
+            for rounded in side_by_side(round_layer, work):
+                done[rounded[1].name] = rounded
+            del work  # the next chunk takes its memory
+        return [done[name] for name in given]
 
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model."""
