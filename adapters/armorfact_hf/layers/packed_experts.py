@@ -86,7 +86,9 @@ def _on_cpu(x: Tensor, counts: Sequence[int], stacks: Sequence[Stack]) -> Tensor
 
 def _few_and_tiles(counts: Sequence[int], in_tiles: bool) -> tuple[np.ndarray, np.ndarray]:
     """An expert, the first of some rows of x that are its own, and how many, (…, 3): few, and up to a tile of them."""
-    few, tiles, first = [], [], 0
+    few: list[tuple[int, int, int]] = []
+    tiles: list[tuple[int, int, int]] = []
+    first = 0
     for expert, count in enumerate(counts):
         whole = count // cpu_panels.TILE * cpu_panels.TILE if in_tiles else 0
         tiles += [(expert, first + at, cpu_panels.TILE) for at in range(0, whole, cpu_panels.TILE)]
