@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from armorfact import Pattern
 from armorfact_hf.layers import packed_experts
 from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.kernels.bf16 import has_bf16
 from armorfact_hf.layers.routed import Gating, by_expert
 from armorfact_hf.layers.stack import FactorizedStack
 from armorfact_hf.layers.strategy import PAIR, Kind
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.prune import prune_
 from tests.hf.checkpoint.cases import random_layer
 from tests.hf.layers import cases
+from tests.hf.models import random_tokens, tiny_model
 
 EXPERTS, WIDTH, INNER = 5, 16, 24
 
@@ -102,15 +109,83 @@ def test_few_and_some_rows_of_any_size(core, shape, block, dtype):
     layers = [made(*shape, block, dtype, bias=False, seed=seed) for seed in range(len(counts))]
     stack, x = FactorizedStack.of(layers), cases.random_inputs(sum(counts), shape[1], dtype=dtype)
     y = packed_experts.product(x, counts, [(stack.values, stack.positions, stack.left, stack.right)])
-    for layer, given, found in zip(layers, x.split(counts), y.split(counts), strict=True):
-        cases.assert_rounded(found, layer, given)
+    for layer, rows, found in zip(layers, x.split(counts), y.split(counts), strict=True):
+        cases.assert_rounded(found, layer, rows)
 
 
-def test_more_rows_in_bfloat16_where_the_processor_multiplies_pairs(monkeypatch):
+@pytest.fixture
+def tiles(monkeypatch):
+    """Many rows of an expert go in tiles, wherever the processor can."""
+    monkeypatch.setattr(packed_experts, "beats_dense", has_bf16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        *(((75, 80), block) for block in (None, (5, 20), (25, 80))),  # odd blocks, and columns beyond a panel
+        *(((96, 128), block) for block in (None, (32, 64), (96, 4))),
+        ((7, 12), (1, 3)),
+        ((600, 4), None),  # more rows than a thread takes at a time
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("tiles")
+@torch.no_grad()
+def test_many_rows_in_bfloat16(shape, block):
+    counts = [1, 0, 33, 64, 70, 190]
+    dtype = torch.bfloat16
+    layers = [cases.random_layer(*shape, block, dtype, bias=False, seed=seed) for seed in range(len(counts))]
+    stack, x = FactorizedStack.of(layers), cases.random_inputs(sum(counts), shape[1], dtype=dtype)
+    factors = (stack.values, stack.positions, stack.left, stack.right)
+    y = packed_experts.product(x, counts, [factors, factors])
+    for layer, rows, found in zip(layers, x.split(counts), y.split(counts), strict=True):
+        for side in found.split(shape[0], dim=1):
+            cases.assert_rounded(side.contiguous(), layer, rows)
+
+
+@pytest.mark.parametrize(("block", "bias", "gate"), [((8, 8), True, True), ((4, 8), False, True), (None, True, False)])
+@pytest.mark.usefixtures("tiles")
+@torch.no_grad()
+def test_many_tokens_in_bfloat16(block, bias, gate):
+    dtype = torch.bfloat16
+    experts, given_call = experts_of(gate, block, bias, dtype), call(150, dtype)
+    assert close(experts(*given_call), expected(experts, *given_call), dtype)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.usefixtures("tiles")
+@torch.no_grad()
+def test_many_tokens_of_each_family(family):
+    model = tiny_model(family, dtype=torch.bfloat16)
+    prune_(model, random_tokens(), PruneConfig(method="magnitude", baselines=()))
+    experts = next(module for module in model.modules() if isinstance(module, FactorizedExperts))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, experts.up.layout.shape[1], generator=generator).bfloat16()
+    chosen = torch.rand(150, experts.num_experts, generator=generator).topk(2).indices
+    weights = torch.rand(150, 2, generator=generator).bfloat16()
+    one_after_another = experts.separate().double()
+    assert close(experts(x, chosen, weights), one_after_another(x.double(), chosen, weights.double()), torch.bfloat16)
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=9), in_tiles=st.booleans())
+def test_every_row_is_taken_once(counts, in_tiles):
+    few, some = packed_experts._few_and_tiles(counts, in_tiles)
+    assert in_tiles or not len(some)
+    assert (some[:, 2] <= 64).all() and (not in_tiles or (few[:, 2] <= 32).all())
+    owners = np.repeat(np.arange(len(counts)), counts)
+    taken = np.zeros(len(owners), dtype=int)
+    for expert, first, count in [*few, *some]:
+        assert count and (owners[first : first + count] == expert).all()
+        taken[first : first + count] += 1
+    assert (taken == 1).all()
+
+
+def test_any_number_of_rows_in_bfloat16_where_the_processor_multiplies_pairs(monkeypatch):
     kind = Kind((64, 64), PAIR, torch.bfloat16, torch.device("cpu"))
-    for pairs, most in ((True, 64), (False, 24)):
+    for pairs in (True, False):
         monkeypatch.setattr(packed_experts, "beats_dense", lambda pairs=pairs: pairs)
-        assert packed_experts.runs(kind, [most]) and not packed_experts.runs(kind, [most + 1])
+        assert packed_experts.runs(kind, [24]) and packed_experts.runs(kind, [1000]) == pairs
         assert not packed_experts.runs(kind._replace(dtype=torch.float32), [25])
 
 

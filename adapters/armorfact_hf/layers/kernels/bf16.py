@@ -19,6 +19,7 @@ from armorfact_hf.layers.kernels.simd import floats
 LANES = 32
 _byte, _half_word, _word, _long = map(ir.IntType, (8, 16, 32, 64))
 _halves, _sums = ir.VectorType(_half_word, LANES), ir.VectorType(ir.FloatType(), 16)
+_sixteen = ir.VectorType(_half_word, 16)
 
 
 class _BFloat(ir.types.Type):
@@ -68,9 +69,13 @@ def _constant(values) -> ir.Constant:
     return ir.Constant(_halves, list(values))
 
 
-def _read(context, builder, array, array_type, index, kind, align):
+def _address(context, builder, array, array_type, index, kind):
     data = context.make_array(array_type)(context, builder, array).data
-    found = builder.load(builder.bitcast(builder.gep(data, [index]), kind.as_pointer()))
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+
+def _read(context, builder, array, array_type, index, kind, align):
+    found = builder.load(_address(context, builder, array, array_type, index, kind))
     found.align = align
     return found
 
@@ -128,3 +133,87 @@ def add_products(typingctx, sums, x, y):
         return builder.call(dot, [args[0], *(builder.bitcast(vector, pairs) for vector in args[1:])])
 
     return floats(sums, x, y), generate
+
+
+@intrinsic
+def spread_pair(typingctx, array, index):
+    """array[index] and array[index + 1] in turns, sixteen times."""
+
+    def generate(context, builder, signature, args):
+        pair = _read(context, builder, args[0], signature.args[0], args[1], _word, 2)
+        words, nothing = ir.VectorType(_word, 16), ir.Constant(ir.VectorType(_word, 16), ir.Undefined)
+        first = builder.insert_element(nothing, pair, ir.Constant(_word, 0))
+        return builder.bitcast(builder.shuffle_vector(first, nothing, ir.Constant(words, [0] * 16)), _halves)
+
+    return halves(array, index), generate
+
+
+@intrinsic
+def take_turns(typingctx, array, first, second):
+    """array[first], array[second], array[first + 1], array[second + 1], …: sixteen of each."""
+
+    def generate(context, builder, signature, args):
+        low, high = (_read(context, builder, args[0], signature.args[0], at, _sixteen, 2) for at in args[1:])
+        order = ir.Constant(ir.VectorType(_word, LANES), [k // 2 + 16 * (k % 2) for k in range(LANES)])
+        return builder.shuffle_vector(low, high, order)
+
+    return halves(array, first, second), generate
+
+
+@intrinsic
+def store_pairs(typingctx, array, index, vector):
+    """array[index : index + 32] = vector."""
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, args[0], signature.args[0], args[1], _halves)
+        builder.store(args[2], address).align = 2
+        return context.get_dummy_value()
+
+    return types.none(array, index, vector), generate
+
+
+@intrinsic
+def store_rounded(typingctx, array, index, vector):
+    """array[index : index + 16] = sixteen float32, rounded to bfloat16."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VectorType(_BFloat(), 16), [_sums])
+        convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512")
+        rounded = builder.bitcast(builder.call(convert, [args[2]]), _sixteen)
+        builder.store(rounded, _address(context, builder, args[0], signature.args[0], args[1], _sixteen)).align = 2
+        return context.get_dummy_value()
+
+    return types.none(array, index, vector), generate
+
+
+@intrinsic
+def transpose_pairs(typingctx, source, at, step, target, to, to_step):
+    """target[to + j to_step + 2i] = source[at + i step + 2j], and the next of both, for i and j below sixteen."""
+
+    def generate(context, builder, signature, args):
+        source, at, step, target, to, to_step = args
+        words = ir.VectorType(_word, 16)
+        rows = []
+        for _ in range(16):
+            rows.append(_read(context, builder, source, signature.args[0], at, words, 2))
+            at = builder.add(at, step)
+        for distance in (8, 4, 2, 1):
+            rows = _exchanged(builder, rows, distance)
+        for row in rows:
+            builder.store(row, _address(context, builder, target, signature.args[3], to, words)).align = 2
+            to = builder.add(to, to_step)
+        return context.get_dummy_value()
+
+    return types.none(source, at, step, target, to, to_step), generate
+
+
+def _exchanged(builder, rows, distance):
+    """Rows i and i + distance give each other the quarter of their square that lies across its diagonal."""
+    lanes, found = range(16), list(rows)
+    kind = ir.VectorType(_word, 16)
+    upper = ir.Constant(kind, [16 + k - distance if k & distance else k for k in lanes])
+    lower = ir.Constant(kind, [16 + k if k & distance else k + distance for k in lanes])
+    for i in (i for i in lanes if not i & distance):
+        found[i] = builder.shuffle_vector(rows[i], rows[i + distance], upper)
+        found[i + distance] = builder.shuffle_vector(rows[i], rows[i + distance], lower)
+    return found
