@@ -1,10 +1,11 @@
-"""A folder that holds a tiny model, and a text for it."""
+"""A folder that holds a tiny model, a text for it, and an empty cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from tests.hf.models import random_text, tiny_model, word_tokenizer
 
@@ -24,3 +25,11 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(random_text(400), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """An empty cache, no network, and no bars of transformers."""
+    monkeypatch.setenv("ARMORFACT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    transformers_logging.disable_progress_bar()

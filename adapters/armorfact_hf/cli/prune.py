@@ -182,9 +182,18 @@ def _prune(
     if dry_run:
         with shown_progress() as observer:
             loaded = load_to_prune(
-                model, config, calibration, stream=stream, dtype=dtype, device=device, observer=observer
+                model,
+                config,
+                calibration,
+                stream=stream,
+                dtype=dtype,
+                device=device,
+                observer=observer,
+                workers=workers,
             )
-            observer.plan(plan_job(job_of(loaded, config, calibration, observer, states=states)))
+            job = job_of(loaded, config, calibration, observer, states=states)
+            check_workers(workers, job)
+            observer.plan(plan_job(job, workers=workers))
         return
     with shown_progress() as observer:
         rows = compare(

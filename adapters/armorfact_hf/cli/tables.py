@@ -28,24 +28,35 @@ def plan_lines(plan: Any) -> Iterator[str]:
     if plan.stays_dense >= 0.001:
         yield f"Of the weights in the decoder blocks {100 * plan.stays_dense:.1f}% stay dense"
     if plan.seconds is not None:
-        yield f"Estimated time, from a measured first layer: {_about(plan.seconds)}"
+        alone = "" if plan.spread is None else " in one process"
+        yield f"Estimated time{alone}, from a measured first layer: {_about(plan.seconds)}"
 
 
 def _room(plan: Any) -> Iterator[str]:
     """What memory and disk go to."""
-    memory = plan.memory
-    weights = f"{memory.weights / 1e9:.2f} GB of weights"
-    if plan.streamed:
-        weights += f" at a time, of {plan.model_bytes / 1e9:.2f} GB that stay on disk"
-    yield (
-        f"Memory, at most: {weights}, {memory.pruned / 1e9:.2f} GB of what replaces them meanwhile, "
-        f"{memory.statistics / 1e9:.2f} GB of statistics, {memory.states / 1e9:.2f} GB of windows' states, "
-        f"{memory.work / 1e9:.2f} GB to work in"
-    )
+    if plan.spread is None:
+        yield f"Memory, at most: {_parts(plan, plan.memory)}"
+    else:
+        yield f"Memory of this process, at most: {_parts(plan, plan.memory)}"
+        worker = plan.spread.worker
+        yield f"Memory of each worker, at most {worker.peak / 1e9:.2f} GB: {_parts(plan, worker)}"
+        yield f"Ray's object store, at most: {plan.spread.store / 1e9:.2f} GB; what is too much for it goes to disk"
     if plan.experts_at_once is not None:
         yield f"Statistics of {plan.experts_at_once} experts at a time: calibration runs again for the others"
     waiting = f", {plan.waiting_bytes / 1e9:.2f} GB of it for what waits between blocks" if plan.waiting_bytes else ""
     yield f"Disk, at most: {plan.disk_bytes / 1e9:.2f} GB{waiting}"
+
+
+def _parts(plan: Any, memory: Any) -> str:
+    """What the memory of a process goes to."""
+    weights = f"{memory.weights / 1e9:.2f} GB of weights"
+    if plan.streamed:
+        weights += f" at a time, of {plan.model_bytes / 1e9:.2f} GB that stay on disk"
+    return (
+        f"{weights}, {memory.pruned / 1e9:.2f} GB of what replaces them meanwhile, "
+        f"{memory.statistics / 1e9:.2f} GB of statistics, {memory.states / 1e9:.2f} GB of windows' states, "
+        f"{memory.work / 1e9:.2f} GB to work in"
+    )
 
 
 def _for_ranks(plan: Any) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
         stored,
         _pieces(model, prefix, head),
         cache_folder() / "digests",
+        partial(open_on_disk, folder, dtype, device),
         stored.making,
     )
 

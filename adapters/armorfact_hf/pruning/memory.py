@@ -132,10 +132,14 @@ def statistics_bytes(job: Job, blocks: Sequence[int | None], experts: int | None
     Args:
         experts: of each experts module, those of so many are counted, and their sum over all; None is all.
     """
-    paired = 1 + (job.config.target == "output")
     leaders = (layer for block in blocks for layer in job.layers_of(block) if job.leads(layer))
-    sizes = (layer.shape[1] for layer in leaders if experts is None or _number(layer) <= experts)
-    return sum(8 * paired * (size * size if job.config.needs_correlations else size) for size in sizes)
+    return sum(moments_bytes(job, layer) for layer in leaders if experts is None or _number(layer) <= experts)
+
+
+def moments_bytes(job: Job, layer: Layer) -> int:
+    """Of the second moments of the inputs of one layer, float64."""
+    paired, size = 1 + (job.config.target == "output"), layer.shape[1]
+    return 8 * paired * (size * size if job.config.needs_correlations else size)
 
 
 def waiting_bytes(job: Job, experts: int | None) -> int:

@@ -17,6 +17,8 @@ from armorfact_hf.pruning.estimate import estimated_seconds
 from armorfact_hf.pruning.fitting import fitting_block
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.memory import Memory, experts_at_once, memory_of, model_bytes, waiting_bytes
+from armorfact_hf.pruning.workers.choice import Choice, count_of
+from armorfact_hf.pruning.workers.spread import Spread, spread_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Plan:
         waiting_bytes: of what waits on disk between blocks, 0 where that is in memory.
         seconds: an estimate from running the first decoder block and pruning one layer, or None.
         experts_at_once: of each experts module, so many have their statistics in memory at a time; None is all.
+        spread: where memory is taken when others do the work; ``memory`` is that of this process then.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -67,11 +70,12 @@ class Plan:
     waiting_bytes: int
     seconds: float | None
     experts_at_once: int | None = None
+    spread: Spread | None = None
 
     @property
     def peak_bytes(self) -> int:
         """Of memory, at most."""
-        return self.memory.peak
+        return self.memory.peak if self.spread is None else self.spread.peak
 
     @property
     def disk_bytes(self) -> int:
@@ -134,13 +138,15 @@ def make_plan(
     return plan_job(make_job(model, calibration, config, select), measure=measure)
 
 
-def plan_job(job: Job, *, measure: bool = True) -> Plan:
+def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
     """What `prune_job_` will do and cost.
 
     Args:
         measure: estimate the time, by running one window through the first decoder block and pruning one of its layers.
+        workers: see `prune_`; the time is that of one process anyhow.
     """
-    experts = experts_at_once(job)
+    spread = None if workers is None else spread_of(job, count_of(workers))
+    experts = experts_at_once(job) if spread is None else None
     return Plan(
         layers=tuple(_planned(layer, job.config) for layer in job.layers),
         dense_layers=job.dense_layers,
@@ -148,11 +154,12 @@ def plan_job(job: Job, *, measure: bool = True) -> Plan:
         parameters=sum(parameter.numel() for parameter in job.model.parameters()),
         weights=sum(weight.numel() for block in job.blocks for weight in block.parameters() if weight.ndim > 1),
         model_bytes=model_bytes(job),
-        memory=memory_of(job, experts=experts),
+        memory=memory_of(job, experts=experts) if spread is None else spread.leader,
         streamed=isinstance(job.weights, OnDisk),
-        waiting_bytes=waiting_bytes(job, experts),
+        waiting_bytes=waiting_bytes(job, experts) if spread is None else 0,
         seconds=estimated_seconds(job, experts) if measure else None,
         experts_at_once=experts,
+        spread=spread,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
@@ -88,7 +88,8 @@ def prune_(
             journal, or a temporary folder), or "auto", which is the disk if they would take more than a quarter of the
             memory that is free. The weights come out the same.
         workers: who does the work: None is this process, a number is so many others of this machine, "ray" is the
-            cluster at RAY_ADDRESS. The weights do not depend on it.
+            cluster at RAY_ADDRESS. The weights do not depend on it. What waits is in Ray's object store then, so that
+            ``states`` has to be "auto" and ``experts_at_once`` None.
         experts_at_once: how many experts of a module have the second moments of their inputs in memory at a time; more
             passes over the calibration tokens, and the same weights. None is all of them if memory holds that.
 
@@ -127,7 +128,7 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer, workers: C
     progress = Progress(observer, units(job))
     with (
         damping_noted(),
-        _folder_of_states(job, journal) as folder,
+        _folder_of_states(job, journal) if workers is None else nullcontext() as folder,
         hired(workers, job, progress, folder) as those,
     ):
         run = BlockByBlock(job, journal, those, progress, Clock(), folder=folder)

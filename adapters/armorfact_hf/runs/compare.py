@@ -238,7 +238,9 @@ def compare(
         # What the others would be compared with on every layer stands in the report of the chosen method already.
         other = replace(config, method=method, baselines=(), core_dtype=None, wrapper_dtype=None)
         chosen = config if folder == out else other
-        loaded = load_to_prune(model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer)
+        loaded = load_to_prune(
+            model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer, workers=workers
+        )
         prune_to_folder(loaded, folder, chosen, calibration, states=states, observer=observer, workers=workers)
         whole = fits_whole(loaded)
         del loaded

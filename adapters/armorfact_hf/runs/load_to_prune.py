@@ -13,6 +13,8 @@ from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.memory import memory_of
+from armorfact_hf.pruning.workers.choice import Choice, count_of
+from armorfact_hf.pruning.workers.spread import spread_of
 
 if TYPE_CHECKING:
     from armorfact_hf.runs.prune_to_folder import Calibration
@@ -29,12 +31,13 @@ def load_to_prune(
     dtype: str = "auto",
     device: str | None = None,
     observer: Observer,
+    workers: Choice = None,
 ) -> Loaded:
     """The model of that name, for `prune_to_folder`.
 
     Args:
         model, dtype, device: see `load_model`.
-        config, calibration: what memory goes by.
+        config, calibration, workers: what memory goes by.
         stream: True opens it on disk, False loads it into memory. None does what there is memory for; a name on the hub
             is loaded then.
 
@@ -42,13 +45,13 @@ def load_to_prune(
         NotStreamable: ``stream`` is True, and the model can only be loaded as a whole.
         ValueError: see `load_model`.
     """
-    if stream is None and not _large(model, device):
+    if stream is None and not _large(model, device, workers):
         stream = False
     if stream is False:
         return load_model(model, dtype, device, observer.say)
     try:
         opened = open_model(model, dtype, device, observer.say)
-        if stream or not _fits(opened, config, calibration, observer):
+        if stream or not _fits(opened, config, calibration, observer, workers):
             return opened
     except NotStreamable:
         if stream:
@@ -75,15 +78,20 @@ def fits_whole(loaded: Loaded) -> bool:
     return loaded.weights is None or needed < available(loaded.weights.device)
 
 
-def _large(model: str, device: str | None) -> bool:
+def _large(model: str, device: str | None, workers: Choice) -> bool:
+    copies = 1 if workers is None else 1 + (count_of(workers) or 1)
     folder, place = Path(model), device_of(device)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if model and folder.is_dir() else 0
-    return stored > CLOSER_LOOK * available(place)
+    return copies * stored > CLOSER_LOOK * available(place)
 
 
-def _fits(opened: Loaded, config: PruneConfig | None, calibration: Calibration, observer: Observer) -> bool:
+def _fits(
+    opened: Loaded, config: PruneConfig | None, calibration: Calibration, observer: Observer, workers: Choice
+) -> bool:
     job = job_of(opened, config, calibration, observer)
-    needed, free = memory_of(job, streamed=False).peak, available(job.weights.device)
+    apart = workers is not None
+    needed = (spread_of(job, count_of(workers), streamed=False) if apart else memory_of(job, streamed=False)).peak
+    free = available(job.weights.device)
     if needed > free:
         observer.say(
             f"In memory this would take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: decoder blocks are read "

@@ -95,12 +95,12 @@ def prune_to_folder(
     check_workers(workers)
     loaded = model
     if isinstance(loaded, str):
-        loaded = load_to_prune(loaded, config, calibration, stream=stream, observer=observer)
+        loaded = load_to_prune(loaded, config, calibration, stream=stream, observer=observer, workers=workers)
     job = job_of(loaded, config, calibration, observer, select, states)
     check_workers(workers, job)
     if out.exists():
         return _found_finished(out, loaded, job, observer)
-    plan = plan_job(job, measure=observer.wants_plan)
+    plan = plan_job(job, measure=observer.wants_plan, workers=workers)
     observer.plan(plan)
     check_room(out, plan.disk_bytes)
     facts = _model_facts(loaded, job)
@@ -154,9 +154,9 @@ def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneRe
     )
 
 
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
-    status = Path("/proc/self/status")
+def peak_memory(process: int | str = "self") -> int:
+    """The most memory that this process has held, in bytes; or, on Linux, another one by its number."""
+    status = Path(f"/proc/{process}/status")
     if status.exists():  # what getrusage says there counts what the process was forked from
         [line] = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024

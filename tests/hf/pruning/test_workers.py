@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import secrets
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -12,17 +14,20 @@ from unittest import mock
 import pytest
 import torch
 
+from armorfact_hf.cli.tables import plan_lines
 from armorfact_hf.model.nonfinite import NonFiniteActivations
-from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fingerprint import model_fingerprint
+from armorfact_hf.pruning.job import make_job
+from armorfact_hf.pruning.plan import plan_job
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.workers import choice
-from armorfact_hf.pruning.workers.choice import check_workers
-from tests.hf.models import random_tokens, tiny_model
+from armorfact_hf.pruning.workers.choice import check_workers, gpu_share
+from armorfact_hf.pruning.workers.sent import sent
+from tests.hf.models import BLOCKS, random_tokens, tiny_model
 from tests.hf.observers import Stepping
 from tests.hf.processes import begin, exit_code
-from tests.hf.runs.folders import OURS, prune
+from tests.hf.runs.folders import OURS, QUICK, loaded, prune, pruned_files, saved
 
 SETTINGS = {
     "tail and head": ("llama", {"tail": 2, "head": True}, 2),
@@ -48,17 +53,93 @@ def test_without_ray_a_sentence_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("weights", "way_out"),
+    ("device", "changes", "way_out"),
     [
-        (SimpleNamespace(device=torch.device("cuda")), "take --device cpu"),
-        (OnDisk.__new__(OnDisk), "take --no-stream"),
+        ("mps", {}, "take --device cpu"),
+        ("cuda:1", {}, "take --device cuda"),
+        ("cpu", {"states": "disk"}, "leave --states out"),
+        ("cpu", {"experts_at_once": 2}, "leave experts_at_once out"),
     ],
 )
-def test_what_other_processes_cannot_do_is_refused(weights, way_out, monkeypatch):
+def test_what_other_processes_cannot_do_is_refused(device, changes, way_out, monkeypatch):
     monkeypatch.setattr(choice, "find_spec", lambda name: name)
-    monkeypatch.setattr(OnDisk, "device", torch.device("cpu"), raising=False)
-    with pytest.raises(ValueError, match=f"{way_out}.* leave --workers out"):
-        check_workers(2, SimpleNamespace(weights=weights))
+    job = make_job(tiny_model("llama"), random_tokens(), **changes)
+    weights = SimpleNamespace(device=torch.device(device))
+    with pytest.raises(ValueError, match=f"{way_out}, or leave --workers out"):
+        check_workers(2, replace(job, weights=weights))
+
+
+@pytest.mark.parametrize("gpus", range(1, 6))
+@pytest.mark.parametrize("workers", range(1, 9))
+def test_every_worker_finds_its_share_of_a_gpu(workers, gpus):
+    share = gpu_share(workers, gpus)
+    on_each = int(1 / share)  # as many shares as a GPU has
+    assert on_each * gpus >= workers > (on_each - 1) * gpus or share == 1
+    assert gpu_share(workers, 0) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.usefixtures("own_cache")
+def test_a_job_on_disk_travels_without_its_model(family, tmp_path):
+    opened = loaded(saved(family, tmp_path / "model"), stream=True)
+    job = make_job(
+        opened.model, random_tokens(), QUICK, lambda name, _: "layers.0." not in name, weights=opened.weights
+    )
+    packed = pickle.dumps(sent(job))
+    assert len(packed) < 50_000 < sum(weight.nbytes for weight in opened.model.parameters())
+    found = pickle.loads(packed)()
+    assert found.model is not job.model
+    assert all(weight.is_meta for block in found.blocks for weight in block.parameters())
+    assert [(x.name, x.block, x.shape) for x in found.layers] == [(x.name, x.block, x.shape) for x in job.layers]
+    assert found.manifest == job.manifest
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_folder_that_another_machine_does_not_see_is_told(model_folder):
+    opened = loaded(model_folder, stream=True)
+    there = sent(make_job(opened.model, random_tokens(), weights=opened.weights))
+    model_folder.rename(model_folder.with_name("elsewhere"))
+    with pytest.raises(ValueError, match=r"model\.safetensors is not there on .*: every machine has to see"):
+        there()
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_worker_holds_the_block_that_it_is_at(model_folder):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'armorfact[ray]'")
+    from armorfact_hf.pruning.workers import remote
+
+    opened = loaded(model_folder, stream=True)
+    job = make_job(opened.model, random_tokens(), PruneConfig(head=True), weights=opened.weights)
+    worker, held = remote.Worker(sent(job), 1), remote.Held()
+
+    def in_memory() -> list[int]:
+        blocks = enumerate(worker.job.blocks)
+        return [index for index, block in blocks if not next(block.parameters()).is_meta]
+
+    assert in_memory() == []
+    for index in range(BLOCKS):
+        worker.inputs(index, 0, held, None, [])
+        _, held = worker.advance([index], 0, held, [])
+        assert in_memory() == [index]
+    worker.inputs(None, 0, held, None, [])
+    assert in_memory() == []
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_the_plan_counts_every_process(model_folder):
+    jobs = {}
+    for stream in (False, True):
+        found = loaded(model_folder, stream)
+        jobs[stream] = make_job(found.model, random_tokens(), PruneConfig(tail=1), weights=found.weights)
+    whole, streamed = (plan_job(jobs[stream], measure=False, workers=2) for stream in (False, True))
+    assert streamed.spread.worker.weights == streamed.spread.leader.weights < whole.spread.worker.weights
+    assert streamed.peak_bytes < whole.peak_bytes
+    assert plan_job(jobs[True], measure=False, workers=3).peak_bytes == (
+        streamed.peak_bytes + streamed.spread.worker.peak
+    )
+    assert plan_job(jobs[True], measure=False, workers="ray").spread.workers == 1
+    told = " ".join(plan_lines(streamed))
+    assert "Memory of each worker, at most" in told and "Ray's object store" in told
 
 
 # With Ray
@@ -98,6 +179,34 @@ def ended(family: str, changes: dict, observer=None, **more):
 @pytest.mark.parametrize(("family", "changes", "workers"), SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.usefixtures("cluster")
 def test_workers_give_the_bits_of_one_process(family, changes, workers):
+    assert ended(family, changes, workers=workers) == ended(family, changes)
+
+
+FROM_DISK = {
+    "tail and head": ("llama", {"tail": 2, "head": True}),
+    "experts": ("mixtral", {"refine": None}),
+    "int8 cores of a head of its own": ("qwen2", {"tail": 2, "core_dtype": "int8", "ignore": (r"re:.*\.0\..*",)}),
+}
+
+
+@pytest.mark.parametrize(("family", "changes"), FROM_DISK.values(), ids=FROM_DISK)
+@pytest.mark.usefixtures("cluster", "own_cache")
+def test_workers_that_read_from_disk_write_the_files_of_one_process(family, changes, tmp_path, text_file):
+    model = saved(family, tmp_path / "model", dtype=torch.bfloat16, max_shard_size="50KB")
+    config = PruneConfig(**{"sweeps": 1, "passes": 1, "baselines": ()} | changes)
+    in_memory = pruned_files(model, tmp_path / "in-memory", text_file, config, stream=False)
+    for workers in (None, 2):
+        assert (
+            pruned_files(model, tmp_path / f"{workers}", text_file, config, stream=True, workers=workers) == in_memory
+        )
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_do_all_by_turns_give_the_same_bits(monkeypatch):
+    from armorfact_hf.pruning.workers import hands, on_ray
+
+    monkeypatch.setattr(on_ray, "hands_of", lambda actors, on_gpus: hands.Turns(actors))  # as where each has a GPU
+    family, changes, workers = SETTINGS["int8 cores"]
     assert ended(family, changes, workers=workers) == ended(family, changes)
 
 
@@ -161,6 +270,17 @@ def dying(tmp_path, monkeypatch) -> list[Path]:
 def test_processes_that_are_killed_are_replaced_and_the_bits_are_the_same(dying):
     changes = {"tail": 0}
     assert ended("llama", changes, workers=1) == ended("llama", changes)
+    assert all(once.exists() for once in dying)
+
+
+@pytest.mark.usefixtures("cluster", "own_cache")
+def test_the_same_where_they_read_from_disk(dying, model_folder, text_file, tmp_path):
+    config = replace(OURS, passes=1, tail=2)
+    alone, killed = (
+        pruned_files(model_folder, tmp_path / f"{workers}", text_file, config, stream=True, workers=workers)
+        for workers in (None, 1)
+    )
+    assert killed == alone
     assert all(once.exists() for once in dying)
 
 

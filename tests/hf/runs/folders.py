@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from armorfact_hf.checkpoint.folder import stored_tensors
+from armorfact_hf.data.load_model import Loaded, load_model, open_model
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import tiny_model, word_tokenizer
@@ -28,6 +30,21 @@ def saved(family: str, folder: Path, **changes) -> Path:
     tiny_model(family, **changes).save_pretrained(folder, max_shard_size=shard_size)
     word_tokenizer().save_pretrained(folder)
     return folder
+
+
+def loaded(model: Path, stream: bool) -> Loaded:
+    """The model; with a tokenizer of words, which transformers replaces by its own for some families."""
+    found = (open_model if stream else load_model)(str(model), log=silent)
+    return replace(found, tokenizer=word_tokenizer())
+
+
+def pruned_files(model: Path, out: Path, text: Path, config: PruneConfig, stream: bool, **more) -> dict[str, bytes]:
+    """What is written but for the report, which holds times."""
+    calibration = Calibration(str(text), 4, 24)
+    prune_to_folder(loaded(model, stream), out, config, calibration, observer=Silent(), **more)
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".safetensors", ".json")} | {
+        "report.json": b""
+    }
 
 
 def names(folder: Path) -> set[str]:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from armorfact_hf.data.load_model import Loaded, load_model, open_model
+from armorfact_hf.data.load_model import load_model, open_model
 from armorfact_hf.model.on_disk import NotStreamable, OnDisk
 from armorfact_hf.pruning import fingerprint
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fingerprint import model_fingerprint
 from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.pruning.memory import memory_of
 from armorfact_hf.pruning.plan import plan_job
 from armorfact_hf.pruning.workers import in_process
 from armorfact_hf.report.record import Report
@@ -29,7 +30,7 @@ from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import BLOCKS, tiny_model, word_tokenizer
 from tests.hf.observers import Silent, Stepping
 from tests.hf.processes import begin, exit_code
-from tests.hf.runs.folders import QUICK, names, prune, saved, silent
+from tests.hf.runs.folders import QUICK, loaded, names, prune, pruned_files, saved, silent
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -40,21 +41,6 @@ SETTINGS = {
     "with the head": replace(MATCHED, head=True),
     "int8 cores": replace(MATCHED, core_dtype="int8"),
 }
-
-
-def loaded(model: Path, stream: bool) -> Loaded:
-    """The model; with a tokenizer of words, which transformers replaces by its own for some families."""
-    found = (open_model if stream else load_model)(str(model), log=silent)
-    return replace(found, tokenizer=word_tokenizer())
-
-
-def pruned_files(model: Path, out: Path, text: Path, config: PruneConfig, stream: bool) -> dict[str, bytes]:
-    """What is written but for the report, which holds times."""
-    calibration = Calibration(str(text), 4, 24)
-    prune_to_folder(loaded(model, stream), out, config, calibration, observer=Silent())
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".safetensors", ".json")} | {
-        "report.json": b""
-    }
 
 
 @pytest.mark.parametrize(
@@ -292,6 +278,15 @@ def test_what_does_not_fit_into_memory_is_opened_on_disk(free, on_disk, model_fo
     found = load_to_prune(str(model_folder), QUICK, Calibration(str(text_file), 4, 24), observer=observer)
     assert isinstance(found.weights, OnDisk) == on_disk
     assert on_disk == any("decoder blocks are read from disk one at a time" in sentence for sentence in told)
+
+
+def test_every_worker_takes_memory_of_its_own(model_folder, text_file, monkeypatch):
+    calibration = Calibration(str(text_file), 4, 24)
+    alone = memory_of(job_of(loaded(model_folder, True), QUICK, calibration, Silent()), streamed=False).peak
+    monkeypatch.setattr(choosing, "available", lambda device: 2 * alone)
+    for workers, on_disk in ((None, False), (8, True)):
+        found = load_to_prune(str(model_folder), QUICK, calibration, observer=Silent(), workers=workers)
+        assert isinstance(found.weights, OnDisk) == on_disk
 
 
 def test_the_plan_of_a_model_on_disk_reads_no_block(model_folder, text_file, monkeypatch):

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.workers.in_process import InProcess
@@ -41,11 +40,31 @@ def check_workers(choice: Choice, job: Job | None = None) -> None:
 def _stays_here(job: Job) -> str:
     """Why other processes cannot do a job, and the way out; empty if they can."""
     device = job.weights.device
-    if isinstance(job.weights, OnDisk):
-        return "a model that is read from disk one block at a time is pruned in one process so far: take --no-stream"
-    if device.type != "cpu":
-        return f"the model is on {device}, and workers in other processes compute on CPUs: take --device cpu"
+    if device.type not in ("cpu", "cuda"):
+        return f"the model is on {device}, and workers compute on CPUs or on CUDA devices: take --device cpu"
+    if device.index:
+        return f"the model is on {device}, and each worker is shown one GPU, as cuda:0: take --device cuda"
+    if job.states != "auto":
+        return "with workers, states wait in Ray's object store, which goes to disk by itself: leave --states out"
+    if job.experts_at_once is not None:
+        return "with workers, statistics wait in Ray's object store, of all experts: leave experts_at_once out"
     return ""
+
+
+def count_of(choice: Choice) -> int | None:
+    """How many workers that is; None where a cluster says it."""
+    return None if choice in (None, RAY) else int(choice)
+
+
+def gpu_share(workers: int, gpus: int) -> float:
+    """What part of a GPU each worker asks Ray for, so that all of them are placed; 0 without GPUs.
+
+    Each is shown one GPU, which is cuda:0 to it: as many workers have one as there are, and more share them evenly.
+
+    >>> gpu_share(2, 4), gpu_share(4, 4), gpu_share(5, 4), gpu_share(4, 0)
+    (1.0, 1.0, 0.5, 0.0)
+    """
+    return 1 / -(-workers // gpus) if gpus else 0.0
 
 
 @contextmanager
@@ -61,5 +80,5 @@ def hired(choice: Choice, job: Job, progress: Progress, folder: Path | None = No
         return
     from armorfact_hf.pruning.workers.on_ray import OnRay
 
-    with OnRay.of(job, progress, None if choice == RAY else int(choice)) as workers:
+    with OnRay.of(job, progress, count_of(choice)) as workers:
         yield workers

@@ -14,23 +14,32 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
+from armorfact_hf.pruning.workers.choice import gpu_share
+
 RETRIES = 10  # of a task that was killed, and starts of a worker: what dies so often dies of itself
 ADDRESS = "RAY_ADDRESS"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """How many processes hold the model, and by how many threads each of them computes."""
+    """How many processes hold the model, by how many threads each of them computes, and on how many GPUs, if on any."""
 
     workers: int
     threads: int
+    gpus: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of a GPU, that a worker asks for."""
+        return gpu_share(self.workers, self.gpus)
 
     def __str__(self) -> str:
-        return f"workers: {self.workers}, threads of each: {self.threads} (OMP_NUM_THREADS sets them)"
+        on = f", GPUs: {self.gpus}" if self.gpus else ""
+        return f"workers: {self.workers}, threads of each: {self.threads} (OMP_NUM_THREADS sets them){on}"
 
 
 @contextmanager
-def joined(workers: int | None) -> Iterator[Cluster]:
+def joined(workers: int | None, on_gpus: bool = False) -> Iterator[Cluster]:
     """A cluster, for as long as the context lasts; one that this process has joined or started before stays.
 
     A worker computes by as many threads as this process would: the order of sums may depend on them, and bits on that.
@@ -38,21 +47,27 @@ def joined(workers: int | None) -> Iterator[Cluster]:
     Args:
         workers: so many processes of this machine; None is the cluster at the address in RAY_ADDRESS with as many as
             its cores allow or, without an address, this machine's cores.
+        on_gpus: whether they compute on GPUs, each on one; None is as many workers as there are GPUs then.
 
     Raises:
-        ConnectionError: no cluster answers there. ValueError: none of its machines has cores for so many threads.
+        ConnectionError: no cluster answers there. ValueError: none of its machines has cores for so many threads, or a
+            GPU where they are asked for.
     """
     threads, ours = torch.get_num_threads(), not ray.is_initialized()
     if ours:
         _start("local" if workers else os.environ.get(ADDRESS, "local"), workers and workers * threads)
     try:
-        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        cores, gpus = (
+            [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]] for kind in ("CPU", "GPU")
+        )
         if max(cores) < threads:
             raise ValueError(
                 f"a worker would compute by {threads} threads, and no machine of the cluster has more than "
                 f"{max(cores)} cores: set OMP_NUM_THREADS to so many, or fewer"
             )
-        yield Cluster(workers or sum(cores) // threads, threads)
+        if on_gpus and not sum(gpus):
+            raise ValueError("the model is on a GPU, and no machine of the cluster has one: take --device cpu")
+        yield Cluster(workers or (sum(gpus) if on_gpus else sum(cores) // threads), threads, sum(gpus) * on_gpus)
     finally:
         if ours:
             ray.shutdown()

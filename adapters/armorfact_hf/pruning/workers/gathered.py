@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import ray
 
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.experts import pools_of
 from armorfact_hf.pruning.workers import remote
-from armorfact_hf.pruning.workers.cluster import RETRIES
+from armorfact_hf.pruning.workers.hands import Hands
 from armorfact_hf.pruning.workers.remote import Ref
 
 
@@ -21,28 +18,25 @@ class Gathered:
 
     Args:
         leader: as in `Statistics`. moments: of each leader, a reference.
+        hands: who works on them.
     """
 
     leader: dict[str, str]
     moments: dict[str, Ref]
+    hands: Hands
 
     def of(self, name: str) -> Ref:
         """Refers to what is known of the inputs of one layer."""
         return self.moments[self.leader[name]]
 
     def pool_(self, layers: Iterable[Layer]) -> None:
-        """`armorfact_hf.pruning.experts.pool_`, by tasks."""
+        """`armorfact_hf.pruning.experts.pool_`, where the moments are."""
         for pool in pools_of(layers):
             leaders, unreached = pool.leaders(self.leader), pool.unreached(self.leader)
             if not leaders:  # they are left as they are
                 continue
-            prior = task(remote.prior, 1).remote([self.moments[name] for name in leaders])
+            prior = self.hands.do(remote.prior, 1, [self.moments[name] for name in leaders])
             for name in leaders:
-                self.moments[name] = task(remote.lend, 1).remote(self.moments[name], prior)
+                self.moments[name] = self.hands.do(remote.lend, 1, self.moments[name], prior)
             for name in unreached:
                 self.leader[name], self.moments[name] = unreached[0], prior
-
-
-def task(function: Any, cores: int) -> Any:
-    """A function to be called with `remote`, which is repeated where its process is killed."""
-    return ray.remote(function).options(num_cpus=cores, max_retries=RETRIES)

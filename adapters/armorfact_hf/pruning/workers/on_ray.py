@@ -24,8 +24,10 @@ from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.side_by_side import Keep, forget, layer_flops, threads_each
 from armorfact_hf.pruning.workers import remote
 from armorfact_hf.pruning.workers.cluster import RETRIES, Cluster, get, joined
-from armorfact_hf.pruning.workers.gathered import Gathered, task
+from armorfact_hf.pruning.workers.gathered import Gathered
+from armorfact_hf.pruning.workers.hands import Hands, hands_of
 from armorfact_hf.pruning.workers.remote import Ref, alone
+from armorfact_hf.pruning.workers.sent import sent
 from armorfact_hf.pruning.workers.tuning import layers_by_name
 
 Held = list[Ref]  # the state of each window
@@ -38,16 +40,17 @@ class OnRay:
     Args:
         job: what is pruned; its layers are replaced in this process too.
         progress: is told of every layer and window.
-        cluster: where the work is done. actors: the processes that hold the model.
+        cluster: where the work is done. actors: the processes that hold the model. hands: who does all else.
         pruned, dense: the states of the model being pruned and of the dense one, or None. They move on.
         given: the states that the block at work is given. before_tail: those that the first of the last blocks is.
-        replaced: the pruned layers, block by block.
+        replaced: the pruned layers of the block at work, and, in the end, of the last ones.
     """
 
     job: Job
     progress: Progress
     cluster: Cluster
     actors: Sequence[Any]
+    hands: Hands
     pruned: Held | None
     dense: Held | None
     given: Held = field(default_factory=list)
@@ -58,23 +61,23 @@ class OnRay:
     @contextmanager
     def of(cls, job: Job, progress: Progress, workers: int | None) -> Iterator[OnRay]:
         """The workers of a job, before its first block; see `joined`."""
-        with joined(workers) as cluster:
+        on_gpus = job.weights.device.type == "cuda"
+        with joined(workers, on_gpus) as cluster:
             progress.observer.say(f"{cluster}.")
             # An actor holds its cores for as long as it lives, and would leave none to the tasks.
-            options = {"num_cpus": 0, "max_restarts": RETRIES, "max_task_retries": RETRIES}
-            model = ray.put(job)
+            options = {"num_cpus": 0, "num_gpus": cluster.share, "max_restarts": RETRIES, "max_task_retries": RETRIES}
+            made = ray.put(sent(job))
             actors = [
-                ray.remote(remote.Worker).options(**options).remote(model, cluster.threads)
+                ray.remote(remote.Worker).options(**options).remote(made, cluster.threads)
                 for _ in range(cluster.workers)
             ]
             start = [ray.put(remote.Held())] * len(job.tokens)
             pruned, dense = (list(start) if x else None for x in (job.follows_pruned, job.follows_dense))
-            yield cls(job, progress, cluster, actors, pruned, dense)
+            yield cls(job, progress, cluster, actors, hands_of(actors, on_gpus), pruned, dense)
 
     def statistics(self, index: int | None) -> Gathered:
         """The moments of the inputs of a block's layers; None is the head."""
-        if index is not None:
-            self._begin(index)
+        self._begin(index)
         names, leader = [layer.name for layer in self.job.layers_of(index)], dict[str, str]()
         called = [self._inputs(index, window, 2 + len(names)) for window in self._windows]
         for window, (leaders, dense, *_) in enumerate(called):
@@ -84,7 +87,7 @@ class OnRay:
                 self.dense[window] = dense
         parts = dict(zip(names, zip(*(parts for _, _, *parts in called), strict=True), strict=True))
         found = {name: self._gathered(name, parts[name]) for name in dict.fromkeys(leader.values())}
-        gathered = Gathered(leader, found)
+        gathered = Gathered(leader, found, self.hands)
         gathered.pool_(self.job.layers_of(index))
         return gathered
 
@@ -105,7 +108,7 @@ class OnRay:
         work = {layer.name: layer for layer in layers if layer.name in statistics.leader}
         threads = threads_each(list(work.values()), self.cluster.threads)
         waiting = [
-            task(remote.prune, threads).remote(alone(layer), statistics.of(layer.name), self.job.config, threads)
+            self.hands.do(remote.prune, threads, alone(layer), statistics.of(layer.name), self.job.config, threads)
             for layer in sorted(work.values(), key=layer_flops, reverse=True)
             if layer.name not in known
         ]
@@ -136,16 +139,11 @@ class OnRay:
         if config.core_dtype is None:
             return pruned
         threads = threads_each([dense[report.name] for _, report in pruned], self.cluster.threads)
-        rounded = task(remote.round_core, threads)
-        return get(
-            [
-                rounded.remote(alone(dense[report.name]), layer, report, statistics.of(report.name), config, threads)
-                for layer, report in pruned
-            ]
-        )
+        given = [(alone(dense[report.name]), layer, report, statistics.of(report.name)) for layer, report in pruned]
+        return get([self.hands.do(remote.round_core, threads, *those, config, threads) for those in given])
 
     def replace(self, pruned: Pruned) -> None:
-        """Put pruned layers into the model, here and in every worker before it computes again."""
+        """Put pruned layers into the model, here and in every worker before it works on their block again."""
         put_layers_(self.job.model, layers_by_name(pruned))
         self.replaced.append(ray.put(pruned))
 
@@ -172,7 +170,10 @@ class OnRay:
     def _followed(self) -> int:
         return (self.pruned is not None) + (self.dense is not None)
 
-    def _begin(self, index: int) -> None:
+    def _begin(self, index: int | None) -> None:
+        self.replaced = []
+        if index is None:
+            return
         first = self.dense if self.pruned is None else self.pruned
         self.given = list(first or [])
         if index == self.job.tail.start and self.job.tail:
@@ -185,7 +186,7 @@ class OnRay:
 
     def _gathered(self, name: str, parts: Sequence[Ref]) -> Ref:
         threads, correlations = self.cluster.threads, self.job.config.needs_correlations
-        return task(remote.gather, threads).remote(name, correlations, list(parts), threads)
+        return self.hands.do(remote.gather, threads, name, correlations, list(parts), threads)
 
     def _advanced(self, blocks: Collection[int], held: Held) -> list[list[Ref]]:
         """For each window, a sign that it is done and its state, both references."""
@@ -206,11 +207,13 @@ class OnRay:
         if not matched.kept:
             return pruned, matched
         dense, threads = {layer.name: layer for layer in self.job.layers}, self.cluster.threads
-        again = task(remote.report_again, threads)
-        reports = [
-            again.remote(x, alone(dense[x.name]), layers[x.name], statistics.of(x.name), self.job.config, threads)
+        given_each = [
+            (x, alone(dense[x.name]), layers[x.name], statistics.of(x.name))
             for given_layers, statistics in blocks
             for _, x in given_layers
+        ]
+        reports = [
+            self.hands.do(remote.report_again, threads, *those, self.job.config, threads) for those in given_each
         ]
         return [(layers[x.name], x) for x in get(reports)], matched
 

@@ -1,13 +1,16 @@
 """What other processes do of a run: windows through blocks, Gram matrices, single layers. All of it may be repeated.
 
-A `Worker` holds the model and keeps nothing else. States come with every call and go back with its result, so a worker
-that was killed and started again needs no memory of its own, and any of them may take any window.
+A `Worker` holds the model, of one on disk the decoder blocks that it is at, and keeps nothing else. States come with
+every call and go back with its result, so a worker that was killed and started again needs no memory of its own, and
+any of them may take any window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import Inputs, Moments, Statistics
+from armorfact_hf.model.on_disk import HEAD, Key
 from armorfact_hf.model.stream import BlockStream
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
@@ -25,6 +29,7 @@ from armorfact_hf.pruning.experts import Pool
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import LayerReport, prune_layer, round_layer, with_tuned_loss
 from armorfact_hf.pruning.notes import damping_noted
+from armorfact_hf.pruning.spilled import Hidden
 from armorfact_hf.pruning.states import States
 from armorfact_hf.pruning.workers.flow import Flow
 from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail
@@ -46,20 +51,54 @@ class Held:
     extras: Mapping[int, int] = field(default_factory=dict)
 
 
-class Worker:
-    """A process that holds the model.
-
-    Every method is given ``replaced``, references to all pruned layers so far, block by block: what the model lacks of
-    them is put into it first.
+@dataclass(frozen=True)
+class Fetched:
+    """The states of every window, each fetched when it is asked for; see `armorfact_hf.pruning.spilled.Hidden`.
 
     Args:
-        job: what is pruned. threads: that PyTorch computes with.
+        refs: references to a `Held` by window.
     """
 
-    def __init__(self, job: Job, threads: int) -> None:
+    refs: list[Ref]
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __getitem__(self, window: int) -> Tensor | None:
+        return ray.get(self.refs[window]).hidden
+
+    def __setitem__(self, window: int, states: Tensor | None) -> None:
+        self.refs[window] = ray.put(Held(states))
+
+    def copy(self) -> Fetched:
+        """Another list of the same states."""
+        return Fetched(list(self.refs))
+
+
+class Worker:
+    """A process that holds the model, or the decoder blocks of it that it is at.
+
+    Every method is given ``replaced``, references to the pruned layers of the block at work, or of the last blocks:
+    what the model lacks of them is put into it first. Blocks before are not run again, and those behind are dense.
+
+    Args:
+        made: makes the job; it is called with the first work, so that its errors are told as those of work.
+        threads: that PyTorch computes with.
+    """
+
+    def __init__(self, made: Callable[[], Job], threads: int) -> None:
         torch.set_num_threads(threads)
-        job.model.eval()
-        self.job, self.stream, self.put = job, BlockStream(job.model, job.blocks), 0
+        self.made, self.at_work, self.keys, self.put = made, ExitStack(), tuple[Key, ...](), 0
+
+    @cached_property
+    def job(self) -> Job:
+        """What is pruned."""
+        return self.made()
+
+    @cached_property
+    def stream(self) -> BlockStream:
+        """Runs the blocks."""
+        return BlockStream(self.job.model, self.job.blocks)
 
     def inputs(
         self, index: int | None, window: int, pruned: Held | None, dense: Held | None, replaced: Sequence[Ref]
@@ -70,8 +109,8 @@ class Worker:
             For each layer that was called its leader; the dense model's state behind the block, or None; then, for each
             of the block's layers, its calls in the one or two models that count, or None unless it is a leader.
         """
-        self._catch_up(replaced)
-        one, other = (None if held is None else self._states({window: held}) for held in (pruned, dense))
+        self._come_to(() if index is None else (index,), replaced)
+        one, other = (None if held is None else self._states_of(window, held) for held in (pruned, dense))
         flow = Flow(self.job, [window], _untold, one, other)
         seen = flow.inputs(index, window)
         leader, names = seen[0].leader, [layer.name for layer in self.job.layers_of(index)]
@@ -80,16 +119,16 @@ class Worker:
 
     def advance(self, blocks: Sequence[int], window: int, held: Held, replaced: Sequence[Ref]) -> tuple[bool, Held]:
         """True, and the state of a window behind some consecutive blocks."""
-        self._catch_up(replaced)
-        states = self._states({window: held})
+        self._come_to(tuple(blocks), replaced)
+        states = self._states_of(window, held)
         for index in blocks:
             states.advance(index, window)
         return True, self._held(states, window)
 
     def pass_by(self, index: int, window: int, held: Held, replaced: Sequence[Ref]) -> tuple[bool, Held]:
         """True, and the state of a window of the dense model behind a block, which is dense."""
-        self._catch_up(replaced)
-        states = self._states({window: held})
+        self._come_to((index,), replaced)
+        states = self._states_of(window, held)
         Flow(self.job, [window], _untold, None, states).pass_by(index)
         return True, self._held(states, window)
 
@@ -101,25 +140,36 @@ class Worker:
         Args:
             given, dense: references to the states of every window before and, in the dense model, behind them.
         """
-        self._catch_up(replaced)
+        self._come_to((*self.job.tail, HEAD) if index is None else (index,), replaced)
         layers = layers_by_name(pruned)
         put_layers_(self.job.model, layers)
-        before, behind = (self._states(dict(enumerate(ray.get(list(refs))))) for refs in (given, dense))
+        before, behind = (self._states(ray.get(refs[0]), Fetched(list(refs))) for refs in (given, dense))
         if index is None:
             return tune_tail(self.job, layers, (before, behind), _silent)
         return tune_block(self.job, index, layers, (before, behind), _silent)
 
-    def _catch_up(self, replaced: Sequence[Ref]) -> None:
-        for pruned in ray.get(list(replaced[self.put :])):
-            put_layers_(self.job.model, layers_by_name(pruned))
+    def act(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A function of this module, called where this worker's device is."""
+        return function(*arguments)
+
+    def _come_to(self, keys: tuple[Key, ...], replaced: Sequence[Ref]) -> None:
+        """Hold the blocks, or the head, of these keys, and put in what replaces their layers so far."""
+        if keys != self.keys:
+            self.at_work.close()
+            self.at_work.enter_context(self.job.weights.held(*keys))
+            self.keys, self.put = keys, 0
+        for pruned in replaced[self.put :]:
+            put_layers_(self.job.model, layers_by_name(ray.get(pruned)))
         self.put = len(replaced)
 
-    def _states(self, held: Mapping[int, Held]) -> States:
-        windows = self.job.tokens.split(1)
-        for one in held.values():
-            self.stream.extras.update(one.extras)
-        hidden = [held[k].hidden if k in held else None for k in range(len(windows))]
-        return States(self.stream, self.job.prefix, windows, hidden)
+    def _states_of(self, window: int, held: Held) -> States:
+        """The states of one window, without those of the others."""
+        return self._states(held, [held.hidden if k == window else None for k in range(len(self.job.tokens))])
+
+    def _states(self, one: Held, hidden: Hidden) -> States:
+        """States of windows, which tell the form that blocks return theirs in as this one does."""
+        self.stream.extras.update(one.extras)
+        return States(self.stream, self.job.prefix, self.job.tokens.split(1), hidden)
 
     def _held(self, states: States, window: int) -> Held:
         return Held(states.hidden[window], dict(self.stream.extras))
