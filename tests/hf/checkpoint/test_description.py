@@ -40,7 +40,7 @@ def test_what_armorfact_did_not_write_is_told_apart(found):
 
 
 MALFORMED = [
-    (config(version=4), "version 4 of the format, this armorfact reads versions 1, 2, 3: install the version"),
+    (config(version=5), "version 5 of the format, this armorfact reads versions 1, 2, 3, 4: install the version"),
     (config(version=True), "version True"),
     (config(version=1.0), "version 1.0"),
     (config(extra=1), "got ['extra']"),
