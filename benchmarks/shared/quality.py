@@ -36,15 +36,17 @@ FORMS = {
 }
 
 
-def measured(model: str, form: str, every: int, out: Path, calibration: Calibration | None = None) -> dict[str, Any]:
+def measured(
+    model: str, form: str, every: int, out: Path, calibration: Calibration | None = None, refine: str | None = None
+) -> dict[str, Any]:
     """The figures of a form, measured unless they are kept in ``out``.
 
     Args:
-        every: one decoder block in so many is pruned.
+        every: one decoder block in so many is pruned. refine: as in `PruneConfig`.
     """
     calibration = Calibration() if calibration is None else calibration
-    key = [model, form, every, calibration.windows, calibration.length]
-    return kept(out, "shared", key, lambda: measure(model, every, calibration, shared_right(FORMS[form])))
+    key = [model, form, every, calibration.windows, calibration.length, *([refine] if refine else [])]
+    return kept(out, "shared", key, lambda: measure(model, every, calibration, shared_right(FORMS[form]), refine))
 
 
 def kept(out: Path, name: str, key: Sequence[Any], found: Callable[[], Any]) -> Any:
@@ -55,10 +57,12 @@ def kept(out: Path, name: str, key: Sequence[Any], found: Callable[[], Any]) -> 
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def measure(model: str, every: int, calibration: Calibration, inside: AbstractContextManager) -> dict[str, Any]:
+def measure(
+    model: str, every: int, calibration: Calibration, inside: AbstractContextManager, refine: str | None = None
+) -> dict[str, Any]:
     """The figures of a model of which one decoder block in so many was pruned, inside a context that changes how."""
     loaded = load_model(model, "bfloat16")
-    config = PruneConfig(include=one_in(loaded.model, every), sweeps=10, refine=None, baselines=())
+    config = PruneConfig(include=one_in(loaded.model, every), sweeps=10, refine=refine, baselines=())
     with inside:
         report = prune_(loaded.model, calibration.tokens(loaded, print), config)
     return figures(report) | {"perplexity": [perplexity_of(loaded, text).perplexity for text in TEXTS]}

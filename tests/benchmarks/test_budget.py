@@ -111,7 +111,13 @@ def test_the_command_prints_its_tables_and_measures_once(model_folder, text_file
     command.main(given)
     printed = capsys.readouterr().out
     assert all(f"| {form} |" in printed for form in (DEFAULT, *PRICES)) and "q_proj" in printed
+    matched = [*given, "--refine", "block"]
+    command.main(matched)
+    after = capsys.readouterr().out
+    assert after not in printed
     for module in (command, quality):
         monkeypatch.setattr(module, "measure", None)
+    command.main(matched)
+    assert capsys.readouterr().out in after
     command.main(given)
     assert capsys.readouterr().out in printed
