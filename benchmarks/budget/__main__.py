@@ -4,7 +4,7 @@
     python -m benchmarks.budget --model demo:smollm2 --refine block
     python -m benchmarks.budget --model demo:gemma3-270m
 
-Every third decoder block is pruned in bfloat16 by 10 sweeps, layers only or, with --refine block, blocks matched as well:
+Every third decoder block is pruned in bfloat16 by 10 sweeps, layers only or, with --refine block, blocks matched too:
 by the default sizes, and by sizes of at most the same entries in all, chosen greedily where each layer is priced by the
 KL divergence that a solve of a few sweeps foretells ("budget by KL"), or by its relative loss ("budget by loss").
 Figures are kept in --out and not measured again.
