@@ -49,7 +49,7 @@ def test_a_report_of_version_1_reads_and_gains_no_more_than_newer_fields(tmp_pat
     found = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
     assert found["blocks"] == [] and found["recovery"] is None and found["layers"][0]["factorized_loss"] is None
     newer = ("blocks", "recovery", "factorized_loss", "refine", "passes", "rate", "tail", "tensor_parallel", "origin")
-    newer += ("unrounded_loss", "core_dtype")
+    newer += ("unrounded_loss", "core_dtype", "wrapper_dtype")
     assert without(found, *newer) == json.loads(VERSION_1.read_text(encoding="utf-8"))
     assert report.layers[1].shape == (16, 32) and report.config.ignore == ("v_proj",)
     assert [method.name for method in report.evaluations[0].methods] == ["wanda", "armorfact"]
