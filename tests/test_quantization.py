@@ -114,6 +114,12 @@ def test_bytes_products_and_warm_starts_of_an_int8_core():
     assert quantize_core(result, weight, gram).loss == pytest.approx(result.loss, rel=0.05)
 
 
+def converted(result, convert):
+    """A, C and B of a result in another library's arrays."""
+    core = Core(convert(result.core.values), convert(result.core.packed), result.core.pattern, result.core.columns)
+    return BlockDiagonal(convert(result.left.blocks)), core, BlockDiagonal(convert(result.right.blocks))
+
+
 @pytest.mark.parametrize("convert", [torch.tensor, array_api_strict.asarray])
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_same_factors_as_numpy(convert, diagonal):
@@ -121,13 +127,8 @@ def test_same_factors_as_numpy(convert, diagonal):
     weight, gram = rng.standard_normal((16, 24)), gram_matrix(rng, 24, "plain")
     gram = gram.diagonal().copy() if diagonal else gram
     given = factorize(weight, gram, block=8, max_sweeps=3)
-    parts = (
-        BlockDiagonal(convert(given.left.blocks)),
-        Core(convert(given.core.values), convert(given.core.packed), given.core.pattern, 24),
-        BlockDiagonal(convert(given.right.blocks)),
-    )
     expected = quantize_core(given, weight, gram)
-    result = quantize_core(parts, convert(weight), convert(gram))
+    result = quantize_core(converted(given, convert), convert(weight), convert(gram))
     assert type(result.core.values) is type(convert(weight))
     np.testing.assert_array_equal(np.asarray(result.core.values), expected.core.values)
     for side in ("left", "right"):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armorfact import BlockDiagonal, Core, factorize, quantize_core, quantize_wrappers
+from armorfact import BlockDiagonal, factorize, quantize_core, quantize_wrappers
 from armorfact.problem import Factors
 from armorfact.steps.damping import damped
 from armorfact.steps.feedback import (
@@ -22,7 +22,7 @@ from armorfact.steps.feedback import (
 )
 from armorfact.steps.whole import whole_core_step, whole_core_step_naive
 from tests.conftest import KINDS, gram_matrix, random_factors, random_problem
-from tests.test_quantization import as64, dense64, true_loss
+from tests.test_quantization import as64, converted, dense64, true_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::armorfact.DampingWarning")
 TYPES = (np.float16, np.float32, np.float64, torch.bfloat16)
@@ -136,13 +136,8 @@ def test_same_factors_as_numpy(convert, diagonal):
     weight, gram = rng.standard_normal((16, 24)), gram_matrix(rng, 24, "plain")
     gram = gram.diagonal().copy() if diagonal else gram
     given = quantized(weight, gram)
-    parts = (
-        BlockDiagonal(convert(given.left.blocks)),
-        Core(convert(given.core.values), convert(given.core.packed), given.core.pattern, 24),
-        BlockDiagonal(convert(given.right.blocks)),
-    )
     expected = quantize_wrappers(given, weight, gram)
-    result = quantize_wrappers(parts, convert(weight), convert(gram))
+    result = quantize_wrappers(converted(given, convert), convert(weight), convert(gram))
     assert type(result.left.blocks) is type(convert(weight))
     np.testing.assert_array_equal(np.asarray(result.core.values), expected.core.values)
     for side in ("left", "right"):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from armorfact_hf.model.on_disk import OnDisk
-from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.memory import Memory, memory_of, model_bytes, moments_bytes, statistics_bytes
 
@@ -78,10 +77,6 @@ def _store_bytes(job: Job, inputs: int, pruned: int) -> int:
     """Of states behind a block while those before it are there, what its layers are given, and what comes of that."""
     blocks = {layer.decoder_block for layer in job.layers}
     statistics = max(*(statistics_bytes(job, [block]) for block in blocks), statistics_bytes(job, job.tail))
-
-    def nbytes(layer: Layer) -> int:
-        return layer.weight.nbytes
-
-    sent = max(sum(map(nbytes, job.layers_of(block))) for block in blocks)
+    sent = max(sum(layer.weight.nbytes for layer in job.layers_of(block)) for block in blocks)
     windows = len(job.tokens)
     return job.states_bytes + windows * (job.window_bytes + inputs) + statistics + sent + pruned
