@@ -7,6 +7,10 @@ The block is given what the pruned model makes of the text. The target is the wh
 good what another lost, and what earlier blocks lost. (Aiming each *layer* at the dense output instead is a regression
 on noisy inputs: it shrinks, and shrinkage compounds; see docs/results.md.)
 
+A step of Adam moves every entry of a tensor by about the learning rate, whatever its gradient. So the rate is a share
+of the root mean square of each tensor: weights are ten times as large in one model as in another, and the wrappers of
+the canonical gauge are the same in all.
+
 Some windows are kept aside. If the error on them does not fall, measured with the factors as they are stored, the block
 keeps those it had.
 """
@@ -17,6 +21,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +34,7 @@ from armorfact_hf.pruning.aims import Aim, StateAim
 from armorfact_hf.pruning.schedule import Matching, kept_aside
 
 BETAS = (0.9, 0.95)
+WRAPPERS = 0.3  # of the rate of kept values
 MOST_HALVINGS = 8
 NOT_MIXED = "not tuned: the block does not run in mixed precision; a model in float32 is tuned without"
 
@@ -99,9 +105,8 @@ def _distance(aim: Aim) -> float:
 
 
 def _master(layer: FactorizedLinear) -> FactorizedLinear:
-    """The layer in float32, its factors (and bias) ready to be trained."""
-    master = copy.deepcopy(layer).float().use_(None)
-    return master.requires_grad_(True)
+    """The layer in float32."""
+    return copy.deepcopy(layer).float().use_(None)
 
 
 @torch.no_grad()
@@ -137,14 +142,15 @@ class _Undo:
 
 def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool) -> list[str]:
     """AdamW over the windows, one a step, in an order drawn from the seed; the notes of what had to be undone."""
-    parameters = [parameter for master in masters.values() for parameter in master.parameters()]
+    groups = [group for master in masters.values() for group in _groups(master)]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     order = _order(aim.windows, matching.passes, seed)
     undo = _Undo(parameters)
     notes: list[str] = []
-    optimizer = torch.optim.AdamW(parameters, lr=matching.rate, betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
     for step, window in enumerate(order):
         for group in optimizer.param_groups:
-            group["lr"] = matching.rate_at(step, len(order)) / 2 ** len(notes)
+            group["lr"] = group["unit"] * matching.rate_at(step, len(order)) / 2 ** len(notes)
         if _backward(aim, window, step, parameters, mixed):
             undo.remember()
             optimizer.step()
@@ -156,6 +162,16 @@ def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool
         if len(notes) > MOST_HALVINGS:
             break
     return notes
+
+
+def _groups(master: FactorizedLinear) -> list[dict[str, Any]]:
+    """The factors, which ask for gradients from now on, each with the unit of its learning rate."""
+    shares = (master.values, 1.0), (master.left, WRAPPERS), (master.right, WRAPPERS)
+    return [
+        {"params": [factor.requires_grad_(True)], "unit": share * float(factor.detach().square().mean().sqrt())}
+        for factor, share in shares
+        if factor is not None
+    ]
 
 
 def _order(windows: int, passes: int, seed: int) -> list[int]:

@@ -18,7 +18,7 @@ class Matching:
 
     Args:
         passes: over the windows that are not kept aside, one window a step.
-        rate: the largest learning rate.
+        rate: the largest learning rate of kept values, as a share of their root mean square.
     """
 
     passes: int
