@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -105,6 +107,40 @@ def test_the_same_call_gives_the_same_bits(block_and_targets, states):
     for name in layers:
         for key, tensor in first[name].state_dict().items():
             assert torch.equal(tensor, second[name].state_dict()[key])
+
+
+class Scaled(nn.Module):
+    """A layer whose output is multiplied with a number."""
+
+    def __init__(self, layer: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.layer, self.factor = layer, factor
+
+    def forward(self, x):
+        return self.layer(x) * self.factor
+
+
+def test_the_size_of_weights_does_not_matter(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    large = copy.deepcopy(layers["down"])
+    large.bias = None
+    with torch.no_grad():
+        large.values.mul_(64)
+    layers["down"].bias = None
+    found = []
+    for layer, factor in ((layers["down"], 1.0), (large, 1 / 64)):
+        held = Block(layers["up"], Scaled(layer, factor))
+        given = {"up": layers["up"], "down.layer": layer}
+        tuned, report = match_block_(held, given, StateAim(run(held, states, layers), targets), QUICK, 0)
+        found.append((tuned["down.layer"].values.float() * factor, report.after))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-2, atol=1e-4)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
+
+
+def test_biases_stay(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    tuned, _ = match_block_(block, layers, StateAim(run(block, states, layers), targets), QUICK, 0)
+    assert all(torch.equal(tuned[name].bias, layer.bias) for name, layer in layers.items())
 
 
 def test_a_rate_that_ruins_the_block_leaves_it_as_it_was(block_and_targets, states):
