@@ -7,10 +7,6 @@ The block is given what the pruned model makes of the text. The target is the wh
 good what another lost, and what earlier blocks lost. (Aiming each *layer* at the dense output instead is a regression
 on noisy inputs: it shrinks, and shrinkage compounds; see docs/results.md.)
 
-A step of Adam moves every entry of a tensor by about the learning rate, whatever its gradient. So the rate is a share
-of the root mean square of each tensor: weights are ten times as large in one model as in another, and the wrappers of
-the canonical gauge are the same in all.
-
 Some windows are kept aside. If the error on them does not fall, measured with the factors as they are stored, the block
 keeps those it had.
 """
@@ -31,10 +27,10 @@ from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.pruning.aims import Aim, StateAim
-from armorfact_hf.pruning.schedule import Matching, kept_aside
+from armorfact_hf.pruning.schedule import Matching, kept_aside, unit
 
+FACTORS = ("left", "right", "values")
 BETAS = (0.9, 0.95)
-WRAPPERS = 0.3  # of the rate of kept values
 MOST_HALVINGS = 8
 NOT_MIXED = "not tuned: the block does not run in mixed precision; a model in float32 is tuned without"
 
@@ -166,11 +162,10 @@ def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool
 
 def _groups(master: FactorizedLinear) -> list[dict[str, Any]]:
     """The factors, which ask for gradients from now on, each with the unit of its learning rate."""
-    shares = (master.values, 1.0), (master.left, WRAPPERS), (master.right, WRAPPERS)
     return [
-        {"params": [factor.requires_grad_(True)], "unit": share * float(factor.detach().square().mean().sqrt())}
-        for factor, share in shares
-        if factor is not None
+        {"params": [factor.requires_grad_(True)], "unit": unit(part, factor)}
+        for part in FACTORS
+        if (factor := getattr(master, part)) is not None
     ]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
+WRAPPERS = 0.3  # of the rate of kept values
 FIRST = 4  # times as many passes for the first block: what it is given is exact, and all others inherit its error
 TAIL = 0.6  # of the rate, while the last blocks are tuned together
 KEPT_ASIDE = 8  # one window in so many
@@ -41,6 +44,19 @@ class Matching:
         """The learning rate of a step: warm-up, then a cosine."""
         falling = LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / steps)) / 2
         return self.rate * min(1.0, (step + 1) / WARM_UP) * falling
+
+
+def unit(part: str, factor: Tensor) -> float:
+    """What a learning rate of 1 means for a factor, in the unit of its entries.
+
+    A step of Adam moves every entry by about the rate, whatever the gradient. So a rate is a share of the root mean
+    square of what it moves: weights are ten times as large in one model as in another.
+
+    Args:
+        part: which of "left", "right" and "values" it is.
+    """
+    size = float(factor.detach().float().square().mean().sqrt())
+    return size if part == "values" else WRAPPERS * size
 
 
 def kept_aside(windows: int) -> range:

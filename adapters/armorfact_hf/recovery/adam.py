@@ -20,13 +20,14 @@ class Adam:
 
     Args:
         parameters: float32 or float64; each holds its gradient, zero at first, from here on.
+        units: what the rate of a step is multiplied with for each.
 
     Attributes:
         gradients: those that the parameters hold.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], units: Mapping[str, float]) -> None:
+        self.parameters, self.units = dict(parameters), units
         self.mean = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         self.square = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         self.count, self.last_rate = 0, 0.0
@@ -59,7 +60,7 @@ class Adam:
         unbiased = [1 - beta**self.count for beta in BETAS]
         for name, parameter in self.parameters.items():
             scale = self.square[name].sqrt().div_(math.sqrt(unbiased[1])).add_(EPSILON)
-            parameter.addcdiv_(self.mean[name], scale, value=amount / unbiased[0])
+            parameter.addcdiv_(self.mean[name], scale, value=amount * self.units[name] / unbiased[0])
 
     @property
     def tensors(self) -> dict[str, Tensor]:

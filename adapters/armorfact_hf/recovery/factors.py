@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.stack import PRUNED, FactorizedStack
 from armorfact_hf.model.stream import frozen
+from armorfact_hf.pruning.schedule import unit
 
 
 class TrainedFactors:
@@ -19,10 +20,11 @@ class TrainedFactors:
 
     Args:
         model: holds pruned layers.
-        parts: which of their tensors are trained, of left, right, values and bias, where a layer has them.
+        parts: which of their tensors are trained, of left, right and values, where a layer has them.
 
     Attributes:
         parameters: what is trained, by the name that the tensor has in the model.
+        units: of their learning rates.
         best: the tensors of the best state so far, in the dtypes in which they are stored; at first those found.
     """
 
@@ -36,6 +38,7 @@ class TrainedFactors:
             for part in parts
             if (tensor := getattr(layer, part)) is not None
         }
+        self.units = {name: unit(name.rpartition(".")[2], factor) for name, factor in self.parameters.items()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.best = {name: tensor.clone() for name, tensor in self._rounded.items()}

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TRAINED = {"factors": ("left", "right", "values", "bias"), "wrappers": ("left", "right")}
+TRAINED = {"factors": ("left", "right", "values"), "wrappers": ("left", "right")}
 LEAST = 0.1  # the share of the rate that the cosine ends at
 KEPT_ASIDE = 8  # one window in so many measures and does not train; there are at most as many of them
 
@@ -16,9 +16,10 @@ class RecoverySettings:
     """How the factors of the pruned layers are trained; the supports of their cores stay as they are.
 
     Args:
-        train: "factors" trains A, B, the kept values of C and the biases of pruned layers; "wrappers" only A and B.
+        train: "factors" trains A, B and the kept values of C; "wrappers" only A and B.
         steps: of one window each; None is one pass over the windows.
-        rate: of Adam, at its highest.
+        rate: of Adam, at its highest, for kept values; a share of their root mean square, and 0.3 of it for wrappers
+            (`armorfact_hf.pruning.schedule.unit`).
         warm_up: steps over which the rate rises; then it falls as a cosine, to a tenth.
         measure_every: steps between two measurements on the windows kept aside, the best of which is the result.
         gradient_checkpointing: keep of each decoder block its input only, and compute the block again on the way back:
@@ -31,7 +32,7 @@ class RecoverySettings:
 
     train: str = "factors"
     steps: int | None = None
-    rate: float = 2e-4
+    rate: float = 3e-3
     warm_up: int = 10
     measure_every: int = 25
     gradient_checkpointing: bool = False

@@ -19,7 +19,7 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
     Args:
         model: pruned; changed in place. A choice of `FactorizedLinear.use_` ends, since it may keep a copy of the
             weight that training would leave behind.
-        train: "factors" for A, B, the kept values of C and the biases of pruned layers; "wrappers" for A and B alone.
+        train: "factors" for A, B and the kept values of C; "wrappers" for A and B alone.
 
     Raises:
         ValueError: an unknown choice, a model without pruned layers, or without any of the factors; "factors" of a
