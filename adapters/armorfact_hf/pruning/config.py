@@ -45,7 +45,7 @@ class PruneConfig:
             dense model computes there (`armorfact_hf.pruning.matching`); None keeps them as factorized. It is for the
             method "armorfact", and takes two windows of calibration or more: some are kept aside.
         passes: over the calibration windows while a block is tuned; four times as many for the first block.
-        rate: the learning rate of its kept values, as a share of their root mean square; that of its wrappers is 0.3 of it.
+        rate: the learning rate of its factors, as a share of the root mean square of each.
         tail: the last so many blocks are tuned once more, together, towards the words of the dense model.
         core_dtype: "int8" rounds the kept values in the end, after all tuning, and solves for the wrappers once more
             (`armorfact.quantize_core`); None keeps them in the dtype of the model. It is for the method "armorfact".
@@ -77,7 +77,7 @@ class PruneConfig:
     rtol: float = 1e-3
     refine: str | None = "block"
     passes: int = 3
-    rate: float = 0.01
+    rate: float = 0.002
     tail: int = 4
     core_dtype: str | None = None
     wrapper_dtype: str | None = None

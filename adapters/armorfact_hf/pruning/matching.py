@@ -163,7 +163,7 @@ def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool
 def _groups(master: FactorizedLinear) -> list[dict[str, Any]]:
     """The factors, which ask for gradients from now on, each with the unit of its learning rate."""
     return [
-        {"params": [factor.requires_grad_(True)], "unit": unit(part, factor)}
+        {"params": [factor.requires_grad_(True)], "unit": unit(factor)}
         for part in FACTORS
         if (factor := getattr(master, part)) is not None
     ]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-WRAPPERS = 0.3  # of the rate of kept values
 FIRST = 4  # times as many passes for the first block: what it is given is exact, and all others inherit its error
 TAIL = 0.6  # of the rate, while the last blocks are tuned together
 KEPT_ASIDE = 8  # one window in so many
@@ -21,7 +20,7 @@ class Matching:
 
     Args:
         passes: over the windows that are not kept aside, one window a step.
-        rate: the largest learning rate of kept values, as a share of their root mean square.
+        rate: the largest learning rate, see `unit`.
     """
 
     passes: int
@@ -46,17 +45,13 @@ class Matching:
         return self.rate * min(1.0, (step + 1) / WARM_UP) * falling
 
 
-def unit(part: str, factor: Tensor) -> float:
-    """What a learning rate of 1 means for a factor, in the unit of its entries.
+def unit(factor: Tensor) -> float:
+    """What a learning rate of 1 is for a factor: the root mean square of its entries.
 
-    A step of Adam moves every entry by about the rate, whatever the gradient. So a rate is a share of the root mean
-    square of what it moves: weights are ten times as large in one model as in another.
-
-    Args:
-        part: which of "left", "right" and "values" it is.
+    A step of Adam moves every entry by about the rate, whatever the gradient, and weights are ten times as large in one
+    model as in another. So rates are shares of what they move.
     """
-    size = float(factor.detach().float().square().mean().sqrt())
-    return size if part == "values" else WRAPPERS * size
+    return float(factor.detach().float().square().mean().sqrt())
 
 
 def kept_aside(windows: int) -> range:

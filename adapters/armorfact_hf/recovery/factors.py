@@ -38,7 +38,7 @@ class TrainedFactors:
             for part in parts
             if (tensor := getattr(layer, part)) is not None
         }
-        self.units = {name: unit(name.rpartition(".")[2], factor) for name, factor in self.parameters.items()}
+        self.units = {name: unit(factor) for name, factor in self.parameters.items()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.best = {name: tensor.clone() for name, tensor in self._rounded.items()}

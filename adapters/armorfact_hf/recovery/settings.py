@@ -18,8 +18,7 @@ class RecoverySettings:
     Args:
         train: "factors" trains A, B and the kept values of C; "wrappers" only A and B.
         steps: of one window each; None is one pass over the windows.
-        rate: of Adam, at its highest, for kept values; a share of their root mean square, and 0.3 of it for wrappers
-            (`armorfact_hf.pruning.schedule.unit`).
+        rate: of Adam, at its highest, as a share of the root mean square of each factor.
         warm_up: steps over which the rate rises; then it falls as a cosine, to a tenth.
         measure_every: steps between two measurements on the windows kept aside, the best of which is the result.
         gradient_checkpointing: keep of each decoder block its input only, and compute the block again on the way back:
@@ -32,7 +31,7 @@ class RecoverySettings:
 
     train: str = "factors"
     steps: int | None = None
-    rate: float = 3e-3
+    rate: float = 1e-3
     warm_up: int = 10
     measure_every: int = 25
     gradient_checkpointing: bool = False
