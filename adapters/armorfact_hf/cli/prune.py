@@ -47,7 +47,9 @@ def prune(  # typer reads options from the signature: it is as long as there are
     passes: Annotated[
         int, typer.Option(help="Passes over the calibration windows while a block is tuned.")
     ] = DEFAULTS.passes,
-    rate: Annotated[float, typer.Option(help="Learning rate of that, as a share of the size of entries.")] = DEFAULTS.rate,
+    rate: Annotated[
+        float, typer.Option(help="Learning rate of that, as a share of the size of entries.")
+    ] = DEFAULTS.rate,
     tail: Annotated[
         int, typer.Option(help="Blocks at the end that are tuned once more, together, towards the dense words.")
     ] = DEFAULTS.tail,

@@ -23,7 +23,9 @@ def recover(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of one window each; one pass over the windows if not given.")
     ] = None,
-    rate: Annotated[float, typer.Option(help="The learning rate at its highest, as a share of the size of entries.")] = DEFAULTS.rate,
+    rate: Annotated[
+        float, typer.Option(help="The learning rate at its highest, as a share of the size of entries.")
+    ] = DEFAULTS.rate,
     calibration: Annotated[
         str, typer.Option(help="A file of plain text, or demo:gensim-enwiki.")
     ] = "demo:gensim-enwiki",

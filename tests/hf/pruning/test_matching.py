@@ -121,7 +121,7 @@ class Scaled(nn.Module):
 
 
 def test_the_size_of_weights_does_not_matter(block_and_targets, states):
-    block, layers, targets = block_and_targets
+    _, layers, targets = block_and_targets
     large = copy.deepcopy(layers["down"])
     large.bias = None
     with torch.no_grad():
