@@ -26,7 +26,7 @@ from tests.hf.models import random_tokens, tiny_model
 from tests.hf.recovery.models import dense_model, pruned_layers, pruned_model
 
 TOKENS = random_tokens(16, seed=3)
-SETTINGS = RecoverySettings(steps=24, rate=0.01, warm_up=4, measure_every=8)
+SETTINGS = RecoverySettings(steps=24, rate=0.004, warm_up=4, measure_every=8)
 WILD = RecoverySettings(steps=6, rate=5.0, warm_up=0, measure_every=2)
 
 
@@ -77,7 +77,7 @@ def test_the_divergence_falls_and_is_that_of_the_model_as_saved(family, dtype, t
 def test_only_what_is_trained_changes_and_supports_never_do(train):
     model, before = pruned_model(), tensors(pruned_model())
     asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    report = recover(model, RecoverySettings(train, steps=20, rate=0.01))
+    report = recover(model, RecoverySettings(train, steps=20, rate=0.004))
     parts = {"factors": ("left", "right", "values"), "wrappers": ("left", "right")}[train]
     trained = {
         f"{name}.{part}"
@@ -189,7 +189,7 @@ def test_a_step_that_is_not_finite_is_undone_and_the_rate_halved(wrong, monkeypa
     failing(monkeypatch, at=[3], **wrong)
     seen = states(monkeypatch)
     told = Told()
-    report = recover(pruned_model(), RecoverySettings(steps=6, rate=0.01, warm_up=0), observer=told)
+    report = recover(pruned_model(), RecoverySettings(steps=6, rate=0.004, warm_up=0), observer=told)
     assert len(report.notes) == 1 and "step 4: loss or gradient was not finite" in report.notes[0]
     assert report.notes[0] in told.sentences and report.steps == 6
     for name, tensor in seen[4].items():
@@ -258,7 +258,7 @@ def state(tmp_path):
 @pytest.mark.parametrize(
     ("change", "differing"),
     [
-        ({"settings": RecoverySettings(steps=24, rate=0.02, warm_up=4, measure_every=8)}, "config.rate: 0.01 there"),
+        ({"settings": RecoverySettings(steps=24, rate=0.02, warm_up=4, measure_every=8)}, "config.rate: 0.004 there"),
         ({"tokens": random_tokens(16, seed=4)}, "calibration: "),
         ({"teacher": tiny_model("gpt2", seed=1)}, "teacher: "),
         ({"model": pruned_model(sweeps=2)}, "pruned: "),

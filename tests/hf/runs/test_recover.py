@@ -38,7 +38,7 @@ from tests.hf.runs.folders import OURS, names, prune, saved
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-SETTINGS = RecoverySettings(steps=14, rate=0.01, warm_up=3, measure_every=4)
+SETTINGS = RecoverySettings(steps=14, rate=0.004, warm_up=3, measure_every=4)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_the_same_call_again_returns_the_report_without_training(folder, out, te
     monkeypatch.setattr(workflow, "recover_", None)
     assert recover(folder, out, text_file) == first
     with pytest.raises(DifferentRun, match=r"config\.steps: 14 there, 15 now"):
-        recover(folder, out, text_file, RecoverySettings(steps=15, rate=0.01, warm_up=3, measure_every=4))
+        recover(folder, out, text_file, RecoverySettings(steps=15, rate=0.004, warm_up=3, measure_every=4))
 
 
 def test_pruning_does_not_take_a_recovered_folder_for_its_own(folder, out, text_file):
