@@ -27,7 +27,8 @@ from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.pruning.aims import Aim, StateAim
-from armorfact_hf.pruning.schedule import Matching, kept_aside, unit
+from armorfact_hf.pruning.rates import unit
+from armorfact_hf.pruning.schedule import Matching, kept_aside
 
 FACTORS = ("left", "right", "values")
 BETAS = (0.9, 0.95)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
 FIRST = 4  # times as many passes for the first block: what it is given is exact, and all others inherit its error
 TAIL = 0.6  # of the rate, while the last blocks are tuned together
 KEPT_ASIDE = 8  # one window in so many
@@ -20,7 +18,7 @@ class Matching:
 
     Args:
         passes: over the windows that are not kept aside, one window a step.
-        rate: the largest learning rate, see `unit`.
+        rate: the largest learning rate, see `armorfact_hf.pruning.rates`.
     """
 
     passes: int
@@ -43,15 +41,6 @@ class Matching:
         """The learning rate of a step: warm-up, then a cosine."""
         falling = LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / steps)) / 2
         return self.rate * min(1.0, (step + 1) / WARM_UP) * falling
-
-
-def unit(factor: Tensor) -> float:
-    """What a learning rate of 1 is for a factor: the root mean square of its entries.
-
-    A step of Adam moves every entry by about the rate, whatever the gradient, and weights are ten times as large in one
-    model as in another. So rates are shares of what they move.
-    """
-    return float(factor.detach().float().square().mean().sqrt())
 
 
 def kept_aside(windows: int) -> range:
