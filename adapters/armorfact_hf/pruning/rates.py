@@ -1,7 +1,7 @@
 """What learning rates are measured in.
 
-A step of Adam moves every entry of a tensor by about the rate, whatever the gradient, and weights are ten times as large
-in one model as in another. So rates are shares of what they move.
+A step of Adam moves every entry of a tensor by about the rate, whatever the gradient, and weights are ten times as
+large in one model as in another. So rates are shares of what they move.
 """
 
 from __future__ import annotations
