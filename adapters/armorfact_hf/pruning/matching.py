@@ -28,9 +28,8 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.pruning.aims import Aim, StateAim
 from armorfact_hf.pruning.rates import unit
-from armorfact_hf.pruning.schedule import Matching, kept_aside
+from armorfact_hf.pruning.schedule import FACTORS, Matching, kept_aside
 
-FACTORS = ("left", "right", "values")
 BETAS = (0.9, 0.95)
 MOST_HALVINGS = 8
 NOT_MIXED = "not tuned: the block does not run in mixed precision; a model in float32 is tuned without"

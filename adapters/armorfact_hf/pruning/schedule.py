@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+FACTORS = ("left", "right", "values")  # the tensors of a layer that are tuned: A, B and the kept values of C
 FIRST = 4  # times as many passes for the first block: what it is given is exact, and all others inherit its error
 TAIL = 0.6  # of the rate, while the last blocks are tuned together
 KEPT_ASIDE = 8  # one window in so many
