@@ -24,7 +24,9 @@ def prune(  # typer reads options from the signature: it is as long as there are
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(settings.METHODS)}.")] = DEFAULTS.method,
     pattern: Annotated[str, typer.Option(help="N:M, at most N non-zeros of M.")] = DEFAULTS.pattern,
-    block: Annotated[str, typer.Option(help="Size of the wrappers' blocks, or auto.")] = str(DEFAULTS.block),
+    block: Annotated[
+        str, typer.Option(help="Size of the wrappers' blocks; auto shares them out by what layers cost, even evenly.")
+    ] = str(DEFAULTS.block),
     tensor_parallel: Annotated[
         int, typer.Option(help="Ranks of a server that will share each layer: chooses blocks that no cut goes through.")
     ] = DEFAULTS.tensor_parallel,

@@ -15,6 +15,7 @@ METHODS = ("armorfact", "sparsegpt", "wanda", "nowag", "magnitude")
 BASELINES = ("sparsegpt", "wanda", "nowag", "magnitude", "paper")
 OBJECTIVES = ("gram", "diagonal", "nowag")
 WHOLE_DTYPES = ("int8",)  # of cores and wrappers
+AUTO, EVEN = "auto", "even"  # how blocks are chosen
 DEFAULT_SHRINKAGE = 1.0
 
 
@@ -26,8 +27,9 @@ class PruneConfig:
         method: "armorfact" factorizes W ~ A C B; "sparsegpt", "wanda", "nowag" and "magnitude" prune in one shot,
             without wrappers.
         pattern: "N:M", at most N non-zeros in M consecutive inputs.
-        block: size of the wrappers' blocks, which has to divide d_out and d_in; "auto" takes the largest up to 128
-            whose wrappers add at most an eighth to the layer.
+        block: size of the wrappers' blocks, which has to divide d_out and d_in; "even" takes the largest up to 128
+            whose wrappers add at most an eighth to the layer; "auto" shares the same entries in all out by what each
+            layer costs the model (`armorfact_hf.pruning.budget`).
         tensor_parallel: how many ranks of a server will share each layer: blocks are chosen that no cut goes through,
             and a layer that cannot be cut into so many parts stays dense. 1 asks nothing.
         objective: "gram" minimizes ||(W - ACB) X||^2 with the full Gram matrix H = X X'; "diagonal" sees only diag(H);
@@ -66,7 +68,7 @@ class PruneConfig:
 
     method: str = "armorfact"
     pattern: str = "2:4"
-    block: int | str = "auto"
+    block: int | str = AUTO
     tensor_parallel: int = 1
     objective: str = "gram"
     shrinkage: float | None = None
@@ -104,10 +106,11 @@ class PruneConfig:
     def _check_numbers(self) -> None:
         self._set("sweeps", _whole("sweeps must be a whole number", self.sweeps))
         self._set("rtol", _real("rtol", self.rtol))
-        if self.block != "auto":
-            size = _whole("block must be a positive number of channels or 'auto'", self.block)
+        if self.block not in (AUTO, EVEN):
+            rule = "block must be a positive number of channels, 'auto' or 'even'"
+            size = _whole(rule, self.block)
             if size < 1:
-                raise ValueError(f"block must be a positive number of channels or 'auto', got {self.block!r}")
+                raise ValueError(f"{rule}, got {self.block!r}")
             self._set("block", size)
         if self.sweeps < 0 or not 0 <= self.rtol < 1:
             raise ValueError(f"expected sweeps >= 0 and 0 <= rtol < 1, got sweeps={self.sweeps}, rtol={self.rtol}")

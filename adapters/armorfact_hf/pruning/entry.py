@@ -32,11 +32,15 @@ Pruned = list[tuple[FactorizedLinear, LayerReport]]
 
 @dataclass(frozen=True)
 class Finished:
-    """Pruned layers with their reports, the seconds that they took, and how their decoder block was tuned."""
+    """Pruned layers with their reports, the seconds that they took, and how their decoder block was tuned.
+
+    Or no layers yet, and what pruning each of them costs the model, in nats a token (`armorfact_hf.pruning.prices`).
+    """
 
     layers: Pruned
     seconds: float
     matched: BlockReport | None = None
+    prices: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Entry:
         path: its name without the end is the key that stands in it.
         run: the digest of the manifest.
         pattern: the N:M pattern of the run.
-        again: what is made again where the file is lost, in words.
+        again: what happens again where the file is lost, in words.
     """
 
     path: Path
@@ -69,7 +73,7 @@ class Entry:
         reports = [report.to_dict() for _, report in finished.layers]
         matched = None if finished.matched is None else asdict(finished.matched)
         about = {"key": self.path.stem, "run": self.run, "seconds": finished.seconds}
-        block = json.dumps(about | {"reports": reports, "matched": matched})
+        block = json.dumps(about | {"reports": reports, "matched": matched, "prices": finished.prices})
         with room_for(self.path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(self.path) as draft:
             save_file(tensors, draft, metadata={"block": block, **BLANK})
             seal(draft)
@@ -107,7 +111,7 @@ class Entry:
                 raise ValueError(f"it holds {', '.join(left_over)}, of which it has no report")
             verify([self.path], Description(self.pattern, "float32", formats, {}))
             layers = [(_layer(stored, formats[report.name], device), report) for report in reports]
-            return Finished(layers, float(block["seconds"]), _matched(block["matched"]))
+            return Finished(layers, float(block["seconds"]), _matched(block["matched"]), block["prices"])
 
     def _check_place(self, block: Mapping[str, Any]) -> None:
         if block["run"] != self.run:
@@ -130,7 +134,7 @@ class Entry:
         except DAMAGE as error:
             what = str(error).partition(": copy or download")[0]  # there is a nearer way out
             raise ValueError(
-                f"{self.path} is damaged ({what}); delete that one file, and {self.again} is pruned again"
+                f"{self.path} is damaged ({what}); delete that one file, and {self.again} again"
             ) from error
 
 

@@ -17,12 +17,13 @@ from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
 from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_experts, check_model, check_states, checked_tokens
-from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.config import AUTO, PruneConfig
 from armorfact_hf.pruning.fingerprint import disk_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.manifest import flat_manifest
 from armorfact_hf.pruning.schedule import Matching
 
+PRICED_WINDOWS, PRICED_LENGTH = 4, 1024  # at most, spread over the calibration text, and tokens of each
 SPILL_ABOVE = 1 / 4  # of the memory that is free: states that take more wait on disk
 
 
@@ -115,7 +116,24 @@ class Job:
     @property
     def uses_head(self) -> bool:
         """Whether the work needs the head: to be pruned, or to make words."""
-        return bool(self.tail) or self.config.head
+        return bool(self.tail) or self.config.head or bool(self.priced)
+
+    @cached_property
+    def priced(self) -> tuple[Layer, ...]:
+        """The layers among which entries of wrappers are shared out by prices: the head is none of them.
+
+        None are where experts are pruned, which have no prices and are nearly all of their model.
+        """
+        asked = self.config.method == "armorfact" and self.config.block == AUTO
+        found = tuple(layer for layer in self.layers if layer.decoder_block is not None)
+        return found if asked and len(found) > 1 and not any(layer.stack for layer in found) else ()
+
+    @property
+    def priced_tokens(self) -> Tensor:
+        """(windows, length): the calibration tokens that prices are found from."""
+        if not self.priced:
+            return self.tokens[:0]
+        return self.tokens[:: -(-len(self.tokens) // PRICED_WINDOWS), :PRICED_LENGTH]
 
     @property
     def tail_steps(self) -> int:

@@ -30,7 +30,8 @@ from armorfact_hf.pruning.manifest import (
 )
 
 LAYER = re.compile(r"([a-z]+-\d{4,})-layer-\d{4,}")  # the key of a layer, and in it that of its decoder block
-KEY = re.compile(rf"head|tail|state|[a-z]+-\d{{4,}}|{LAYER.pattern}")
+PRICES = "prices"
+KEY = re.compile(rf"{PRICES}|head|tail|state|[a-z]+-\d{{4,}}|{LAYER.pattern}")
 SUFFIX = ".safetensors"
 
 
@@ -92,7 +93,7 @@ class Journal:
         """Store finished work; that of a decoder block takes the place of its single layers.
 
         Args:
-            key: "head", "tail", a word and a number such as "block-0003", or a `layer_key`.
+            key: "prices", "head", "tail", a word and a number such as "block-0003", or a `layer_key`.
 
         Raises:
             DiskFull: the disk has no room for it.
@@ -131,7 +132,8 @@ class Journal:
         return found
 
     def _entry(self, key: str) -> Entry:
-        again = "its layer" if LAYER.fullmatch(key) else "its decoder block"
+        again = "its layer is pruned" if LAYER.fullmatch(key) else "its decoder block is pruned"
+        again = "prices are found" if key == PRICES else again
         return Entry(self.folder / f"{key}{SUFFIX}", self.run, self.pattern, again)
 
 

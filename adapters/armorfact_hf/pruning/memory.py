@@ -58,9 +58,12 @@ def memory_of(
     return Memory(
         weights=_held_bytes(job) if streamed else model_bytes(job),
         pruned=_pruned_bytes(job) if streamed else 0,
-        states=job.window_bytes * (3 if spilled else len(job.tokens) * (job.copies_of_states + again)),
+        states=max(
+            job.window_bytes * (3 if spilled else len(job.tokens) * (job.copies_of_states + again)),
+            0 if spilled else _priced_bytes(job),
+        ),
         statistics=_statistics_bytes(job, spilled, experts),
-        work=max(_solving_bytes(job), _tuning_bytes(job)),
+        work=max(_solving_bytes(job) + _shown_bytes(job), _tuning_bytes(job)),
     )
 
 
@@ -98,7 +101,7 @@ def _largest(job: Job, layers: Iterable[Layer], bytes_of: Callable[[Layer], int]
     by_block: dict[int | None, int] = {}
     for layer in layers:
         by_block[layer.decoder_block] = by_block.get(layer.decoder_block, 0) + bytes_of(layer)
-    return max(max(by_block.values()), sum(by_block.get(block, 0) for block in job.tail))
+    return max(max(by_block.values(), default=0), sum(by_block.get(block, 0) for block in job.tail))
 
 
 def experts_at_once(job: Job) -> int | None:
@@ -151,7 +154,19 @@ def waiting_bytes(job: Job, experts: int | None) -> int:
     if not job.spilled:
         return 0
     again = len(job.tail) * len(job.tokens) * job.window_bytes
-    return job.states_bytes + (statistics_bytes(job, job.tail) if experts is None else again)
+    pruning = job.states_bytes + (statistics_bytes(job, job.tail) if experts is None else again)
+    return max(pruning, _priced_bytes(job))
+
+
+def _shown_bytes(job: Job) -> int:
+    """Of the inputs of a decoder block's layers and the gradients at their outputs, while prices are found."""
+    tokens = job.priced_tokens.numel()
+    return _largest(job, job.priced, lambda layer: tokens * sum(layer.shape) * layer.weight.element_size())
+
+
+def _priced_bytes(job: Job) -> int:
+    """Of the states before every decoder block, while prices are found."""
+    return len(job.blocks) * job.priced_tokens.numel() * (job.window_bytes // job.tokens.shape[1])
 
 
 def _number(layer: Layer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +48,8 @@ class Plan:
     """What `prune_` will do with a model.
 
     Args:
-        layers, dense_layers: what is pruned, and what stays dense and why.
+        layers, dense_layers: what is pruned, and what stays dense and why. Where prices are going to choose blocks
+            (`armorfact_hf.pruning.budget`), these are those of an even share, and what they add in all is the most.
         tensor_parallel: how many ranks the layers are made for.
         parameters: of the whole model.
         weights: parameters in the matrices of the decoder blocks, those of stacked experts among them.
@@ -148,7 +150,7 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
     spread = None if workers is None else spread_of(job, count_of(workers))
     experts = experts_at_once(job) if spread is None else None
     return Plan(
-        layers=tuple(_planned(layer, job.config) for layer in job.layers),
+        layers=planned_layers(job.layers, job.config),
         dense_layers=job.dense_layers,
         tensor_parallel=job.config.tensor_parallel,
         parameters=sum(parameter.numel() for parameter in job.model.parameters()),
@@ -161,6 +163,11 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
         experts_at_once=experts,
         spread=spread,
     )
+
+
+def planned_layers(layers: Iterable[Layer], config: PruneConfig) -> tuple[PlannedLayer, ...]:
+    """The layers with the blocks that they have, and their bytes."""
+    return tuple(_planned(layer, config) for layer in layers)
 
 
 def _planned(layer: Layer, config: PruneConfig) -> PlannedLayer:

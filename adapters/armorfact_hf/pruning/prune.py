@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -21,12 +21,15 @@ from armorfact_hf.model.experts import stack_experts_
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock, units
+from armorfact_hf.pruning.budget import shared_out
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.entry import Finished
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.journal import Journal
+from armorfact_hf.pruning.journal import PRICES, Journal
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.notes import damping_noted
+from armorfact_hf.pruning.prices import prices
 from armorfact_hf.pruning.progress import Clock, Progress
 from armorfact_hf.pruning.workers.choice import Choice, check_workers, hired
 
@@ -125,20 +128,33 @@ def prune_(
 def prune_job_(job: Job, journal: Journal | None, observer: Observer, workers: Choice = None) -> PruneReport:
     """`prune_`, for arguments that were checked."""
     job.model.eval()
-    progress = Progress(observer, units(job))
-    with (
-        damping_noted(),
-        _folder_of_states(job, journal) if workers is None else nullcontext() as folder,
-        hired(workers, job, progress, folder) as those,
-    ):
-        run = BlockByBlock(job, journal, those, progress, Clock(), folder=folder)
-        reports = run.reports()
+    progress, clock = Progress(observer, units(job)), Clock()
+    with damping_noted(), _folder_of_states(job, journal) as folder:
+        job = _budgeted(job, journal, progress, clock, folder)
+        with hired(workers, job, progress, folder) as those:
+            run = BlockByBlock(job, journal, those, progress, clock, folder=None if workers else folder)
+            reports = run.reports()
     stack_experts_(job.model)
     describe_(job, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
     dense_layers = (*job.dense_layers, *missed)
     return PruneReport(job.config, reports, dense_layers, run.clock.seconds(), tuple(run.blocks))
+
+
+def _budgeted(job: Job, journal: Journal | None, progress: Progress, clock: Clock, folder: Path | None) -> Job:
+    """The job with the blocks that its layers get by their prices, where these are asked for."""
+    if not job.priced:
+        return job
+    found = None if journal is None else journal.read(PRICES)
+    if found is None:
+        found = Finished([], 0.0, prices=prices(job, progress, folder))
+        if journal is not None:
+            journal.write(PRICES, replace(found, seconds=clock.lap()))
+    else:
+        clock.earlier += found.seconds
+        progress.tell(2 * len(job.priced_tokens) * len(job.blocks), "prices of layers are found already")
+    return replace(job, layers=tuple(shared_out(job.layers, found.prices or {}, job.config)))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Journal, remove_leftover
 from armorfact_hf.pruning.manifest import DifferentRun, check_same
-from armorfact_hf.pruning.plan import Plan, plan_job
+from armorfact_hf.pruning.plan import Plan, plan_job, planned_layers
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
 from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.record import FILE, CalibrationFacts, ModelFacts, Report, Totals
@@ -141,6 +141,9 @@ def _model_facts(loaded: Loaded, job: Job) -> ModelFacts:
 
 def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneReport, plan: Plan) -> Report:
     text, (count, length) = calibration.text.removeprefix(DEMO), job.tokens.shape
+    blocks = {report.name: report.block for report in done.layers}
+    layers = [replace(layer, block=blocks.get(layer.name, layer.block)) for layer in job.layers]
+    found = replace(plan, layers=planned_layers(layers, job.config))
     return Report(
         armorfact_version=armorfact.__version__,
         model=facts,
@@ -150,7 +153,7 @@ def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneRe
         layers=done.layers,
         dense_layers=done.dense_layers,
         blocks=done.blocks,
-        totals=Totals(plan.dense_bytes, plan.bytes, plan.wrapper_overhead, done.seconds, peak_memory()),
+        totals=Totals(found.dense_bytes, found.bytes, found.wrapper_overhead, done.seconds, peak_memory()),
     )
 
 

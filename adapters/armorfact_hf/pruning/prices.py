@@ -1,0 +1,217 @@
+r"""What pruning each layer costs the model, foretold before anything is pruned.
+
+An error e_t at the output of a layer moves the words of the model by
+
+.. math:: \mathrm{KL} \approx \tfrac12 \operatorname{mean}_t \bigl(g_t^\top e_t\bigr)^2
+
+nats a token, where g_t is the gradient there of the log-likelihood of words that are drawn, at every position, from the
+model's own probabilities: the Fisher information. The error taken is SparseGPT's, which costs a Cholesky factorization:
+by it layers stand in the order that they have with wrappers (``python -m benchmarks.budget``).
+
+A few short windows go forward and back through the dense model, with one decoder block in memory at a time: each is run
+once more on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import armorfact
+from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.moments import recorded_inputs
+from armorfact_hf.model.on_disk import HEAD
+from armorfact_hf.model.stream import BlockStream, frozen
+from armorfact_hf.model.structure import Layer
+from armorfact_hf.model.words import POSITIONS_AT_ONCE
+from armorfact_hf.pruning.aims import LOGITS_A_STEP
+from armorfact_hf.pruning.config import DEFAULT_SHRINKAGE
+from armorfact_hf.pruning.job import Job
+from armorfact_hf.pruning.layer import shrunk
+from armorfact_hf.pruning.progress import Progress
+from armorfact_hf.pruning.spilled import Hidden
+from armorfact_hf.pruning.states import States
+
+NO_WAY_BACK = "a decoder block passes no gradients on to its layers, so they have no prices: prune with block='even'"
+
+
+def prices(job: Job, progress: Progress, folder: Path | None) -> dict[str, float]:
+    """What pruning each of `Job.priced` alone costs, in nats a token; none of a layer that is not called just once.
+
+    Args:
+        job: its model is dense, and in evaluation mode. progress: is told of every window. folder: states wait in files
+            there; None is in memory.
+
+    Raises:
+        ValueError: gradients do not reach the layers. NonFiniteActivations: a module computes NaN or infinite values.
+    """
+    seen = shown(job, progress, folder)
+    return {one.layer.name: one.divergence(one.by_sparsegpt(job.config.pattern)) for one in seen}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the windows show of one layer.
+
+    Args:
+        layer: its weight W is in memory as long as this is at work. inputs: (tokens, d_in). gradients: of the
+            log-likelihood at the outputs, (tokens, d_out).
+    """
+
+    layer: Layer
+    inputs: Tensor
+    gradients: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """W, float32."""
+        return self.layer.weight.contiguous().float()
+
+    @property
+    def gram(self) -> Tensor:
+        """X X' with its diagonal added once more, as the solver is given it by default; float32."""
+        x = self.inputs.float()
+        return shrunk(x.T @ x, DEFAULT_SHRINKAGE)
+
+    def by_sparsegpt(self, pattern: str) -> Tensor:
+        """W pruned by SparseGPT."""
+        return armorfact.sparsegpt(self.weight, self.gram, pattern=pattern)
+
+    def divergence(self, pruned: Tensor) -> float:
+        """Nats a token that the layer costs with this weight, foretold."""
+        error = self.inputs.float() @ (self.weight - pruned).T
+        return float((self.gradients.float() * error).sum(1).double().square().mean()) / 2
+
+
+def shown(job: Job, progress: Progress, folder: Path | None) -> Iterator[Shown]:
+    """What the windows show of each layer, see `prices`; from the last decoder block to the first."""
+    with frozen(job.model), _leaves(job.model):
+        passes = _Passes.forward(job, progress, folder)
+        for block in reversed(range(len(job.blocks))):
+            layers = {layer.name: layer for layer in job.priced if layer.decoder_block == block}
+            with job.weights.held(block):
+                seen = passes.back(block, layers, progress)
+                yield from (Shown(layers[name], x, g) for name, (x, g) in seen.items())
+
+
+@contextmanager
+def _leaves(model: CausalLM) -> Iterator[None]:
+    """Inside the context, gradients flow back to what the embedding returns, and no further."""
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Windows on their way through the dense model.
+
+    Args:
+        job: names it. stream: runs its blocks. windows: (1, length) tokens each.
+        given: by block, the states before it.
+        gradients: by window, that of the log-likelihood at the states behind the block that is next on the way back.
+    """
+
+    job: Job
+    stream: BlockStream
+    windows: tuple[Tensor, ...]
+    given: list[Hidden]
+    gradients: list[Tensor]
+
+    @classmethod
+    def forward(cls, job: Job, progress: Progress, folder: Path | None) -> _Passes:
+        """All the way to the words, and back behind the last block."""
+        stream, windows = BlockStream(job.model, job.blocks), job.priced_tokens.split(1)
+        states = States.before_the_first(stream, job.prefix, windows, folder)
+        given = []
+        for block in range(len(job.blocks)):
+            given.append(states.hidden.copy())
+            with job.weights.held(block):
+                for window in range(len(windows)):
+                    progress.tell(1, f"prices of layers: decoder block {block + 1}, forward")
+                    states.advance(block, window)
+        with job.weights.held(HEAD):
+            behind = [_behind_the_last(stream, tokens, states.hidden[k], k) for k, tokens in enumerate(windows)]
+        return cls(job, stream, windows, given, behind)
+
+    def back(self, block: int, layers: Mapping[str, Layer], progress: Progress) -> dict[str, tuple[Tensor, Tensor]]:
+        """Through one block; what its layers were given, and the gradients at what they returned, of all windows."""
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for window in range(len(self.windows)):
+            progress.tell(1, f"prices of layers: decoder block {block + 1}, back")
+            for name, one in self._back(block, window, layers).items():
+                seen.setdefault(name, []).append(one)
+        whole = {name: parts for name, parts in seen.items() if len(parts) == len(self.windows)}
+        return {name: (_joined(x for x, _ in parts), _joined(g for _, g in parts)) for name, parts in whole.items()}
+
+    def _back(self, block: int, window: int, layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
+        modules, hidden = {name: layer.module for name, layer in layers.items()}, self.given[block][window]
+        leaf = None if hidden is None else hidden.detach().requires_grad_()
+        with recorded_inputs(modules) as inputs, _recorded_gradients(modules) as gradients:
+            output = self.stream.run(block, self.windows[window], leaf, gradients=True)
+            if not output.requires_grad:
+                raise ValueError(NO_WAY_BACK)
+            output.backward(self.gradients[window])
+        if leaf is not None and leaf.grad is not None:
+            self.gradients[window] = leaf.grad
+        called = {name: calls[0].detach() for name, calls in inputs.calls.items() if len(calls) == 1}
+        return {name: (x, gradients[name]) for name, x in called.items() if name in gradients}
+
+
+def _joined(parts: Iterator[Tensor]) -> Tensor:
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
+@contextmanager
+def _recorded_gradients(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """The gradient at what each module returns, once a backward pass inside the context has been there."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable:
+        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: found.__setitem__(name, gradient.detach()))
+
+        return keep
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(hook(name)).remove)
+        yield found
+
+
+def _behind_the_last(stream: BlockStream, tokens: Tensor, hidden: Tensor | None, seed: int) -> Tensor:
+    """The gradient of the log-likelihood at the states behind the last block, of words drawn from a seed."""
+    model: Any = stream.model
+    assert hidden is not None  # every window was run
+    head, leaf = model.get_output_embeddings(), hidden.detach().requires_grad_()
+    given = stream.head_input(head, tokens, leaf, gradients=True)
+    gradient, generator = torch.zeros_like(given), torch.Generator().manual_seed(seed)
+    length = given.shape[1]
+    every = -(-length * model.get_input_embeddings().num_embeddings // LOGITS_A_STEP)
+    for lo in range(seed % every, length, POSITIONS_AT_ONCE * every):
+        part = slice(lo, lo + POSITIONS_AT_ONCE * every, every)
+        # Words are drawn independently, so that second moments add up: some positions stand for all.
+        gradient[:, part] = every**0.5 * _at_the_head(stream, head, tokens[:, part], given[:, part], generator)
+    return torch.autograd.grad(given, leaf, gradient)[0]
+
+
+def _at_the_head(
+    stream: BlockStream, head: nn.Module, tokens: Tensor, given: Tensor, generator: torch.Generator
+) -> Tensor:
+    piece = given.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = stream.logits(head, tokens, piece)[0].float()
+        words = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        likelihood = -functional.cross_entropy(logits, words.to(logits.device), reduction="sum")
+    return torch.autograd.grad(likelihood, piece)[0]
