@@ -44,7 +44,9 @@ def estimated_seconds(job: Job, experts: int | None = None) -> float:
         solving = _seconds_a_flop(reached[0], statistics, job.config) * _flops(job) if reached else 0.0
     passes = job.follows_pruned + job.follows_dense * job.follows_pruned
     flowing = len(job.tokens) * ((job.last_block + 1) * (gathering + passes * plain) + _again(job, experts) * gathering)
-    return flowing + solving + plain * _tuning_passes(job)
+    priced = job.priced_tokens.numel() / job.tokens.shape[1]  # in windows; run forward, and once more to go back
+    pricing = len(job.blocks) * priced * plain * (1 + BACKWARD)
+    return flowing + solving + pricing + plain * _tuning_passes(job)
 
 
 def _again(job: Job, experts: int | None) -> int:
