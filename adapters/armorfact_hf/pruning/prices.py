@@ -6,7 +6,7 @@ An error e_t at the output of a layer moves the words of the model by
 
 nats a token, where g_t is the gradient there of the log-likelihood of words that are drawn, at every position, from the
 model's own probabilities: the Fisher information. The error taken is SparseGPT's, which costs a Cholesky factorization:
-by it layers stand in the order that they have with wrappers (``python -m benchmarks.budget``).
+by it layers stand in the order that they have with wrappers (``python -m benchmarks.prices``).
 
 A few short windows go forward and back through the dense model, with one decoder block in memory at a time: each is run
 once more on the way back.
@@ -14,6 +14,7 @@ once more on the way back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ NO_WAY_BACK = "a decoder block passes no gradients on to its layers, so they hav
 
 
 def prices(job: Job, progress: Progress, folder: Path | None) -> dict[str, float]:
-    """What pruning each of `Job.priced` alone costs, in nats a token; none of a layer that is not called just once.
+    """What pruning each of `Job.priced` alone costs, in nats a token.
+
+    Layers that are not called just once in a pass have none, nor have those whose gradients overflow.
 
     Args:
         job: its model is dense, and in evaluation mode. progress: is told of every window. folder: states wait in files
@@ -53,7 +56,8 @@ def prices(job: Job, progress: Progress, folder: Path | None) -> dict[str, float
         ValueError: gradients do not reach the layers. NonFiniteActivations: a module computes NaN or infinite values.
     """
     seen = shown(job, progress, folder)
-    return {one.layer.name: one.divergence(one.by_sparsegpt(job.config.pattern)) for one in seen}
+    found = {one.layer.name: one.divergence(one.by_sparsegpt(job.config.pattern)) for one in seen}
+    return {name: price for name, price in found.items() if math.isfinite(price)}
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,11 @@ class _Passes:
     """Windows on their way through the dense model.
 
     Args:
-        job: names it. stream: runs its blocks. windows: (1, length) tokens each.
+        stream: runs its blocks. windows: (1, length) tokens each.
         given: by block, the states before it.
         gradients: by window, that of the log-likelihood at the states behind the block that is next on the way back.
     """
 
-    job: Job
     stream: BlockStream
     windows: tuple[Tensor, ...]
     given: list[Hidden]
@@ -142,7 +145,7 @@ class _Passes:
                     states.advance(block, window)
         with job.weights.held(HEAD):
             behind = [_behind_the_last(stream, tokens, states.hidden[k], k) for k, tokens in enumerate(windows)]
-        return cls(job, stream, windows, given, behind)
+        return cls(stream, windows, given, behind)
 
     def back(self, block: int, layers: Mapping[str, Layer], progress: Progress) -> dict[str, tuple[Tensor, Tensor]]:
         """Through one block; what its layers were given, and the gradients at what they returned, of all windows."""

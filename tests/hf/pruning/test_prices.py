@@ -129,6 +129,12 @@ def test_blocks_differ_add_up_to_no_more_and_what_is_stored_says_so(tmp_path):
     assert 0.95 * even < auto <= even
 
 
+def test_what_is_not_finite_is_no_price(monkeypatch):
+    found = iter([float("inf"), float("nan"), 1.0])
+    monkeypatch.setattr(module.Shown, "divergence", lambda *_: next(found, 2.0))
+    assert sorted(prices(job_of(), quiet(), None).values()) == [1.0] + [2.0] * (7 * BLOCKS - 3)
+
+
 def test_they_stand_in_the_journal(tmp_path, monkeypatch):
     config = PruneConfig(sweeps=1, refine=None)
     first = prune_(tiny_model("llama", **WIDE), random_tokens(), config, journal=tmp_path / "journal")
