@@ -1,12 +1,12 @@
-"""What the blocks of "auto" rest on: by which rate a layer's price falls with its wrappers, and what foretells it.
+"""What the blocks of "priced" rest on: by which rate a layer's price falls with its wrappers, and what foretells it.
 
     python -m benchmarks.prices --model demo:smollm2
 
 Every linear layer of every third decoder block is pruned alone by SparseGPT and, in three sweeps, with wrappers of the
-blocks of an even share and of about twice those. The price is what `armorfact_hf.pruning.prices` foretells of each
+blocks of "auto" and of about twice those. The price is what `armorfact_hf.pruning.prices` foretells of each
 error, in nats a token. The first table has the rate ρ of a price that goes as exp(-ρ s), s the wrappers' share of the
 layer's entries: the mean over layers, the least and the most. Below it stand the correlation of the logarithms of two
-prices an entry, by SparseGPT and with even blocks, and how far the one times a constant is from the other.
+prices an entry, by SparseGPT and with the blocks of "auto", and how far the one times a constant is from the other.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Json = dict[str, Any]
 def job_of(model: str, every: int, calibration: Calibration) -> Job:
     """A model of which one decoder block in so many is priced."""
     loaded = load_model(model, "bfloat16", log=lambda _: None)
-    config = PruneConfig(include=one_in(loaded.model, every))
+    config = PruneConfig(include=one_in(loaded.model, every), block="priced")
     return make_job(loaded.model.eval(), calibration.tokens(loaded, lambda _: None), config)
 
 

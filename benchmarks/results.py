@@ -7,8 +7,7 @@
 
 Every run prunes the model in bfloat16 and measures perplexity on two texts. Its figures are kept in a JSON file in
 --out, and are not measured again; the pruned weights are not kept. "settings" and "shrinkage" prune every third
-decoder block, in 10 sweeps a layer, so that many settings can be compared. Only "methods" matches blocks, and but for
-its default, blocks of wrappers have the same share of every layer ("even").
+decoder block, in 10 sweeps a layer, so that many settings can be compared. Only "methods" matches blocks.
 """
 
 from __future__ import annotations
@@ -30,17 +29,9 @@ from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 
 TEXTS = [Evaluation("demo:gensim-enwiki"), Evaluation("demo:qasper")]
 EVERY_THIRD = (f"re:model.layers.({'|'.join(map(str, range(0, 30, 3)))})\\.",)
-SUBSET = {"include": EVERY_THIRD, "baselines": (), "sweeps": 10, "refine": None, "block": "even"}
+SUBSET = {"include": EVERY_THIRD, "baselines": (), "sweeps": 10, "refine": None}
 # Solved to the solver's own stopping rule: three sweeps that each gain less than a thousandth.
-PAPER = {
-    "objective": "nowag",
-    "init": "nowag",
-    "sweeps": 150,
-    "rtol": 1e-3,
-    "block": "even",
-    "baselines": (),
-    "refine": None,
-}
+PAPER = {"objective": "nowag", "init": "nowag", "sweeps": 150, "rtol": 1e-3, "baselines": (), "refine": None}
 
 
 @dataclass(frozen=True)
@@ -62,16 +53,14 @@ def methods() -> Iterator[Run]:
     for method in ("magnitude", "wanda", "nowag", "sparsegpt"):
         yield Run(method, {"method": method})
     yield Run("paper's objective", PAPER)
-    yield Run("layers only, even blocks", {"refine": None, "block": "even"})
-    yield Run("even blocks", {"block": "even"})
+    yield Run("layers only", {"refine": None, "sweeps": 20})
     yield Run("armorfact")
 
 
 def settings() -> Iterator[Run]:
     """One setting changed at a time."""
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("10 sweeps, block even", {}),
-        ("block auto", {"block": "auto"}),
+        ("10 sweeps, block auto", {}),
         ("propagate dense", {"propagate": "dense"}),
         ("target output", {"target": "output"}),
         ("objective diagonal", {"objective": "diagonal"}),
@@ -92,7 +81,7 @@ def shrinkage() -> Iterator[Run]:
 
 def whole() -> Iterator[Run]:
     """One setting changed at a time, over the whole model, where the errors of all blocks add up."""
-    yield Run("default", {"refine": None, "block": "even"})
+    yield Run("default", {"refine": None})
     changes: list[tuple[str, dict[str, Any]]] = [
         ("target output", {"target": "output"}),
         ("propagate dense", {"propagate": "dense"}),
@@ -100,7 +89,7 @@ def whole() -> Iterator[Run]:
         ("λ = 2", {"shrinkage": 2.0}),
     ]
     for label, change in changes:
-        yield Run(label, {**change, "baselines": (), "refine": None, "block": "even"})
+        yield Run(label, {**change, "baselines": (), "refine": None})
 
 
 def measure(run: Run, model: str, out: Path) -> dict[str, Any]:

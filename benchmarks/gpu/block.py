@@ -41,7 +41,7 @@ def pruned(sweeps: int, setup: Setup) -> Iterator[Item]:
 
 def _pruned(setup: Setup, sweeps: int) -> Values:
     model, tokens = _random_model(setup, 2), _random_tokens(setup)
-    config = PruneConfig(include=SECOND, sweeps=sweeps, tail=0, block="even")
+    config = PruneConfig(include=SECOND, sweeps=sweeps, tail=0)
     if setup.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     seconds = timer_of(setup.device).seconds(lambda: prune_(model, tokens, config))

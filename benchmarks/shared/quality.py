@@ -62,7 +62,7 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of a model of which one decoder block in so many was pruned, inside a context that changes how."""
     loaded = load_model(model, "bfloat16")
-    config = PruneConfig(include=one_in(loaded.model, every), sweeps=10, refine=refine, baselines=(), block="even")
+    config = PruneConfig(include=one_in(loaded.model, every), sweeps=10, refine=refine, baselines=())
     with inside:
         report = prune_(loaded.model, calibration.tokens(loaded, print), config)
     return figures(report) | {"perplexity": [perplexity_of(loaded, text).perplexity for text in TEXTS]}

@@ -25,7 +25,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
     method: Annotated[str, typer.Option(help=f"One of {', '.join(settings.METHODS)}.")] = DEFAULTS.method,
     pattern: Annotated[str, typer.Option(help="N:M, at most N non-zeros of M.")] = DEFAULTS.pattern,
     block: Annotated[
-        str, typer.Option(help="Size of the wrappers' blocks; auto shares them out by what layers cost, even evenly.")
+        str, typer.Option(help="Size of the wrappers' blocks, auto, or priced (by what each layer costs).")
     ] = str(DEFAULTS.block),
     tensor_parallel: Annotated[
         int, typer.Option(help="Ranks of a server that will share each layer: chooses blocks that no cut goes through.")

@@ -19,7 +19,7 @@ from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 
 RATE = 3.3  # rho
-RANGE = 1 / 6, 4  # times the blocks of an even share: the sizes that a layer may get
+RANGE = 1 / 6, 4  # times the blocks of "auto": the sizes that a layer may get
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def shared_out(layers: Iterable[Layer], prices: Mapping[str, float], config: Pru
     """The layers, those with a price with other blocks: no more entries in all, and the least sum of prices.
 
     Args:
-        layers: with blocks of an even share.
+        layers: with the blocks of "auto".
         prices: by layer, of any unit that adds up, for wrappers of no size.
     """
     layers = list(layers)

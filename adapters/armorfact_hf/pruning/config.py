@@ -15,7 +15,7 @@ METHODS = ("armorfact", "sparsegpt", "wanda", "nowag", "magnitude")
 BASELINES = ("sparsegpt", "wanda", "nowag", "magnitude", "paper")
 OBJECTIVES = ("gram", "diagonal", "nowag")
 WHOLE_DTYPES = ("int8",)  # of cores and wrappers
-AUTO, EVEN = "auto", "even"  # how blocks are chosen
+AUTO, PRICED = "auto", "priced"  # how blocks are chosen
 DEFAULT_SHRINKAGE = 1.0
 
 
@@ -27,8 +27,8 @@ class PruneConfig:
         method: "armorfact" factorizes W ~ A C B; "sparsegpt", "wanda", "nowag" and "magnitude" prune in one shot,
             without wrappers.
         pattern: "N:M", at most N non-zeros in M consecutive inputs.
-        block: size of the wrappers' blocks, which has to divide d_out and d_in; "even" takes the largest up to 128
-            whose wrappers add at most an eighth to the layer; "auto" shares the same entries in all out by what each
+        block: size of the wrappers' blocks, which has to divide d_out and d_in; "auto" takes the largest up to 128
+            whose wrappers add at most an eighth to the layer; "priced" shares the same entries in all out by what each
             layer costs the model (`armorfact_hf.pruning.budget`).
         tensor_parallel: how many ranks of a server will share each layer: blocks are chosen that no cut goes through,
             and a layer that cannot be cut into so many parts stays dense. 1 asks nothing.
@@ -106,8 +106,8 @@ class PruneConfig:
     def _check_numbers(self) -> None:
         self._set("sweeps", _whole("sweeps must be a whole number", self.sweeps))
         self._set("rtol", _real("rtol", self.rtol))
-        if self.block not in (AUTO, EVEN):
-            rule = "block must be a positive number of channels, 'auto' or 'even'"
+        if self.block not in (AUTO, PRICED):
+            rule = "block must be a positive number of channels, 'auto' or 'priced'"
             size = _whole(rule, self.block)
             if size < 1:
                 raise ValueError(f"{rule}, got {self.block!r}")

@@ -14,16 +14,16 @@ from armorfact_hf.layers.cuts import refusal_to_cut
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, chosen_layers
-from armorfact_hf.pruning.config import AUTO, EVEN, PruneConfig
+from armorfact_hf.pruning.config import AUTO, PRICED, PruneConfig
 
-MOST_OVERHEAD = 1 / 8  # what "even" lets the wrappers add to a layer, and "auto" to all of them
+MOST_OVERHEAD = 1 / 8  # what "auto" lets the wrappers add to a layer, and "priced" to all of them
 DTYPES_HELP = ", ".join(DTYPES)
 
 
 def fitting_block(shape: tuple[int, int], config: PruneConfig) -> tuple[tuple[int, int] | None, str]:
     """The blocks (block_out, block_in) of wrappers around a layer; without any, None and the reason why.
 
-    Those of an even share, from which "auto" starts. They fit the part of the layer that each of
+    With "priced", those that prices start from. They fit the part of the layer that each of
     ``config.tensor_parallel`` ranks holds, whichever way it is cut.
     """
     pattern, ranks = Pattern.parse(config.pattern), config.tensor_parallel
@@ -31,7 +31,7 @@ def fitting_block(shape: tuple[int, int], config: PruneConfig) -> tuple[tuple[in
         return None, reason
     d_out, d_in = shape[0] // ranks, shape[1] // ranks
     of_rank = f", what one of {ranks} ranks holds of {shape[0]}x{shape[1]}" if ranks > 1 else ""
-    if config.block in (AUTO, EVEN):
+    if config.block in (AUTO, PRICED):
         block = auto_block((d_out, d_in), pattern, MOST_OVERHEAD * ranks)  # in shares of the whole layer
         return block, "" if block else f"no block of up to {MAX_AUTO_BLOCK} divides {d_out} and {d_in}{of_rank}"
     size, these = int(config.block), fitting(math.gcd(d_out, d_in), pattern.group)

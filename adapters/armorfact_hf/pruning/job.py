@@ -17,7 +17,7 @@ from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
 from armorfact_hf.model.rehearsal import refuse_routed, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_experts, check_model, check_states, checked_tokens
-from armorfact_hf.pruning.config import AUTO, PruneConfig
+from armorfact_hf.pruning.config import PRICED, PruneConfig
 from armorfact_hf.pruning.fingerprint import disk_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.manifest import flat_manifest
@@ -124,7 +124,7 @@ class Job:
 
         None are where experts are pruned, which have no prices and are nearly all of their model.
         """
-        asked = self.config.method == "armorfact" and self.config.block == AUTO
+        asked = self.config.method == "armorfact" and self.config.block == PRICED
         found = tuple(layer for layer in self.layers if layer.decoder_block is not None)
         return found if asked and len(found) > 1 and not any(layer.stack for layer in found) else ()
 

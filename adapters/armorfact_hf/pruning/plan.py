@@ -49,7 +49,7 @@ class Plan:
 
     Args:
         layers, dense_layers: what is pruned, and what stays dense and why. Where prices are going to choose blocks
-            (`armorfact_hf.pruning.budget`), these are those of an even share, and what they add in all is the most.
+            (`armorfact_hf.pruning.budget`), these are those of "auto", and what they add in all is the most.
         tensor_parallel: how many ranks the layers are made for.
         parameters: of the whole model.
         weights: parameters in the matrices of the decoder blocks, those of stacked experts among them.

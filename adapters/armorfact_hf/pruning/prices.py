@@ -40,7 +40,7 @@ from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.spilled import Hidden
 from armorfact_hf.pruning.states import States
 
-NO_WAY_BACK = "a decoder block passes no gradients on to its layers, so they have no prices: prune with block='even'"
+NO_WAY_BACK = "a decoder block passes no gradients on to its layers, so they have no prices: prune with block='auto'"
 
 
 def prices(job: Job, progress: Progress, folder: Path | None) -> dict[str, float]:

@@ -205,8 +205,8 @@ def test_a_comparison_shows_texts_that_were_evaluated_earlier(model_folder, text
     [
         (("--method", "x"), "method must be one of armorfact, sparsegpt, wanda, nowag, magnitude, got 'x'"),
         (("--pattern", "2-4"), "2-4"),
-        (("--block", "many"), "block must be a positive number of channels, 'auto' or 'even', got 'many'"),
-        (("--block", "0"), "block must be a positive number of channels, 'auto' or 'even', got 0"),
+        (("--block", "many"), "block must be a positive number of channels, 'auto' or 'priced', got 'many'"),
+        (("--block", "0"), "block must be a positive number of channels, 'auto' or 'priced', got 0"),
         (("--objective", "nowag", "--shrinkage", "1"), "leave it out, or take objective='gram'"),
         (("--target", "output", "--propagate", "dense"), "it needs objective='gram' and propagate='pruned'"),
         (("--include", "nope"), "'nope' matches no linear layer in the decoder blocks"),

@@ -23,7 +23,7 @@ WIDE = {"hidden_size": 96, "intermediate_size": 192}
 
 
 def job_of(family="llama", windows=4, **config):
-    return make_job(tiny_model(family), random_tokens(windows), PruneConfig(**config))
+    return make_job(tiny_model(family), random_tokens(windows), PruneConfig(block="priced", **config))
 
 
 def quiet():
@@ -78,7 +78,7 @@ def test_states_on_disk_change_no_bit(tmp_path):
 def test_a_small_error_costs_about_what_is_foretold():
     torch.manual_seed(0)
     model, tokens = tiny_model("llama", hidden_size=64, intermediate_size=128), random_tokens(16, 60)
-    job = make_job(model, tokens, PruneConfig())
+    job = make_job(model, tokens, PruneConfig(block="priced"))
     seen = {one.layer.name: one for one in shown(job, quiet(), None)}
     for name in [name for name in seen if name.endswith("v_proj")]:
         del seen[
@@ -100,13 +100,13 @@ def test_a_small_error_costs_about_what_is_foretold():
 
 
 def test_a_few_short_windows_are_looked_at():
-    job = make_job(tiny_model("llama"), random_tokens(9, 40), PruneConfig())
+    job = make_job(tiny_model("llama"), random_tokens(9, 40), PruneConfig(block="priced"))
     assert len(job.priced_tokens) == 3 <= PRICED_WINDOWS
     assert torch.equal(job.priced_tokens, job.tokens[::3])
     assert job.priced_tokens.shape[1] <= PRICED_LENGTH
 
 
-@pytest.mark.parametrize("config", [{"block": "even"}, {"block": 8}, {"method": "wanda"}])
+@pytest.mark.parametrize("config", [{"block": "auto"}, {"block": 8}, {"method": "wanda", "block": "priced"}])
 def test_none_are_found_where_they_choose_nothing(config, monkeypatch):
     monkeypatch.setattr(prune, "prices", None)
     report = prune_(tiny_model("llama"), random_tokens(), PruneConfig(sweeps=1, refine=None, **config))
@@ -115,18 +115,18 @@ def test_none_are_found_where_they_choose_nothing(config, monkeypatch):
 
 def test_a_mixture_of_experts_has_none(monkeypatch):
     monkeypatch.setattr(prune, "prices", None)
-    prune_(tiny_model("mixtral"), random_tokens(), PruneConfig(sweeps=1, refine=None))
+    prune_(tiny_model("mixtral"), random_tokens(), PruneConfig(sweeps=1, refine=None, block="priced"))
 
 
 def test_blocks_differ_add_up_to_no_more_and_what_is_stored_says_so(tmp_path):
     reports = {}
-    for block in ("auto", "even"):
+    for block in ("priced", "auto"):
         model = tiny_model("llama", **WIDE)
         reports[block] = prune_(model, random_tokens(), PruneConfig(sweeps=1, refine=None, block=block))
         assert model.get_submodule(reports[block].layers[0].name).block == reports[block].layers[0].block
-    auto, even = (sum(layer.bytes for layer in reports[block].layers) for block in ("auto", "even"))
-    assert [x.block for x in reports["auto"].layers] != [x.block for x in reports["even"].layers]
-    assert 0.95 * even < auto <= even
+    priced, auto = (sum(layer.bytes for layer in reports[block].layers) for block in ("priced", "auto"))
+    assert [x.block for x in reports["priced"].layers] != [x.block for x in reports["auto"].layers]
+    assert 0.95 * auto < priced <= auto
 
 
 def test_what_is_not_finite_is_no_price(monkeypatch):
@@ -136,7 +136,7 @@ def test_what_is_not_finite_is_no_price(monkeypatch):
 
 
 def test_they_stand_in_the_journal(tmp_path, monkeypatch):
-    config = PruneConfig(sweeps=1, refine=None)
+    config = PruneConfig(sweeps=1, refine=None, block="priced")
     first = prune_(tiny_model("llama", **WIDE), random_tokens(), config, journal=tmp_path / "journal")
     assert (tmp_path / "journal" / "prices.safetensors").exists()
     for path in (tmp_path / "journal").glob("block-*"):
@@ -153,8 +153,8 @@ def test_a_model_that_passes_no_gradients_on_is_refused_with_the_way_out():
     forward = block.forward
     block.forward = lambda *args, **kwargs: forward(*args, **kwargs).detach()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"passes no gradients on.*block='even'"):
-        prune_(model, random_tokens(), PruneConfig())
+    with pytest.raises(ValueError, match=r"passes no gradients on.*block='auto'"):
+        prune_(model, random_tokens(), PruneConfig(block="priced"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model.get_input_embeddings()._forward_hooks

@@ -175,4 +175,4 @@ def test_a_block_that_passes_no_gradients_is_told():
     block = model.model.layers[0]
     block.forward = torch.no_grad()(block.forward)
     with pytest.raises(ValueError, match=r"passes no gradients .* prune with refine=None"):
-        prune_(model, random_tokens(), PruneConfig(**QUICK, block="even"))
+        prune_(model, random_tokens(), PruneConfig(**QUICK))
