@@ -55,12 +55,14 @@ def methods() -> Iterator[Run]:
     yield Run("paper's objective", PAPER)
     yield Run("layers only", {"refine": None, "sweeps": 20})
     yield Run("armorfact")
+    yield Run("block priced", {"block": "priced"})
 
 
 def settings() -> Iterator[Run]:
     """One setting changed at a time."""
     changes: list[tuple[str, dict[str, Any]]] = [
         ("10 sweeps, block auto", {}),
+        ("block priced", {"block": "priced"}),
         ("propagate dense", {"propagate": "dense"}),
         ("target output", {"target": "output"}),
         ("objective diagonal", {"objective": "diagonal"}),
