@@ -33,6 +33,7 @@ SETTINGS = {
     "tail and head": ("llama", {"tail": 2, "head": True}, 2),
     "experts": ("gpt_oss", {"refine": None, "include": (r"re:model\.layers\.1\..*",)}, 1),
     "int8 cores": ("llama", {"tail": 2, "core_dtype": "int8"}, 2),
+    "blocks by prices": ("qwen2", {"tail": 0, "block": "priced"}, 1),
     "blocks that return tuples": ("falcon", {"target": "output", "tail": 0, "ignore": (r"re:.*\.1\..*",)}, 1),
 }
 
@@ -85,6 +86,7 @@ def test_a_job_on_disk_travels_without_its_model(family, tmp_path):
     job = make_job(
         opened.model, random_tokens(), QUICK, lambda name, _: "layers.0." not in name, weights=opened.weights
     )
+    job = replace(job, layers=tuple(replace(layer, block=(8, 8)) for layer in job.layers))  # as prices may choose
     packed = pickle.dumps(sent(job))
     assert len(packed) < 50_000 < sum(weight.nbytes for weight in opened.model.parameters())
     found = pickle.loads(packed)()
@@ -183,16 +185,17 @@ def test_workers_give_the_bits_of_one_process(family, changes, workers):
 
 
 FROM_DISK = {
-    "tail and head": ("llama", {"tail": 2, "head": True}),
-    "experts": ("mixtral", {"refine": None}),
-    "int8 cores of a head of its own": ("qwen2", {"tail": 2, "core_dtype": "int8", "ignore": (r"re:.*\.0\..*",)}),
+    "tail and head": ("llama", {"tail": 2, "head": True}, {}),
+    "experts": ("mixtral", {"refine": None}, {}),
+    "int8 cores of a head of its own": ("qwen2", {"tail": 2, "core_dtype": "int8", "ignore": (r"re:.*\.0\..*",)}, {}),
+    "blocks by prices": ("llama", {"tail": 0, "block": "priced"}, {"hidden_size": 96, "intermediate_size": 192}),
 }
 
 
-@pytest.mark.parametrize(("family", "changes"), FROM_DISK.values(), ids=FROM_DISK)
+@pytest.mark.parametrize(("family", "changes", "sizes"), FROM_DISK.values(), ids=FROM_DISK)
 @pytest.mark.usefixtures("cluster", "own_cache")
-def test_workers_that_read_from_disk_write_the_files_of_one_process(family, changes, tmp_path, text_file):
-    model = saved(family, tmp_path / "model", dtype=torch.bfloat16, max_shard_size="50KB")
+def test_workers_that_read_from_disk_write_the_files_of_one_process(family, changes, sizes, tmp_path, text_file):
+    model = saved(family, tmp_path / "model", dtype=torch.bfloat16, max_shard_size="50KB", **sizes)
     config = PruneConfig(**{"sweeps": 1, "passes": 1, "baselines": ()} | changes)
     in_memory = pruned_files(model, tmp_path / "in-memory", text_file, config, stream=False)
     for workers in (None, 2):

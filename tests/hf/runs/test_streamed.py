@@ -66,6 +66,20 @@ def test_the_files_are_those_of_the_run_in_memory(family, settings, tmp_path, te
     assert len(inspect_folder(tmp_path / "out-True")) >= 4 * BLOCKS
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_prices_from_disk_choose_the_same_blocks(family, tmp_path, text_file):
+    wide = {"hidden_size": 96, "intermediate_size": 192}
+    model = saved(family, tmp_path / "model", dtype=torch.bfloat16, max_shard_size="50KB", **wide)
+    config = replace(MATCHED, block="priced")
+    from_memory, from_disk = (
+        pruned_files(model, tmp_path / f"out-{stream}", text_file, config, stream) for stream in (False, True)
+    )
+    assert from_disk == from_memory
+    assert len({layer.block for layer in inspect_folder(tmp_path / "out-True")}) > 1
+    report = Report.read(tmp_path / "out-True")
+    assert report.totals.bytes == sum(layer.bytes for layer in report.layers)
+
+
 def test_blocks_are_on_the_meta_device_unless_they_are_at_work(model_folder, text_file, out):
     opened = open_model(str(model_folder), log=silent)
     held: list[set[int]] = []

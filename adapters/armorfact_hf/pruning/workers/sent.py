@@ -7,7 +7,7 @@ travels, and no process holds more of it than the decoder block that it is at.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from platform import node
@@ -26,9 +26,7 @@ def sent(job: Job) -> Callable[[], Job]:
     if not isinstance(job.weights, OnDisk):
         return partial(_held, job)
     facts = {field.name: getattr(job, field.name) for field in fields(job) if field.name not in OF_THE_MODEL}
-    return partial(
-        _reopened, job.weights.files, job.weights.again, frozenset(layer.name for layer in job.layers), facts
-    )
+    return partial(_reopened, job.weights.files, job.weights.again, {x.name: x.block for x in job.layers}, facts)
 
 
 def _held(job: Job) -> Job:
@@ -37,7 +35,10 @@ def _held(job: Job) -> Job:
 
 
 def _reopened(
-    files: Collection[Path], again: Callable[[], OnDisk], names: Collection[str], facts: Mapping[str, Any]
+    files: Collection[Path],
+    again: Callable[[], OnDisk],
+    chosen: Mapping[str, tuple[int, int] | None],
+    facts: Mapping[str, Any],
 ) -> Job:
     if missing := [path for path in files if not path.is_file()]:
         raise ValueError(
@@ -45,5 +46,6 @@ def _reopened(
         )
     weights = again()
     _, blocks = decoder_blocks(weights.model)
-    layers, _ = fitting_layers(weights.model, facts["config"], lambda name, _: name in names)
-    return Job(model=weights.model, weights=weights, blocks=tuple(blocks), layers=tuple(layers), **facts)
+    layers, _ = fitting_layers(weights.model, facts["config"], lambda name, _: name in chosen)
+    sized = tuple(replace(layer, block=chosen[layer.name]) for layer in layers)  # prices may have chosen others
+    return Job(model=weights.model, weights=weights, blocks=tuple(blocks), layers=sized, **facts)
