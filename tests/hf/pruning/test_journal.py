@@ -9,7 +9,7 @@ import pytest
 
 from armorfact_hf.pruning import journal as journals
 from armorfact_hf.pruning.entry import Finished
-from armorfact_hf.pruning.journal import Journal, layer_key, remove_leftover
+from armorfact_hf.pruning.journal import PRICES, Journal, layer_key, remove_leftover
 from armorfact_hf.pruning.manifest import DifferentRun
 from tests.hf.pruning.entries import MANIFEST, finished, same
 
@@ -153,3 +153,14 @@ def test_a_damaged_single_layer_is_named(damage, journal):
         journal.layers_of("block-0000")
     first.unlink()
     assert [x.seconds for x in journal.layers_of("block-0000")] == [1.5]
+
+
+def test_prices_are_kept_exactly_and_a_damaged_file_of_them_is_named(journal):
+    kept = Finished([], 2.5, prices={"a.b": 0.1 + 0.2, "a.c": 1e-9})
+    journal.write(PRICES, kept)
+    assert journal.read(PRICES) == kept
+    assert journal.tensors() == {}
+    path = journal.folder / f"{PRICES}.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"1e-09", b"1e-08"))
+    with pytest.raises(ValueError, match=r"is damaged \(.*\); delete that one file, and prices are found again"):
+        journal.read(PRICES)
