@@ -96,7 +96,7 @@ def main(given: Sequence[str] | None = None) -> None:
         calibration = Calibration(arguments.calibration, arguments.windows, arguments.length)
         job = job_of(arguments.model, arguments.every, calibration)
         layers = [measured(one) for one in shown(job, Progress(Observer(), 0), None)]
-        arguments.out.write_text(json.dumps(layers[::-1]), encoding="utf-8")
+        arguments.out.write_text(json.dumps(layers), encoding="utf-8")
     layers = json.loads(arguments.out.read_text(encoding="utf-8"))
     print(rate_table(layers), foretold(layers), sep="\n\n")
 
