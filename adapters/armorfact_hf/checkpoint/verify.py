@@ -25,7 +25,7 @@ from armorfact_hf.layers.format import LayerFormat
 
 INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-PORTION = 1 << 28  # bytes of a file that are looked at before it is opened anew
+PORTION = 1 << 25  # bytes of a file that are looked at before it is opened anew
 
 
 @dataclass(frozen=True)
