@@ -8,23 +8,19 @@ error e_t there costs about e_t' g_t g_t' e_t / 2 in KL divergence. One forward 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from armorfact_hf.files import written_beside
-from armorfact_hf.model.moments import Inputs, recorded_inputs
-from armorfact_hf.model.stream import BlockStream, replaced_forward
+from armorfact_hf.model.moments import Inputs, recorded_gradients, recorded_inputs
+from armorfact_hf.model.stream import BlockStream, replaced_forward, starting_at_embedding
 from armorfact_hf.model.structure import Layer, decoder_blocks
-
-POSITIONS_AT_ONCE = 256
+from armorfact_hf.model.words import drawn_gradient
 
 
 @dataclass(frozen=True)
@@ -57,43 +53,16 @@ def trace_window(
         "inputs/<leader>" in the model's dtype, "importance/<layer>" (length,) and "gram/<layer>" (blocks, size, size),
         a sum over the tokens, both float32; "leader/<layer>" holds the number of the layer whose input it shares.
     """
-    gradients: dict[str, Tensor] = {}
-    with recorded_inputs({layer.name: layer.module for layer in layers}) as inputs, ExitStack() as stack:
-        for layer in layers:
-            handle = layer.module.register_forward_hook(_keeping_gradient(gradients, layer.name))
-            stack.callback(handle.remove)
-        _backward(model, tokens, torch.Generator().manual_seed(seed), slice(seed % every, None, every))
-    return _tensors(layers, inputs, gradients, blocks)
+    modules = {layer.name: layer.module for layer in layers}
+    stream = BlockStream(model, decoder_blocks(model)[1])
+    with recorded_inputs(modules) as inputs, recorded_gradients(modules) as gradients, starting_at_embedding(model):
+        given = _head_input(model, tokens)
+        given.backward(drawn_gradient(stream, tokens, given.detach(), seed, every))
+    found = {name: gradient.flatten(0, -2).float() for name, gradient in gradients.items()}
+    return _tensors(layers, inputs, found, blocks)
 
 
-def _keeping_gradient(gradients: dict[str, Tensor], name: str) -> Callable:
-    def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-        output.register_hook(lambda gradient: gradients.__setitem__(name, gradient.flatten(0, -2).float()))
-
-    return hook
-
-
-def _backward(model: nn.Module, tokens: Tensor, generator: torch.Generator, scored: slice) -> None:
-    """One forward and backward pass; no parameter gets a gradient, only the states after the embedding."""
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            given = _head_input(model, tokens)
-            gradient = torch.zeros_like(given)
-            part = _head_gradient(model, tokens, given[:, scored].detach(), generator)
-            # Labels are independent, so second moments add up over positions: a part of them stands for all.
-            gradient[:, scored] = scored.step**0.5 * part
-            given.backward(gradient)
-    finally:
-        handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-
-
+@torch.enable_grad()
 def _head_input(model: nn.Module, tokens: Tensor) -> Tensor:
     """What the head is given, with its graph."""
     head, seen = model.get_output_embeddings(), []
@@ -105,19 +74,6 @@ def _head_input(model: nn.Module, tokens: Tensor) -> Tensor:
     with replaced_forward(head, forward):
         model(input_ids=tokens, use_cache=False)
     return seen[0]
-
-
-def _head_gradient(model: nn.Module, tokens: Tensor, given: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient of the log-likelihood of drawn labels at the head's input, a few positions at a time."""
-    stream, head = BlockStream(model, decoder_blocks(model)[1]), model.get_output_embeddings()
-    parts = []
-    for lo in range(0, given.shape[1], POSITIONS_AT_ONCE):
-        part = given[:, lo : lo + POSITIONS_AT_ONCE].clone().requires_grad_()
-        logits = stream.logits(head, tokens[:, lo : lo + part.shape[1]], part)[0].float()
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        loss = -functional.cross_entropy(logits, labels, reduction="sum")
-        parts.append(torch.autograd.grad(loss, part)[0])
-    return torch.cat(parts, dim=1)
 
 
 def _tensors(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,24 @@ def recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[Inputs]:
             handle = module.register_forward_pre_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
         yield inputs
+
+
+@contextmanager
+def recorded_gradients(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """The gradient at what each module returns, once a backward pass inside the context has been there."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable:
+        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: found.__setitem__(name, gradient.detach()))
+
+        return keep
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(hook(name)).remove)
+        yield found
 
 
 @dataclass

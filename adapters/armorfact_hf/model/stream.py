@@ -184,3 +184,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def starting_at_embedding(model: CausalLM) -> Iterator[None]:
+    """Inside the context, gradients flow back to what the embedding returns, and no parameter asks for any."""
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, x: x.detach().requires_grad_())
+    try:
+        with frozen(model):
+            yield
+    finally:
+        handle.remove()

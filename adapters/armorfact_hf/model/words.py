@@ -104,3 +104,27 @@ class WordsApart:
 def _parts(window: Tensor, first: int, every: int) -> Iterator[slice]:
     for lo in range(first, len(window), POSITIONS_AT_ONCE * every):
         yield slice(lo, min(lo + POSITIONS_AT_ONCE * every, len(window)), every)
+
+
+def drawn_gradient(stream: BlockStream, tokens: Tensor, given: Tensor, seed: int, every: int = 1) -> Tensor:
+    """The gradient of the log-likelihood of words drawn from the model's own probabilities, (1, length, width).
+
+    Args:
+        stream: runs the model's head. tokens: (1, length). given: (1, length, width) that the head is given.
+        seed: of the words. every: draw at each so-manieth position only, and scale: words are drawn independently, so
+            that second moments add up, and some positions stand for all.
+    """
+    gradient, generator = torch.zeros_like(given), torch.Generator().manual_seed(seed)
+    for lo in range(seed % every, given.shape[1], POSITIONS_AT_ONCE * every):
+        part = slice(lo, lo + POSITIONS_AT_ONCE * every, every)
+        gradient[:, part] = every**0.5 * _drawn_at(stream, tokens[:, part], given[:, part], generator)
+    return gradient
+
+
+def _drawn_at(stream: BlockStream, tokens: Tensor, given: Tensor, generator: torch.Generator) -> Tensor:
+    piece = given.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = stream.logits(stream.model.get_output_embeddings(), tokens, piece)[0].float()
+        words = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        likelihood = -functional.cross_entropy(logits, words.to(logits.device), reduction="sum")
+    return torch.autograd.grad(likelihood, piece)[0]

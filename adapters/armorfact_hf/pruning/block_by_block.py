@@ -181,5 +181,5 @@ def units(job: Job) -> int:
     """The units of work of a run: a layer, and a window through a block, forward or back."""
     passes = (2 * job.follows_pruned + job.follows_dense) * (job.last_block + 1)
     passes -= job.follows_pruned and not job.config.head  # nothing needs what the last block makes of it
-    priced = 2 * len(job.priced_tokens) * len(job.blocks)
-    return len(job.layers) + passes * len(job.tokens) + sum(job.tuning_steps.values()) + job.tail_steps + priced
+    tuning = sum(job.tuning_steps.values()) + job.tail_steps
+    return job.pricing_steps + len(job.layers) + passes * len(job.tokens) + tuning

@@ -1,7 +1,7 @@
 r"""The wrappers' entries of all layers shared out by what each layer costs the model.
 
 The price of a layer, in nats a token (`armorfact_hf.pruning.prices`), falls with its wrappers' share s of its entries
-as :math:`p\,e^{-\rho s}`, with much the same :math:`\rho` in all layers (``python -m benchmarks.budget``). So many
+about as :math:`p\,e^{-\rho s}`; one :math:`\rho` is taken for all layers (``python -m benchmarks.prices``). So many
 entries in all cost the model least where one more would gain the same everywhere: a layer with a higher price for each
 of its entries gets larger blocks.
 """

@@ -114,6 +114,11 @@ class Job:
         return range(max(count - self.config.tail, 0), count) if ends else range(0)
 
     @property
+    def pricing_steps(self) -> int:
+        """How many times a window goes through a decoder block, forward or back, while prices are found."""
+        return 2 * len(self.priced_tokens) * len(self.blocks)
+
+    @property
     def uses_head(self) -> bool:
         """Whether the work needs the head: to be pruned, or to make words."""
         return bool(self.tail) or self.config.head or bool(self.priced)

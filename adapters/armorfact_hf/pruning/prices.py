@@ -15,23 +15,20 @@ once more on the way back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 import armorfact
-from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.moments import recorded_inputs
+from armorfact_hf.model.moments import recorded_gradients, recorded_inputs
 from armorfact_hf.model.on_disk import HEAD
-from armorfact_hf.model.stream import BlockStream, frozen
+from armorfact_hf.model.stream import BlockStream, starting_at_embedding
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.model.words import POSITIONS_AT_ONCE
+from armorfact_hf.model.words import drawn_gradient
 from armorfact_hf.pruning.aims import LOGITS_A_STEP
 from armorfact_hf.pruning.config import DEFAULT_SHRINKAGE
 from armorfact_hf.pruning.job import Job
@@ -96,24 +93,13 @@ class Shown:
 
 def shown(job: Job, progress: Progress, folder: Path | None) -> Iterator[Shown]:
     """What the windows show of each layer, see `prices`; from the last decoder block to the first."""
-    with frozen(job.model), _leaves(job.model):
+    with starting_at_embedding(job.model):
         passes = _Passes.forward(job, progress, folder)
         for block in reversed(range(len(job.blocks))):
             layers = {layer.name: layer for layer in job.priced if layer.decoder_block == block}
             with job.weights.held(block):
                 seen = passes.back(block, layers, progress)
                 yield from (Shown(layers[name], x, g) for name, (x, g) in seen.items())
-
-
-@contextmanager
-def _leaves(model: CausalLM) -> Iterator[None]:
-    """Inside the context, gradients flow back to what the embedding returns, and no further."""
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -160,7 +146,7 @@ class _Passes:
     def _back(self, block: int, window: int, layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
         modules, hidden = {name: layer.module for name, layer in layers.items()}, self.given[block][window]
         leaf = None if hidden is None else hidden.detach().requires_grad_()
-        with recorded_inputs(modules) as inputs, _recorded_gradients(modules) as gradients:
+        with recorded_inputs(modules) as inputs, recorded_gradients(modules) as gradients:
             output = self.stream.run(block, self.windows[window], leaf, gradients=True)
             if not output.requires_grad:
                 raise ValueError(NO_WAY_BACK)
@@ -175,46 +161,12 @@ def _joined(parts: Iterator[Tensor]) -> Tensor:
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 
-@contextmanager
-def _recorded_gradients(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The gradient at what each module returns, once a backward pass inside the context has been there."""
-    found: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable:
-        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(lambda gradient: found.__setitem__(name, gradient.detach()))
-
-        return keep
-
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_hook(hook(name)).remove)
-        yield found
-
-
 def _behind_the_last(stream: BlockStream, tokens: Tensor, hidden: Tensor | None, seed: int) -> Tensor:
     """The gradient of the log-likelihood at the states behind the last block, of words drawn from a seed."""
     model: Any = stream.model
     assert hidden is not None  # every window was run
-    head, leaf = model.get_output_embeddings(), hidden.detach().requires_grad_()
-    given = stream.head_input(head, tokens, leaf, gradients=True)
-    gradient, generator = torch.zeros_like(given), torch.Generator().manual_seed(seed)
-    length = given.shape[1]
-    every = -(-length * model.get_input_embeddings().num_embeddings // LOGITS_A_STEP)
-    for lo in range(seed % every, length, POSITIONS_AT_ONCE * every):
-        part = slice(lo, lo + POSITIONS_AT_ONCE * every, every)
-        # Words are drawn independently, so that second moments add up: some positions stand for all.
-        gradient[:, part] = every**0.5 * _at_the_head(stream, head, tokens[:, part], given[:, part], generator)
+    leaf = hidden.detach().requires_grad_()
+    given = stream.head_input(model.get_output_embeddings(), tokens, leaf, gradients=True)
+    logits = given.shape[1] * model.get_input_embeddings().num_embeddings
+    gradient = drawn_gradient(stream, tokens, given.detach(), seed, every=-(-logits // LOGITS_A_STEP))
     return torch.autograd.grad(given, leaf, gradient)[0]
-
-
-def _at_the_head(
-    stream: BlockStream, head: nn.Module, tokens: Tensor, given: Tensor, generator: torch.Generator
-) -> Tensor:
-    piece = given.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = stream.logits(head, tokens, piece)[0].float()
-        words = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        likelihood = -functional.cross_entropy(logits, words.to(logits.device), reduction="sum")
-    return torch.autograd.grad(likelihood, piece)[0]

@@ -153,7 +153,7 @@ def _budgeted(job: Job, journal: Journal | None, progress: Progress, clock: Cloc
             journal.write(PRICES, replace(found, seconds=clock.lap()))
     else:
         clock.earlier += found.seconds
-        progress.tell(2 * len(job.priced_tokens) * len(job.blocks), "prices of layers are found already")
+        progress.tell(job.pricing_steps, "prices of layers are found already")
     return replace(job, layers=tuple(shared_out(job.layers, found.prices or {}, job.config)))
 
 
