@@ -2,6 +2,7 @@
 
     python -m benchmarks.evidence proxy --model demo:smollm2       does a layer's loss foretell what the model loses?
     python -m benchmarks.evidence weights --model demo:smollm2     other objectives, minimized: token and output weights
+    python -m benchmarks.evidence outputs --model demo:smollm2     output weights, in a third of the decoder blocks
     python -m benchmarks.evidence ablation --model demo:smollm2    one pass on a fixed mask, and 1 to 100 sweeps
     python -m benchmarks.evidence whole --model demo:smollm2       the ablation over whole models: perplexity
     python -m benchmarks.evidence tasks FOLDER...                  accuracy of pruned folders beside their dense model
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.evidence.experiment import Budget, Experiment, Settings, Unfinished
 from benchmarks.evidence.methods import METHODS, OBJECTIVES, OURS, SWEEPS
+from benchmarks.evidence.outputs import output_table
 from benchmarks.evidence.plots import write_plots
 from benchmarks.evidence.tables import correlation_table, error_table, fact_table, ratio_table
 from benchmarks.evidence.tasks import task_table
@@ -40,6 +42,9 @@ def main() -> None:
         return
     if arguments.what == "whole":
         print(whole_table(model, out / "whole", arguments.third))
+        return
+    if arguments.what == "outputs":
+        print(output_table(model, out / "outputs"))
         return
     settings = Settings(**SETTINGS.get(model, {"every": 2}))
     experiment = Experiment(model, out / name, settings, Budget(arguments.seconds), arguments.depths)
@@ -65,7 +70,7 @@ def _show(what: str, figures: dict, plots: Path | None, name: str) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*SETS, "whole", "tasks"])
+    parser.add_argument("what", choices=[*SETS, "outputs", "whole", "tasks"])
     parser.add_argument("folders", nargs="*", type=Path, help="for tasks: what `armorfact prune` wrote")
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--out", type=Path, default=Path("evidence"))

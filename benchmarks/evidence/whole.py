@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from armorfact import factorize
 from armorfact_hf.pruning import layer as pruning
@@ -26,7 +27,7 @@ def whole_table(model: str, out: Path, third: bool = False, measure: Callable = 
     runs = [Run("sparsegpt", {**common, "method": "sparsegpt"})]
     runs += [Run(f"{count} sweeps", {**common, "sweeps": count, "rtol": 0.0}) for count in SWEEPS]
     (out / "one-pass").mkdir(parents=True, exist_ok=True)
-    with solved_by(OnePass()):
+    with factorizing(solver=OnePass()):
         once = measure(Run("one pass", {**common, "sweeps": 1, "rtol": 0.0}), model, out / "one-pass")
     found = [once, *(measure(run, model, out) for run in runs)]
     first, second = dense_figures(model, out)
@@ -38,10 +39,10 @@ def whole_table(model: str, out: Path, third: bool = False, measure: Callable = 
 
 
 @contextmanager
-def solved_by(solver: OnePass) -> Iterator[None]:
-    """Layers are factorized by another solver inside the context; no setting of the adapters names one."""
+def factorizing(**changes: Any) -> Iterator[None]:
+    """Inside, layers are factorized with these arguments as well; no setting of the adapters names them."""
     kept = pruning.factorize
-    pruning.factorize = partial(factorize, solver=solver)
+    pruning.factorize = partial(factorize, **changes)
     try:
         yield
     finally:

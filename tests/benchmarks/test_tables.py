@@ -26,7 +26,7 @@ from benchmarks.evidence.tables import (
     ratio_table,
 )
 from benchmarks.evidence.tasks import above_chance, chance, mean_of, scores_table
-from benchmarks.evidence.whole import solved_by
+from benchmarks.evidence.whole import factorizing
 from tests.hf.models import tiny_model
 
 NAMES = list(METHODS)
@@ -149,7 +149,7 @@ def test_the_mean_leaves_out_what_the_dense_model_guesses():
 
 def test_another_solver_serves_only_inside_its_context():
     before = pruning.factorize
-    with solved_by(OnePass()):
+    with factorizing(solver=OnePass()):
         assert isinstance(pruning.factorize.keywords["solver"], OnePass)
     assert pruning.factorize is before
 

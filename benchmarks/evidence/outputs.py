@@ -1,0 +1,109 @@
+"""The output side of a layer's objective: perplexity where tr(G R H R') is minimized instead of tr(R H R').
+
+G is the mean of g g' in blocks on the diagonal, those of A, with g as in `armorfact_hf.pruning.prices`. Every third
+decoder block is pruned, layers alone, in 10 sweeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.prices import shown
+from armorfact_hf.pruning.progress import Progress
+from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers
+from armorfact_hf.runs.prune_to_folder import Calibration
+from benchmarks.evidence.tables import kind
+from benchmarks.evidence.whole import factorizing
+from benchmarks.prices import job_of
+from benchmarks.results import dense_figures
+from benchmarks.shared.quality import kept, measure, quality_table
+from benchmarks.shared.sharing import Pruned, Work, pruned_by
+
+EVERY = 3
+
+
+@dataclass(frozen=True)
+class Form:
+    """How G is damped, and where it is used.
+
+    Args:
+        mean: times the mean of all its diagonal, added there. own: times its own diagonal. kinds: of layers; () is all.
+    """
+
+    mean: float = 0.0
+    own: float = 0.0
+    kinds: tuple[str, ...] = ()
+
+    def damped(self, gram: Tensor) -> Tensor:
+        """G in units of its mean diagonal, (blocks, size, size)."""
+        diagonal = gram.diagonal(dim1=1, dim2=2) / gram.diagonal(dim1=1, dim2=2).mean()
+        # An output that no word depends on must not make G singular.
+        added = torch.diag_embed(self.mean + self.own * diagonal.clamp_min(1e-3))
+        return gram / gram.diagonal(dim1=1, dim2=2).mean() + added
+
+
+FORMS = {
+    "H": None,
+    "G-H, its diagonal added": Form(own=1.0),
+    "G-H, hardly damped": Form(mean=0.02),
+    "G-H of q, k and v": Form(mean=0.02, kinds=("q_proj", "k_proj", "v_proj")),
+}
+
+
+def output_grams(model: str, calibration: Calibration) -> dict[str, Tensor]:
+    """G by layer, (blocks, size, size) float64, of the decoder blocks that are pruned."""
+    found = {}
+    for one in shown(job_of(model, EVERY, calibration), Progress(Observer(), 0), None):
+        if one.layer.block is not None:
+            found[one.layer.name] = output_gram(one.gradients, one.layer.block[0])
+    return found
+
+
+def output_gram(gradients: Tensor, size: int) -> Tensor:
+    """The mean of g g' on the rows of each block of A, (blocks, size, size) float64.
+
+    Args:
+        gradients: g, (tokens, d_out). size: of the blocks.
+    """
+    rows = gradients.float().reshape(len(gradients), -1, size)
+    return torch.einsum("tbi,tbj->bij", rows, rows).double() / len(rows)
+
+
+def weighing(grams: Mapping[str, Tensor], form: Form | None) -> AbstractContextManager:
+    """Inside, `prune_` minimizes tr(G R H R') for the form's kinds of layers; no setting of it asks for that."""
+    wanted = {name for name in grams if form and (not form.kinds or kind(name) in form.kinds)}
+
+    def prune(work: Work, config: PruneConfig, keep: Keep = forget, each: int | None = None) -> list[Pruned]:
+        found = []
+        for layer, moments in work:
+            weights = form.damped(grams[layer.name]) if form and layer.name in wanted else None
+            with factorizing(output_gram=weights):
+                found += prune_layers([(layer, moments)], config, keep, each)
+        return found
+
+    return pruned_by(prune)
+
+
+def output_table(model: str, out: Path, calibration: Calibration | None = None) -> str:
+    """A line a form; figures are kept in ``out``."""
+    calibration = Calibration() if calibration is None else calibration
+    out.mkdir(parents=True, exist_ok=True)
+    grams: dict[str, Tensor] = {}
+    found = {}
+    for label, form in FORMS.items():
+
+        def measured(form: Form | None = form) -> dict:
+            if form and not grams:
+                grams.update(output_grams(model, calibration))
+            return measure(model, EVERY, calibration, weighing(grams, form), None)
+
+        found[label] = kept(out, "outputs", [model, label, calibration.windows, calibration.length], measured)
+    return quality_table(found, dense_figures(model, out))
