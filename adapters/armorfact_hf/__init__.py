@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from armorfact_hf.recovery.recover import recover_ as recover_
     from armorfact_hf.recovery.report import Recovery as Recovery
     from armorfact_hf.recovery.settings import RecoverySettings as RecoverySettings
+    from armorfact_hf.recovery.stored_teacher import StoredTeacher as StoredTeacher
+    from armorfact_hf.recovery.stored_teacher import store_teacher as store_teacher
     from armorfact_hf.recovery.trainable import train_factors_ as train_factors_
     from armorfact_hf.runs.compare import compare as compare
     from armorfact_hf.runs.compare import evaluate_folder as evaluate_folder
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from armorfact_hf.runs.push import push_to_hub as push_to_hub
     from armorfact_hf.runs.recover import recover_to_folder as recover_to_folder
     from armorfact_hf.runs.save import save_pruned as save_pruned
+    from armorfact_hf.runs.teach import teach_to_folder as teach_to_folder
 
 # Where each name is defined; the imports above say the same to type checkers (tests compare the two).
 _HOMES = {
@@ -70,6 +73,7 @@ _HOMES = {
     "Recovery": "recovery.report",
     "RecoverySettings": "recovery.settings",
     "Step": "observer",
+    "StoredTeacher": "recovery.stored_teacher",
     "bench_folder": "bench.layers",
     "compare": "runs.compare",
     "end_to_end": "bench.models",
@@ -87,6 +91,8 @@ _HOMES = {
     "recover_": "recovery.recover",
     "recover_to_folder": "runs.recover",
     "save_pruned": "runs.save",
+    "store_teacher": "recovery.stored_teacher",
+    "teach_to_folder": "runs.teach",
     "time_layers": "bench.layers",
     "to_dense_": "checkpoint.dense",
     "tokenize": "data.tokens",

@@ -34,7 +34,11 @@ def recover(
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     teacher: Annotated[
-        str | None, typer.Option(help="A model with the same vocabulary; the one that was pruned if not given.")
+        str | None,
+        typer.Option(
+            help="A model with the same vocabulary, or what `armorfact teach` wrote of one; the one that was pruned if "
+            "not given."
+        ),
     ] = None,
     measure_every: Annotated[
         int, typer.Option(min=1, help="Steps between two measurements on the windows kept aside.")

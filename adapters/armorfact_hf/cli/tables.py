@@ -136,9 +136,10 @@ def tasks(records: Sequence[TaskRecord]) -> Table:
 
 def recovered(done: Any) -> str:
     """What a recovery gained."""
+    by = "" if done.likeliest is None else f" (by its {done.likeliest} likeliest words)"
     return (
         f"{done.before:.4f} nats a token from dense before, {done.after:.4f} after {done.best_step} of {done.steps} "
-        f"steps, on {done.kept_aside} windows kept aside."
+        f"steps, on {done.kept_aside} windows kept aside{by}."
     )
 
 

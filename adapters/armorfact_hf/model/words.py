@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,26 @@ from armorfact_hf.model.structure import decoder_blocks
 
 # Positions whose logits stand in memory at a time: with 262k words in the vocabulary, 0.13 GB in float32, a few times.
 POSITIONS_AT_ONCE = 128
+
+
+class Teacher(Protocol):
+    """Whose words a student's are compared with: a `Speaker`, or what was kept of one on disk.
+
+    Attributes:
+        vocabulary: the number of words.
+    """
+
+    vocabulary: int
+
+    def taught(self, window: Tensor) -> Any:
+        """What there is to know of a window (length,), to be handed to `divergence`."""
+
+    def divergence(self, said: Tensor, window: Tensor, part: slice, taught: Any) -> Tensor:
+        """The sum over some positions of a window of the divergence of what a student says there.
+
+        Args:
+            said: the logarithms of its probabilities at these positions, (positions, vocabulary). part: which they are.
+        """
 
 
 class Speaker:
@@ -48,24 +68,34 @@ class Speaker:
         logits = self.stream.logits(self.head, window[None], states)[0]
         return functional.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
+    def taught(self, window: Tensor) -> Tensor:
+        """See `Teacher`: the `states`."""
+        return self.states(window)
+
+    def divergence(self, said: Tensor, window: Tensor, part: slice, taught: Tensor) -> Tensor:
+        """See `Teacher`; the gradient is that at ``said``."""
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+            wanted = self.words(window[part], taught[:, part]).to(said.device)
+        return functional.kl_div(said, wanted, reduction="sum", log_target=True)
+
 
 @dataclass(frozen=True)
 class WordsApart:
-    """D of a student from a teacher, of states that their heads are given; the two may be one and the same.
+    """D of a student from a teacher, of states that the student's head is given; the two may be one and the same.
 
     Args:
         student, teacher: of one vocabulary.
     """
 
     student: Speaker
-    teacher: Speaker
+    teacher: Teacher
 
     @torch.no_grad()
-    def of(self, window: Tensor, states: Tensor, taught: Tensor, every: int = 1) -> float:
+    def of(self, window: Tensor, states: Tensor, taught: Any, every: int = 1) -> float:
         """D on a window.
 
         Args:
-            window: (length,) token numbers. states, taught: (1, length, width) of the student and of the teacher.
+            window: (length,) token numbers. states: of the student, (1, length, width). taught: of the teacher.
             every: look at each so-manieth position only.
         """
         count = len(range(0, len(window), every))
@@ -74,7 +104,7 @@ class WordsApart:
 
     @torch.enable_grad()
     def gradient(
-        self, window: Tensor, states: Tensor, taught: Tensor, every: int = 1, first: int = 0
+        self, window: Tensor, states: Tensor, taught: Any, every: int = 1, first: int = 0
     ) -> tuple[float, Tensor]:
         """D on a window, products of the student in bfloat16, and its gradient at ``states``.
 
@@ -93,12 +123,9 @@ class WordsApart:
             total += float(divergence.detach())
         return total, gradients
 
-    def _part(self, window: Tensor, part: slice, states: Tensor, taught: Tensor, count: int) -> Tensor:
+    def _part(self, window: Tensor, part: slice, states: Tensor, taught: Any, count: int) -> Tensor:
         """What some of ``count`` positions add to D."""
-        with torch.no_grad(), torch.autocast(self.teacher.model.device.type, enabled=False):
-            wanted = self.teacher.words(window[part], taught[:, part]).to(states.device)
-        said = self.student.words(window[part], states)
-        return functional.kl_div(said, wanted, reduction="sum", log_target=True) / count
+        return self.teacher.divergence(self.student.words(window[part], states), window, part, taught) / count
 
 
 def _parts(window: Tensor, first: int, every: int) -> Iterator[slice]:

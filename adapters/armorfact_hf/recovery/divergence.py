@@ -16,25 +16,27 @@ from torch.utils.checkpoint import checkpoint
 
 from armorfact_hf.model.stream import replaced_forward
 from armorfact_hf.model.words import Speaker, WordsApart
+from armorfact_hf.recovery.stored_teacher import StoredTeacher
 
 
 class Divergence:
     """D of a student from a teacher.
 
     Args:
-        student, teacher: causal language models with the same vocabulary, in evaluation mode.
+        student: a causal language model in evaluation mode. teacher: another with its vocabulary, or one on disk.
         gradient_checkpointing: see `RecoverySettings`.
     """
 
     def __init__(self, student: Any, teacher: Any, gradient_checkpointing: bool = False) -> None:
-        self.student, self.teacher = Speaker(student), Speaker(teacher)
+        self.student = Speaker(student)
+        self.teacher = teacher if isinstance(teacher, StoredTeacher) else Speaker(teacher)
         self.apart = WordsApart(self.student, self.teacher)
         self.again = gradient_checkpointing
 
     @torch.no_grad()
     def of(self, window: Tensor) -> float:
         """D on a window (length,) of token numbers, each model computing as it is."""
-        return self.apart.of(window, self.student.states(window), self.teacher.states(window))
+        return self.apart.of(window, self.student.states(window), self.teacher.taught(window))
 
     def backward(self, window: Tensor) -> float:
         """D on a window, products of the student in bfloat16; gradients are added to what asks for them in it.
@@ -42,7 +44,7 @@ class Divergence:
         Raises:
             ValueError: nothing that asks for them is reached.
         """
-        taught = self.teacher.states(window)
+        taught = self.teacher.taught(window)
         with torch.autocast(self.student.model.device.type, torch.bfloat16):
             states = self.states_with_gradients(window)
         if not states.requires_grad:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from armorfact_hf.recovery.factors import trained_factors
 from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.recovery.run import Run
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
+from armorfact_hf.recovery.stored_teacher import StoredTeacher
 from armorfact_hf.recovery.trainable import refuse_integers
+
+AnyTeacher = nn.Module | StoredTeacher
 
 
 def recover_(
     model: nn.Module,
     calibration: Any,
-    teacher: nn.Module,
+    teacher: AnyTeacher,
     settings: RecoverySettings | None = None,
     *,
     state: Path | str | None = None,
@@ -46,7 +50,9 @@ def recover_(
     Args:
         model: pruned, on any device; dense parts of it do not change.
         calibration: (windows, length) integer token numbers; one window in eight, at most 8, is kept aside.
-        teacher: the dense model, or any other with the same vocabulary, on any device; bfloat16 is enough.
+        teacher: the dense model, or any other with the same vocabulary, on any device; bfloat16 is enough. Or what
+            `store_teacher` left of one for these windows: then divergences are of its likeliest words, all others
+            taken as one, and so are those of the report: lower bounds.
         settings: `RecoverySettings()` by default.
         state: folder in which the run is kept every ``save_every`` steps. Called again with the same arguments on the
             same pruned model, after a run that was killed, `recover_` continues from there, and ends with the same bits
@@ -67,14 +73,18 @@ def recover_(
     _check_windows(tokens)
     _check_models(model, teacher, settings)
     model.eval()
-    teacher.eval()
+    if isinstance(teacher, StoredTeacher):
+        teacher.check(tokens)
+    else:
+        teacher.eval()
     with (
         _opened(state, model, teacher, tokens, settings) as journal,
         trained_factors(model, TRAINED[settings.train]) as factors,
         torch.enable_grad(),
     ):
         divergence = Divergence(model, teacher, settings.gradient_checkpointing)
-        return Run(tokens, settings, divergence, factors, journal, save_every, observer).to_the_end()
+        done = Run(tokens, settings, divergence, factors, journal, save_every, observer).to_the_end()
+    return replace(done, likeliest=teacher.likeliest) if isinstance(teacher, StoredTeacher) else done
 
 
 def _check_windows(tokens: Tensor) -> None:
@@ -89,9 +99,9 @@ def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
     if settings.train == "wrappers" and all(layer.left is None for layer in layers):
         raise ValueError("no pruned layer has wrappers, which train='wrappers' asks for: take train='factors'")
     refuse_integers(model, settings.train)
-    if any(isinstance(module, PRUNED) for module in teacher.modules()):
+    if isinstance(teacher, nn.Module) and any(isinstance(module, PRUNED) for module in teacher.modules()):
         raise ValueError("the teacher is pruned: give the dense model, loaded beside the pruned one")
-    sizes = [x.get_input_embeddings().num_embeddings for x in (model, teacher)]
+    sizes = [_vocabulary(x) for x in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"expected a teacher with the model's vocabulary of {sizes[0]}, got one of {sizes[1]}")
     if torch.is_inference_mode_enabled() or any(x.is_meta or x.is_inference() for x in model.parameters()):
@@ -101,8 +111,12 @@ def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
         )
 
 
+def _vocabulary(model: Any) -> int:
+    return model.vocabulary if isinstance(model, StoredTeacher) else model.get_input_embeddings().num_embeddings
+
+
 def _opened(
-    state: Path | str | None, model: nn.Module, teacher: nn.Module, tokens: Tensor, settings: RecoverySettings
+    state: Path | str | None, model: nn.Module, teacher: AnyTeacher, tokens: Tensor, settings: RecoverySettings
 ) -> AbstractContextManager[Journal | None]:
     if state is None:
         return nullcontext()
@@ -110,12 +124,12 @@ def _opened(
     return Journal.open(Path(state), manifest_of(model, teacher, tokens, settings), pattern)
 
 
-def manifest_of(model: nn.Module, teacher: nn.Module, tokens: Tensor, settings: RecoverySettings) -> dict[str, Any]:
+def manifest_of(model: nn.Module, teacher: AnyTeacher, tokens: Tensor, settings: RecoverySettings) -> dict[str, Any]:
     """What the bits of the result depend on, machine and threads left out."""
     return flat_manifest(
         settings.to_dict(),
         armorfact=armorfact.__version__,
         pruned=model_fingerprint(model),
-        teacher=model_fingerprint(teacher),
+        teacher=teacher.fingerprint if isinstance(teacher, StoredTeacher) else model_fingerprint(teacher),
         calibration=tokens_fingerprint(tokens),
     )

@@ -21,6 +21,8 @@ class Recovery:
         history: pairs of steps done and the divergence then.
         seconds: wall time, that of earlier processes of a resumed run included.
         notes: what went wrong on the way.
+        likeliest: how many of the teacher's words at each position all these divergences are of, the others taken as
+            one; None is all of them.
     """
 
     settings: RecoverySettings
@@ -34,3 +36,4 @@ class Recovery:
     history: tuple[tuple[int, float], ...]
     seconds: float
     notes: tuple[str, ...] = ()
+    likeliest: int | None = None

@@ -17,8 +17,9 @@ from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.journal import Journal, remove_leftover
 from armorfact_hf.pruning.manifest import DifferentRun, check_same
-from armorfact_hf.recovery.recover import manifest_of, recover_
+from armorfact_hf.recovery.recover import AnyTeacher, manifest_of, recover_
 from armorfact_hf.recovery.settings import RecoverySettings
+from armorfact_hf.recovery.stored_teacher import StoredTeacher
 from armorfact_hf.report.record import FILE, Report
 from armorfact_hf.runs.compare import dense_model
 from armorfact_hf.runs.finish import check_whole, finish
@@ -47,7 +48,7 @@ def recover_to_folder(
         folder: what `prune_to_folder` wrote. out: the folder to write.
         settings: see `recover_`. calibration: the text to learn from, all of the demo's by default.
         teacher: a name for `load_model`; by default the dense model that ``folder`` was pruned from. It computes in
-            bfloat16.
+            bfloat16. Or a folder that `teach_to_folder` wrote of one.
         device: see `load_model`. save_every, observer: see `recover_`.
 
     Returns:
@@ -68,6 +69,8 @@ def recover_to_folder(
     loaded = load_model(str(folder), device=device, log=observer.say)
     dense = _teacher(report, teacher, device, observer)
     tokens = calibration.tokens(loaded, observer.say)
+    if isinstance(dense, StoredTeacher):
+        dense.check(tokens)
     manifest = manifest_of(loaded.model, dense, tokens, settings)
     if out.exists():
         return _found_finished(out, loaded.tokenizer, manifest, observer)
@@ -98,8 +101,10 @@ def _found_finished(out: Path, tokenizer: Any, manifest: Mapping[str, object], o
 
 
 @torch.no_grad()
-def _teacher(report: Report, name: str | None, device: str | None, observer: Observer) -> nn.Module:
+def _teacher(report: Report, name: str | None, device: str | None, observer: Observer) -> AnyTeacher:
     """The dense model, its weights in bfloat16: its buffers, such as frequencies of positions, stay as they are."""
+    if name is not None and StoredTeacher.found_in(name):
+        return StoredTeacher(name)
     if name is not None:
         return load_model(name, "bfloat16", device, observer.say).model
     model = dense_model(report, device, observer.say).model

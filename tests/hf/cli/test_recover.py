@@ -64,3 +64,13 @@ def test_errors_are_sentences(given, message, folder, text_file):
     out = folder.with_name("recovered")
     printed = armorfact("recover", folder, "--out", out, "--calibration", text_file, "--length", 24, *given, code=1)
     assert message in " ".join(printed.split()) and not out.exists()
+
+
+def test_the_commands_teach_and_recover(folder, text_file):
+    words, out = folder.with_name("words"), folder.with_name("recovered")
+    text = ("--calibration", text_file, "--length", 24, "--windows", 10)
+    printed = armorfact("teach", folder.with_name("dense"), "--out", words, "--likeliest", 9, *text)
+    assert f"armorfact recover FOLDER --out OUT --teacher {words}" in printed
+    printed = armorfact("recover", folder, "--out", out, "--teacher", words, *text, "--steps", 2)
+    assert "on 1 windows kept aside (by its 9 likeliest words)." in printed
+    assert Report.read(out).recovery.likeliest == 9

@@ -32,6 +32,7 @@ from armorfact_hf.runs import recover as workflow
 from armorfact_hf.runs.compare import evaluate_folder
 from armorfact_hf.runs.prune_to_folder import Calibration
 from armorfact_hf.runs.recover import recover_to_folder
+from armorfact_hf.runs.teach import teach_to_folder
 from tests.hf.models import random_text
 from tests.hf.observers import Silent, Stepping
 from tests.hf.runs.folders import OURS, names, prune, saved
@@ -260,3 +261,50 @@ def test_a_disk_that_fills_up_keeps_the_state_before(folder, out, text_file, mon
     recover(folder, out, text_file, observer=observer)
     assert "Continuing after step 3 of 14." in told
     assert load_pruned(out) is not None
+
+
+# A teacher on disk
+
+
+def teach(folder: Path, words: Path, text: Path, likeliest: int = 96, **more):
+    calibration = Calibration(str(text), None, 24)
+    return teach_to_folder(str(folder.parent / "dense"), words, likeliest, calibration, **{"observer": Silent()} | more)
+
+
+def test_the_words_of_a_teacher_stand_in_for_it(folder, out, text_file, tmp_path, monkeypatch):
+    teach(folder, tmp_path / "words", text_file)
+    shutil.rmtree(folder.parent / "dense")
+    report = recover(folder, out, text_file, teacher=str(tmp_path / "words"))
+    assert report.recovery.likeliest == 96 and report.recovery.after < report.recovery.before
+    assert "likeliest words at each position" in (out / "report.html").read_text()
+    assert "96 likeliest words at each position" in (out / "README.md").read_text()
+    again = recover(folder, out, text_file, teacher=str(tmp_path / "words"))
+    assert again == report
+
+
+def test_a_killed_teacher_goes_on(folder, text_file, tmp_path):
+    def stop(step):
+        if step.done == 5:
+            raise KeyboardInterrupt
+
+    words = tmp_path / "words"
+    with pytest.raises(KeyboardInterrupt):
+        teach(folder, words, text_file, observer=Stepping(stop))
+    assert len(list(words.glob("*.safetensors"))) == 5
+    teach(folder, words, text_file)
+    assert len(list(words.glob("*.safetensors"))) == 16 and not (words / "lock").exists()
+
+
+def test_words_of_another_text_leave_nothing_behind(folder, out, text_file, tmp_path):
+    (tmp_path / "other.txt").write_text(random_text(30, seed=9))
+    teach(folder, tmp_path / "words", tmp_path / "other.txt")
+    with pytest.raises(ValueError, match="of the 16 windows of the text"):
+        recover(folder, out, text_file, teacher=str(tmp_path / "words"))
+    assert not out.exists() and not out.with_name("recovered.journal").exists()
+
+
+def test_too_little_room_for_words_is_told_first(folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+    with pytest.raises(OSError, match=r"needs .* GB of disk"):
+        teach(folder, tmp_path / "words", text_file)
+    assert not (tmp_path / "words").exists()

@@ -1,0 +1,190 @@
+"""A teacher on disk: the likeliest words that a model says at every position of a text.
+
+A folder holds a manifest, which says of which model it is, and one file for every window of the text, named by the
+sha256 of its token numbers. What a killed run left is used by the next; windows of several texts may lie side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import armorfact
+from armorfact_hf.files import is_draft, remove, room_for, written_beside
+from armorfact_hf.model.words import POSITIONS_AT_ONCE, Speaker
+from armorfact_hf.observer import Observer, Step
+from armorfact_hf.pruning.checks import checked_tokens
+from armorfact_hf.pruning.entry import DAMAGE
+from armorfact_hf.pruning.fingerprint import model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.lock import LOCK, WRITER, lock, unlock
+from armorfact_hf.pruning.manifest import (
+    MANIFEST,
+    DifferentRun,
+    check_same,
+    digest_of,
+    read_manifest,
+    write_manifest,
+)
+from armorfact_hf.pruning.seal import BLANK, check_seal, seal
+from armorfact_hf.recovery.likeliest import Likeliest
+
+KIND = "likeliest"  # an entry that no other manifest has
+
+
+class StoredTeacher:
+    """What `store_teacher` left in a folder; it takes the place of the model in `recover_`.
+
+    Attributes:
+        vocabulary: of the model. likeliest: how many words of each position there are.
+        fingerprint: says which model it was, and how many words of it are kept.
+
+    Raises:
+        ValueError: the folder holds no such thing.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).exists():
+            raise ValueError(f"{self.folder} holds no words of a teacher: write them with `armorfact teach`")
+        manifest = read_manifest(self.folder)
+        if KIND not in manifest:
+            raise ValueError(f"{self.folder} belongs to another run: `armorfact teach` writes the words of a teacher")
+        self.vocabulary, self.likeliest = int(manifest["vocabulary"]), int(manifest[KIND])
+        self.fingerprint = digest_of(manifest)
+
+    @staticmethod
+    def found_in(folder: Path | str) -> bool:
+        """Whether a folder holds the words of a teacher."""
+        return (Path(folder) / MANIFEST).exists() and KIND in read_manifest(Path(folder))
+
+    def check(self, tokens: Tensor) -> None:
+        """Make sure that all windows are there.
+
+        Args:
+            tokens: (windows, length).
+
+        Raises:
+            ValueError: some are not.
+        """
+        missing = sum(not self._path(window).exists() for window in tokens)
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {missing} of the {len(tokens)} windows of the text: give `armorfact teach` the "
+                "same text, windows and length; it adds what is missing"
+            )
+
+    def taught(self, window: Tensor) -> Likeliest:
+        """See `Teacher`.
+
+        Raises:
+            ValueError: the file is damaged, or not there.
+        """
+        path = self._path(window)
+        try:
+            check_seal(path)
+            with safe_open(path, "pt") as stored:
+                if stored.metadata()["teacher"] != self.fingerprint:
+                    raise ValueError("it is of another teacher")
+                return Likeliest.from_tensors(*(stored.get_tensor(name) for name in ("words", "logs", "rest")))
+        except DAMAGE as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete that one file, and `armorfact teach` writes it again"
+            ) from error
+
+    def divergence(self, said: Tensor, window: Tensor, part: slice, taught: Likeliest) -> Tensor:
+        """See `Teacher`: that of the likeliest words and all others together, never above the whole one."""
+        return taught.divergence(said, part)
+
+    def has(self, window: Tensor) -> bool:
+        """Whether a window (length,) is there."""
+        return self._path(window).exists()
+
+    def keep(self, window: Tensor, found: Likeliest) -> None:
+        """Store what was taught of a window.
+
+        Raises:
+            DiskFull: the disk has no room for it.
+        """
+        path = self._path(window)
+        with room_for(path, found.nbytes), written_beside(path) as draft:
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in found.tensors.items()}
+            save_file(tensors, draft, metadata={"teacher": self.fingerprint, **BLANK})
+            seal(draft)
+
+    def _path(self, window: Tensor) -> Path:
+        return self.folder / f"{tokens_fingerprint(window.cpu())}.safetensors"
+
+
+@torch.no_grad()
+def store_teacher(
+    model: nn.Module, tokens: Any, folder: Path | str, likeliest: int = 128, observer: Observer | None = None
+) -> StoredTeacher:
+    """Write the likeliest words that a model says at each position of a text, to be its stand-in for `recover_`.
+
+    Recovery then needs no teacher in memory, and no pass through it a step. A position takes 6 bytes a word: 128 words
+    of 400,000 tokens are 0.3 GB.
+
+    Args:
+        model: a causal language model on any device; it is put into evaluation mode.
+        tokens: (windows, length) integer token numbers.
+        folder: of its own. Windows that are in it already, from a run that was killed or of another text, stay.
+        likeliest: how many words of each position are kept.
+        observer: told of every window.
+
+    Raises:
+        ValueError: tokens that are no matrix of numbers in the vocabulary, a number of words that the vocabulary does
+            not have, NaN or infinite logits. DifferentRun: the folder holds something else. InUse: another process
+            writes to it. DiskFull: in mid-run; what is finished stays.
+    """
+    folder, observer = Path(folder), observer or Observer()
+    speaker, tokens = Speaker(model.eval()), checked_tokens(model, tokens)
+    if not 1 <= likeliest <= speaker.vocabulary:
+        raise ValueError(f"expected 1 to {speaker.vocabulary} likeliest words, got {likeliest}")
+    held = lock(folder)
+    try:
+        stored = _begun(folder, speaker, likeliest)
+        for index, window in enumerate(tokens):
+            observer.step(Step(index, len(tokens), "asking the teacher"))
+            if not stored.has(window):
+                stored.keep(window, _likeliest(speaker, window, likeliest))
+        observer.step(Step(len(tokens), len(tokens), "the teacher's words are stored"))
+        return stored
+    finally:
+        unlock(held)
+
+
+def _begun(folder: Path, speaker: Speaker, likeliest: int) -> StoredTeacher:
+    """The folder, of this teacher and without what kills left half written; for the writer."""
+    manifest = {
+        "teacher": model_fingerprint(speaker.model),
+        KIND: likeliest,
+        "vocabulary": speaker.vocabulary,
+        "armorfact": armorfact.__version__,
+    }
+    for path in filter(is_draft, list(folder.iterdir())):
+        remove(path)
+    if (folder / MANIFEST).exists():
+        check_same(read_manifest(folder), manifest, folder)
+    elif {path.name for path in folder.iterdir()} > {LOCK, WRITER}:
+        raise DifferentRun(f"{folder} exists and holds no words of a teacher: name another, or remove it")
+    else:
+        write_manifest(folder, manifest)
+    return StoredTeacher(folder)
+
+
+def _likeliest(speaker: Speaker, window: Tensor, count: int) -> Likeliest:
+    states = speaker.states(window)
+    found = []
+    for start in range(0, len(window), POSITIONS_AT_ONCE):
+        part = slice(start, start + POSITIONS_AT_ONCE)
+        found.append(Likeliest.of(speaker.words(window[part], states[:, part]).float(), count))
+    whole = Likeliest(torch.cat([one.words for one in found]), torch.cat([one.logs for one in found]))
+    if not math.isfinite(float(whole.logs.sum())):
+        raise ValueError("the teacher has NaN or infinite logits: load it in float32 or bfloat16, or download it again")
+    return whole

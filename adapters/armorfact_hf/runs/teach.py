@@ -1,0 +1,42 @@
+"""From the name of a model and a text to a folder that stands in for the model as a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from armorfact_hf.data.load_model import load_model
+from armorfact_hf.files import check_room
+from armorfact_hf.observer import Observer
+from armorfact_hf.recovery.likeliest import BYTES_A_WORD
+from armorfact_hf.recovery.stored_teacher import StoredTeacher, store_teacher
+from armorfact_hf.runs.prune_to_folder import Calibration
+from armorfact_hf.runs.recover import EVERYTHING
+
+
+def teach_to_folder(
+    model: str,
+    out: Path,
+    likeliest: int = 128,
+    calibration: Calibration = EVERYTHING,
+    *,
+    device: str | None = None,
+    observer: Observer | None = None,
+) -> StoredTeacher:
+    """Write the words that a model says at every position of a text, for `recover_to_folder` with ``teacher=out``.
+
+    The same call continues one that was killed, and adds to ``out`` what another text has.
+
+    Args:
+        model: a name for `load_model`; it computes in bfloat16.
+        out: the folder to write. likeliest: how many words of each position.
+        calibration: the text, all of the demo's by default. device: see `load_model`. observer: told of every window.
+
+    Raises:
+        ValueError, OSError: bad arguments, too little room on disk; before the work starts. DifferentRun: ``out`` holds
+            something else. InUse: another process writes to it.
+    """
+    observer = observer or Observer()
+    loaded = load_model(model, "bfloat16", device, observer.say)
+    tokens = calibration.tokens(loaded, observer.say)
+    check_room(out, tokens.numel() * likeliest * BYTES_A_WORD)
+    return store_teacher(loaded.model, tokens, out, likeliest, observer)
