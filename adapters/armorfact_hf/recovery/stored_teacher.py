@@ -64,7 +64,7 @@ class StoredTeacher:
         return (Path(folder) / MANIFEST).exists() and KIND in read_manifest(Path(folder))
 
     def check(self, tokens: Tensor) -> None:
-        """Make sure that all windows are there.
+        """Make sure that all windows are there and whole.
 
         Args:
             tokens: (windows, length).
@@ -72,12 +72,14 @@ class StoredTeacher:
         Raises:
             ValueError: some are not.
         """
-        missing = sum(not self._path(window).exists() for window in tokens)
+        missing = sum(not self.has(window) for window in tokens)
         if missing:
             raise ValueError(
                 f"{self.folder} lacks {missing} of the {len(tokens)} windows of the text: give `armorfact teach` the "
                 "same text, windows and length; it adds what is missing"
             )
+        for window in tokens:
+            self.taught(window)
 
     def taught(self, window: Tensor) -> Likeliest:
         """See `Teacher`.
