@@ -6,7 +6,8 @@ Every linear layer of every third decoder block is pruned alone by SparseGPT and
 blocks of "auto" and of about twice those. The price is what `armorfact_hf.pruning.prices` foretells of each
 error, in nats a token. The first table has the rate ρ of a price that goes as exp(-ρ s), s the wrappers' share of the
 layer's entries: the mean over layers, the least and the most. Below it stand the correlation of the logarithms of two
-prices an entry, by SparseGPT and with the blocks of "auto", and how far the one times a constant is from the other.
+prices an entry, by SparseGPT and with the blocks of "auto", and how far the one times a constant is from the other. The
+last table has the part that each kind of layer has in the sum of all prices.
 """
 
 from __future__ import annotations
@@ -75,6 +76,14 @@ def rate_table(layers: Sequence[Json]) -> str:
     return table(["", *rates], [["ρ", *row]])
 
 
+def share_table(layers: Sequence[Json]) -> str:
+    """A column a kind of layer: its part of what all cost, by SparseGPT."""
+    costs: dict[str, float] = {}
+    for layer in layers:
+        costs[kind(layer["name"])] = costs.get(kind(layer["name"]), 0.0) + layer["points"][0][1]
+    return table(["", *costs], [["of the price", *(f"{cost / sum(costs.values()):.3f}" for cost in costs.values())]])
+
+
 def foretold(layers: Sequence[Json]) -> str:
     """How well the price by SparseGPT stands for that with wrappers."""
     both = [[math.log(layer["points"][k][1] / layer["entries"]) for layer in layers] for k in (0, 1)]
@@ -98,7 +107,7 @@ def main(given: Sequence[str] | None = None) -> None:
         layers = [measured(one) for one in shown(job, Progress(Observer(), 0), None)]
         arguments.out.write_text(json.dumps(layers), encoding="utf-8")
     layers = json.loads(arguments.out.read_text(encoding="utf-8"))
-    print(rate_table(layers), foretold(layers), sep="\n\n")
+    print(rate_table(layers), foretold(layers), share_table(layers), sep="\n\n")
 
 
 if __name__ == "__main__":

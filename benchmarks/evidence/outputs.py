@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from armorfact_hf.pruning.prices import shown
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers
 from armorfact_hf.runs.prune_to_folder import Calibration
-from benchmarks.evidence.tables import kind
+from benchmarks.evidence.tables import kind, table
 from benchmarks.evidence.whole import factorizing
 from benchmarks.prices import job_of
 from benchmarks.results import dense_figures
@@ -92,18 +94,28 @@ def weighing(grams: Mapping[str, Tensor], form: Form | None) -> AbstractContextM
     return pruned_by(prune)
 
 
+def correlations(grams: Mapping[str, Tensor]) -> dict[str, float]:
+    """By kind of layer, how far outputs of one block move together: the mean size of the correlations in G."""
+    found: dict[str, list[float]] = {}
+    for name, gram in grams.items():
+        size = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+        between = ~torch.eye(gram.shape[1], dtype=torch.bool).expand_as(gram)
+        every = (gram / size[:, :, None] / size[:, None, :]).abs()[between]
+        found.setdefault(kind(name), []).append(float(every.mean()))
+    return {name: fmean(values) for name, values in found.items()}
+
+
 def output_table(model: str, out: Path, calibration: Calibration | None = None) -> str:
-    """A line a form; figures are kept in ``out``."""
+    """A line a form, then the correlations in G; figures are kept in ``out``."""
     calibration = Calibration() if calibration is None else calibration
     out.mkdir(parents=True, exist_ok=True)
-    grams: dict[str, Tensor] = {}
-    found = {}
-    for label, form in FORMS.items():
+    grams = cache(partial(output_grams, model, calibration))
+    key = [model, calibration.windows, calibration.length]
 
-        def measured(form: Form | None = form) -> dict:
-            if form and not grams:
-                grams.update(output_grams(model, calibration))
-            return measure(model, EVERY, calibration, weighing(grams, form), None)
+    def measured(form: Form | None) -> dict:
+        return measure(model, EVERY, calibration, weighing(grams() if form else {}, form), None)
 
-        found[label] = kept(out, "outputs", [model, label, calibration.windows, calibration.length], measured)
-    return quality_table(found, dense_figures(model, out))
+    found = {label: kept(out, "outputs", [label, *key], partial(measured, form)) for label, form in FORMS.items()}
+    together = kept(out, "correlations", key, lambda: correlations(grams()))
+    row = ["mean correlation", *(f"{value:.3f}" for value in together.values())]
+    return f"{quality_table(found, dense_figures(model, out))}\n\n{table(['', *together], [row])}"

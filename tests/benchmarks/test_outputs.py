@@ -23,6 +23,14 @@ def test_g_is_that_of_the_rows_of_each_block():
     torch.testing.assert_close(found, torch.stack([whole[:3, :3], whole[3:, 3:]]), rtol=1e-6, atol=1e-7)
 
 
+def test_correlations_are_those_between_the_outputs_of_a_block():
+    gram = torch.tensor([[[4.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 9.0]]], dtype=torch.float64)
+    assert outputs.correlations({"a.q_proj": gram, "b.q_proj": gram, "a.up_proj": gram[1:]}) == {
+        "q_proj": pytest.approx(0.25),
+        "up_proj": 0.0,
+    }
+
+
 @pytest.mark.parametrize("form", [Form(mean=0.02), Form(own=1.0)])
 def test_an_output_without_words_leaves_g_positive_definite(form):
     gram = torch.diag_embed(torch.tensor([[3.0, 0.0], [1.0, 2.0]], dtype=torch.float64))
@@ -57,6 +65,7 @@ def test_the_table_is_measured_once(model_folder, text_file, tmp_path, monkeypat
     calibration = Calibration(str(text_file), 2, 16)
     table = output_table(str(model_folder), tmp_path, calibration)
     assert all(label in table for label in outputs.FORMS)
+    assert "mean correlation" in table
     monkeypatch.setattr(outputs, "measure", None)
     assert output_table(str(model_folder), tmp_path, calibration) == table
     assert output_grams(str(model_folder), calibration)

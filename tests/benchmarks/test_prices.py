@@ -19,6 +19,11 @@ def test_the_rate_is_that_by_which_prices_fall():
     assert "3.5 (3.0 to 4.0)" in table and "q_proj" in table
 
 
+def test_shares_of_the_price_are_by_sparsegpt():
+    table = prices.share_table([layer("a.q_proj", 2.0, 3.0), layer("b.q_proj", 1.0, 4.0), layer("a.up_proj", 1.0, 9.0)])
+    assert "q_proj" in table and "0.750" in table and "0.250" in table
+
+
 def test_prices_in_proportion_are_foretold():
     found = prices.foretold([layer("a.q_proj", 2.0, 3.0), layer("b.q_proj", 9.0, 3.0), layer("c.q_proj", 1.0, 3.0)])
     assert found.startswith("correlation 1.000; apart by a factor of 1.00")

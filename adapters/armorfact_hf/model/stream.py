@@ -91,7 +91,10 @@ class BlockStream:
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.enter_context(replaced_forward(block, self._handing_on(index)))
-            stack.enter_context(replaced_forward(head, lambda _: forward(given)))
+            # With the strides of a tensor of its own: PyTorch multiplies a slice of longer states as a batch, and
+            # copies the head's whole weight for it, transposed.
+            whole = given[0][None]
+            stack.enter_context(replaced_forward(head, lambda _: forward(whole)))
             return self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
 
     def _until(

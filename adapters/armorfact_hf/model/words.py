@@ -19,8 +19,22 @@ from torch.nn import functional
 from armorfact_hf.model.stream import BlockStream
 from armorfact_hf.model.structure import decoder_blocks
 
-# Positions whose logits stand in memory at a time: with 262k words in the vocabulary, 0.13 GB in float32, a few times.
+# Positions whose logits stand in memory at a time: with 262k words in the vocabulary, 0.07 GB in bfloat16.
 POSITIONS_AT_ONCE = 128
+# Logarithms of probabilities that are made of them at a time: 4 MB, which stay in the processor's cache, and which the
+# allocator has at hand. Of whole positions; larger tensors are new pages from the system each time.
+LOGARITHMS_AT_ONCE = 2**20
+
+
+class Told(Protocol):
+    """What a teacher says at some positions: its `Logits`, or what was kept of them on disk."""
+
+    def divergence(self, said: Tensor, rows: slice) -> Tensor:
+        """The sum over some of these positions of the divergence of what a student says there.
+
+        Args:
+            said: the logarithms of its probabilities, (rows, vocabulary). rows: which of the positions they are of.
+        """
 
 
 class Teacher(Protocol):
@@ -33,14 +47,39 @@ class Teacher(Protocol):
     vocabulary: int
 
     def taught(self, window: Tensor) -> Any:
-        """What there is to know of a window (length,), to be handed to `divergence`."""
+        """What there is to know of a window (length,), to be handed to `told`."""
 
-    def divergence(self, said: Tensor, window: Tensor, part: slice, taught: Any) -> Tensor:
-        """The sum over some positions of a window of the divergence of what a student says there.
+    def told(self, window: Tensor, part: slice, taught: Any) -> Told:
+        """What the teacher says at some positions of a window; without gradients."""
 
-        Args:
-            said: the logarithms of its probabilities at these positions, (positions, vocabulary). part: which they are.
-        """
+
+@dataclass(frozen=True)
+class Logits:
+    """Whole vocabularies.
+
+    Args:
+        values: what a head returns, (positions, vocabulary).
+    """
+
+    values: Tensor
+
+    def logs(self, rows: slice = slice(None)) -> Tensor:
+        """The logarithms of the probabilities, (rows, vocabulary), float32 or float64."""
+        values = self.values[rows]
+        return functional.log_softmax(values.to(torch.promote_types(values.dtype, torch.float32)), dim=-1)
+
+    def divergence(self, said: Tensor, rows: slice) -> Tensor:
+        """See `Told`; the gradient is that at ``said``."""
+        with torch.no_grad():
+            wanted = self.logs(rows).to(said.device)
+        return functional.kl_div(said, wanted, reduction="sum", log_target=True)
+
+    @property
+    def few_rows(self) -> Iterator[slice]:
+        """All positions, a few at a time."""
+        count, vocabulary = self.values.shape
+        step = max(LOGARITHMS_AT_ONCE // vocabulary, 1)
+        return (slice(lo, min(lo + step, count)) for lo in range(0, count, step))
 
 
 class Speaker:
@@ -59,24 +98,22 @@ class Speaker:
         """What the head is given, (1, length, width); without gradients."""
         return self.stream.head_input(self.head, window[None].to(self.model.device))
 
-    def words(self, window: Tensor, states: Tensor) -> Tensor:
-        """The logarithms of the probabilities, (positions, vocabulary), float32 or float64.
+    def logits(self, window: Tensor, states: Tensor) -> Logits:
+        """What the head makes of states.
 
         Args:
             window: (positions,) token numbers, without influence. states: (1, positions, width) that the head is given.
         """
-        logits = self.stream.logits(self.head, window[None], states)[0]
-        return functional.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        return Logits(self.stream.logits(self.head, window[None], states)[0])
 
     def taught(self, window: Tensor) -> Tensor:
         """See `Teacher`: the `states`."""
         return self.states(window)
 
-    def divergence(self, said: Tensor, window: Tensor, part: slice, taught: Tensor) -> Tensor:
-        """See `Teacher`; the gradient is that at ``said``."""
+    def told(self, window: Tensor, part: slice, taught: Tensor) -> Logits:
+        """See `Teacher`."""
         with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
-            wanted = self.words(window[part], taught[:, part]).to(said.device)
-        return functional.kl_div(said, wanted, reduction="sum", log_target=True)
+            return self.logits(window[part], taught[:, part])
 
 
 @dataclass(frozen=True)
@@ -98,9 +135,11 @@ class WordsApart:
             window: (length,) token numbers. states: of the student, (1, length, width). taught: of the teacher.
             every: look at each so-manieth position only.
         """
-        count = len(range(0, len(window), every))
-        parts = [self._part(window, part, states[:, part], taught, count) for part in _parts(window, 0, every)]
-        return float(sum(part.double() for part in parts))
+        total, count = 0.0, len(range(0, len(window), every))
+        for part in _parts(window, 0, every):
+            told, said = self.teacher.told(window, part, taught), self.student.logits(window[part], states[:, part])
+            total += sum(float(told.divergence(said.logs(rows), rows)) for rows in said.few_rows)
+        return total / count
 
     @torch.enable_grad()
     def gradient(
@@ -117,15 +156,23 @@ class WordsApart:
         for part in _parts(window, first, every):
             piece = states[:, part].detach().requires_grad_()
             with torch.autocast(self.student.model.device.type, torch.bfloat16):
-                divergence = self._part(window, part, piece, taught, count)
-            divergence.backward()
+                logits = self.student.logits(window[part], piece).values
+            found, gradient = _at_logits(logits.detach(), self.teacher.told(window, part, taught), count)
+            logits.backward(gradient)
             gradients[:, part] = cast(Tensor, piece.grad)
-            total += float(divergence.detach())
+            total += found
         return total, gradients
 
-    def _part(self, window: Tensor, part: slice, states: Tensor, taught: Any, count: int) -> Tensor:
-        """What some of ``count`` positions add to D."""
-        return self.teacher.divergence(self.student.words(window[part], states), window, part, taught) / count
+
+def _at_logits(logits: Tensor, told: Told, count: int) -> tuple[float, Tensor]:
+    """What some of ``count`` positions add to D, and the gradient of that at the student's logits."""
+    total, gradient = 0.0, torch.empty_like(logits)
+    for rows in Logits(logits).few_rows:
+        piece = logits[rows].requires_grad_()
+        found = told.divergence(Logits(piece).logs(), rows) / count
+        gradient[rows] = torch.autograd.grad(found, piece)[0]
+        total += float(found.detach())
+    return total, gradient
 
 
 def _parts(window: Tensor, first: int, every: int) -> Iterator[slice]:

@@ -60,13 +60,17 @@ class Likeliest:
         together = torch.cat([logs.float(), rest[:, None]], dim=-1)
         return cls(words.long(), functional.log_softmax(together, dim=-1).clamp_min(NOTHING))
 
-    def divergence(self, said: Tensor, part: slice = slice(None)) -> Tensor:
-        """D_K summed over positions.
+    def at(self, part: slice) -> Likeliest:
+        """Of some of the positions."""
+        return Likeliest(self.words[part], self.logs[part])
+
+    def divergence(self, said: Tensor, rows: slice = slice(None)) -> Tensor:
+        """D_K summed over positions, see `armorfact_hf.model.words.Told`.
 
         Args:
-            said: the logarithms of the student's probabilities there, (positions, vocabulary). part: the positions.
+            said: the logarithms of the student's probabilities there, (rows, vocabulary). rows: the positions.
         """
-        words, logs = self.words[part].to(said.device), self.logs[part].to(said.device)
+        words, logs = self.words[rows].to(said.device), self.logs[rows].to(said.device)
         grouped = _with_rest(said.gather(-1, words), said, words)
         return functional.kl_div(grouped, logs.to(said.dtype), reduction="sum", log_target=True)
 

@@ -99,9 +99,9 @@ class StoredTeacher:
                 f"{path} is damaged ({error}); delete that one file, and `armorfact teach` writes it again"
             ) from error
 
-    def divergence(self, said: Tensor, window: Tensor, part: slice, taught: Likeliest) -> Tensor:
-        """See `Teacher`: that of the likeliest words and all others together, never above the whole one."""
-        return taught.divergence(said, part)
+    def told(self, window: Tensor, part: slice, taught: Likeliest) -> Likeliest:
+        """See `Teacher`: divergences are of the likeliest words and all others together, never above the whole ones."""
+        return taught.at(part)
 
     def has(self, window: Tensor) -> bool:
         """Whether a window (length,) is there."""
@@ -185,7 +185,7 @@ def _likeliest(speaker: Speaker, window: Tensor, count: int) -> Likeliest:
     found = []
     for start in range(0, len(window), POSITIONS_AT_ONCE):
         part = slice(start, start + POSITIONS_AT_ONCE)
-        found.append(Likeliest.of(speaker.words(window[part], states[:, part]).float(), count))
+        found.append(Likeliest.of(speaker.logits(window[part], states[:, part]).logs(), count))
     whole = Likeliest(torch.cat([one.words for one in found]), torch.cat([one.logs for one in found]))
     if not math.isfinite(float(whole.logs.sum())):
         raise ValueError("the teacher has NaN or infinite logits: load it in float32 or bfloat16, or download it again")

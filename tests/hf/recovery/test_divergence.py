@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from armorfact_hf.model import words as module
+from armorfact_hf.model.words import Speaker
 from armorfact_hf.recovery.divergence import Divergence
 from tests.hf.models import VOCABULARY, random_tokens
 from tests.hf.recovery.models import dense_model, pruned_layers, pruned_model
@@ -18,6 +22,7 @@ FAMILIES = ["llama", "gemma3", "gpt2", "falcon"]
 @pytest.fixture(autouse=True)
 def _few_positions(monkeypatch):
     monkeypatch.setattr(module, "POSITIONS_AT_ONCE", 7)  # does not divide the window
+    monkeypatch.setattr(module, "LOGARITHMS_AT_ONCE", 3 * VOCABULARY)  # which does not divide that
 
 
 def naive(student: nn.Module, teacher: nn.Module, window: Tensor) -> Tensor:
@@ -116,3 +121,26 @@ def test_a_model_that_cuts_gradients_off_is_told():
     student.transformer.ln_f.register_forward_hook(lambda _, __, output: output.detach())
     with pytest.raises(ValueError, match="no gradient reaches the pruned layers"):
         Divergence(student, dense_model()).backward(WINDOW)
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations called inside, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_part_of_the_states_meets_the_head_in_one_product(every):
+    """As a batch of one it would be multiplied by a copy of the head's weight, made anew each time."""
+    speaker = Speaker(dense_model().requires_grad_(False))
+    states = speaker.states(WINDOW)
+    with Products() as products, torch.no_grad():
+        found = speaker.logits(WINDOW[:6:every], states[:, :6:every]).values
+    assert not products.seen["aten.bmm.default"] and products.seen["aten.mm.default"] == 1
+    torch.testing.assert_close(found, speaker.logits(WINDOW, states).values[:6:every])

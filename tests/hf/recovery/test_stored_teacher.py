@@ -25,6 +25,7 @@ SETTINGS = RecoverySettings(steps=12, rate=0.004, warm_up=4, measure_every=6)
 @pytest.fixture(autouse=True)
 def _few_positions(monkeypatch):
     monkeypatch.setattr(words, "POSITIONS_AT_ONCE", 7)  # does not divide the window
+    monkeypatch.setattr(words, "LOGARITHMS_AT_ONCE", 3 * VOCABULARY)  # which does not divide that
 
 
 @pytest.fixture
