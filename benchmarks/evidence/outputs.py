@@ -23,6 +23,7 @@ from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers
 from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.tables import kind, table
+from benchmarks.evidence.traces import block_gram
 from benchmarks.evidence.whole import factorizing
 from benchmarks.prices import job_of
 from benchmarks.results import dense_figures
@@ -46,10 +47,10 @@ class Form:
 
     def damped(self, gram: Tensor) -> Tensor:
         """G in units of its mean diagonal, (blocks, size, size)."""
-        diagonal = gram.diagonal(dim1=1, dim2=2) / gram.diagonal(dim1=1, dim2=2).mean()
+        scaled = gram / gram.diagonal(dim1=1, dim2=2).mean()
         # An output that no word depends on must not make G singular.
-        added = torch.diag_embed(self.mean + self.own * diagonal.clamp_min(1e-3))
-        return gram / gram.diagonal(dim1=1, dim2=2).mean() + added
+        own = scaled.diagonal(dim1=1, dim2=2).clamp_min(1e-3)
+        return scaled + torch.diag_embed(self.mean + self.own * own)
 
 
 FORMS = {
@@ -75,8 +76,7 @@ def output_gram(gradients: Tensor, size: int) -> Tensor:
     Args:
         gradients: g, (tokens, d_out). size: of the blocks.
     """
-    rows = gradients.float().reshape(len(gradients), -1, size)
-    return torch.einsum("tbi,tbj->bij", rows, rows).double() / len(rows)
+    return block_gram(gradients.float(), size).double() / len(gradients)
 
 
 def weighing(grams: Mapping[str, Tensor], form: Form | None) -> AbstractContextManager:

@@ -83,11 +83,20 @@ def _tensors(
     found = {f"inputs/{leader}": x.detach().flatten(0, -2).contiguous() for leader, x in inputs.tensors.items()}
     for name in names:
         gradient = gradients[name]
-        rows = gradient.reshape(len(gradient), -1, blocks[name])
         found[f"leader/{name}"] = torch.tensor(names.index(inputs.leader[name]))
         found[f"importance/{name}"] = gradient.square().mean(1)
-        found[f"gram/{name}"] = torch.einsum("tbi,tbj->bij", rows, rows)
+        found[f"gram/{name}"] = block_gram(gradient, blocks[name])
     return found
+
+
+def block_gram(gradients: Tensor, size: int) -> Tensor:
+    """The sum over tokens of g g' on the rows of each block, (blocks, size, size).
+
+    Args:
+        gradients: g, (tokens, d_out). size: of the blocks.
+    """
+    rows = gradients.reshape(len(gradients), -1, size)
+    return torch.einsum("tbi,tbj->bij", rows, rows)
 
 
 def write_traces(

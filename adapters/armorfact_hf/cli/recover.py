@@ -12,6 +12,10 @@ from armorfact_hf.cli.terminal import errors_as_sentences, say, shown_progress
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
 
 DEFAULTS = RecoverySettings()
+DEMO = "demo:gensim-enwiki"
+Text = Annotated[str, typer.Option(help=f"A file of plain text, or {DEMO}.")]
+Windows = Annotated[int | None, typer.Option(min=2, help="Windows of calibration text; all of it if not given.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 
 def recover(
@@ -26,13 +30,9 @@ def recover(
     rate: Annotated[
         float, typer.Option(help="The learning rate at its highest, as a share of the size of entries.")
     ] = DEFAULTS.rate,
-    calibration: Annotated[
-        str, typer.Option(help="A file of plain text, or demo:gensim-enwiki.")
-    ] = "demo:gensim-enwiki",
-    windows: Annotated[
-        int | None, typer.Option(min=2, help="Windows of calibration text; all of it if not given.")
-    ] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    calibration: Text = DEMO,
+    windows: Windows = None,
+    length: Length = 2048,
     teacher: Annotated[
         str | None,
         typer.Option(

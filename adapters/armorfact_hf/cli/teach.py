@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from armorfact_hf.cli.recover import DEMO, Length, Text, Windows
 from armorfact_hf.cli.terminal import errors_as_sentences, say, shown_progress
 
 
@@ -14,13 +15,9 @@ def teach(
     model: Annotated[str, typer.Argument(help="The teacher: a folder, a name on the hub, or demo:smollm2.")],
     out: Annotated[Path, typer.Option(help="The folder to write, or to add to.")],
     likeliest: Annotated[int, typer.Option(min=1, help="How many words of each position are kept.")] = 128,
-    calibration: Annotated[
-        str, typer.Option(help="A file of plain text, or demo:gensim-enwiki.")
-    ] = "demo:gensim-enwiki",
-    windows: Annotated[
-        int | None, typer.Option(min=2, help="Windows of calibration text; all of it if not given.")
-    ] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    calibration: Text = DEMO,
+    windows: Windows = None,
+    length: Length = 2048,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU if there is one.")] = None,
 ) -> None:
     """Write down the likeliest words that a model says at every position of a text, to recover a pruned one from.

@@ -44,11 +44,6 @@ class Likeliest:
         return cls(found.indices, _with_rest(found.values, logs, found.indices))
 
     @property
-    def nbytes(self) -> int:
-        """Bytes on disk, see `tensors`."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
     def tensors(self) -> dict[str, Tensor]:
         """As they are stored, rounded: float16 is off by 0.2% of a probability of 1%, and by less of larger ones."""
         logs, rest = self.logs[:, :-1], self.logs[:, -1]

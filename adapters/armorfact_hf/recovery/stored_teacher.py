@@ -114,8 +114,8 @@ class StoredTeacher:
             DiskFull: the disk has no room for it.
         """
         path = self._path(window)
-        with room_for(path, found.nbytes), written_beside(path) as draft:
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in found.tensors.items()}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in found.tensors.items()}
+        with room_for(path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(path) as draft:
             save_file(tensors, draft, metadata={"teacher": self.fingerprint, **BLANK})
             seal(draft)
 

@@ -69,11 +69,11 @@ def recover_to_folder(
     loaded = load_model(str(folder), device=device, log=observer.say)
     dense = _teacher(report, teacher, device, observer)
     tokens = calibration.tokens(loaded, observer.say)
-    if isinstance(dense, StoredTeacher):
-        dense.check(tokens)
     manifest = manifest_of(loaded.model, dense, tokens, settings)
     if out.exists():
         return _found_finished(out, loaded.tokenizer, manifest, observer)
+    if isinstance(dense, StoredTeacher):
+        dense.check(tokens)
     check_room(out, _needed(loaded.model))
     with Journal.open(_journal(out), manifest, describe_folder(folder).pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago
