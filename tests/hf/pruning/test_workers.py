@@ -136,6 +136,8 @@ def test_the_plan_counts_every_process(model_folder):
     whole, streamed = (plan_job(jobs[stream], measure=False, workers=2) for stream in (False, True))
     assert streamed.spread.worker.weights == streamed.spread.leader.weights < whole.spread.worker.weights
     assert streamed.peak_bytes < whole.peak_bytes
+    assert whole.spread.leader.work >= 2 * whole.spread.worker.weights  # pickled, a model is bytes twice
+    assert whole.spread.worker.work >= whole.spread.worker.weights
     assert plan_job(jobs[True], measure=False, workers=3).peak_bytes == (
         streamed.peak_bytes + streamed.spread.worker.peak
     )

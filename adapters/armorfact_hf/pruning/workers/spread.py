@@ -43,19 +43,20 @@ def spread_of(job: Job, workers: int | None, streamed: bool | None = None) -> Sp
     alone, sent = memory_of(job, streamed=streamed, spilled=True), 0 if streamed else model_bytes(job)
     making = job.weights.making if isinstance(job.weights, OnDisk) else 0
     inputs = max(_inputs_bytes(job, block) for block in {layer.decoder_block for layer in job.layers})
+    # A model travels as bytes, which the sender holds twice, and who receives them while they become tensors.
     leader = Memory(
         weights=alone.weights,
         pruned=alone.pruned,
         states=0,
         statistics=0,
-        work=max(making, sent, 2 * max(layer.weight.nbytes for layer in job.layers)),
+        work=max(making, 2 * sent, 2 * max(layer.weight.nbytes for layer in job.layers)),
     )
     worker = Memory(
         weights=alone.weights,
         pruned=alone.pruned,
         states=alone.states + 2 * inputs,  # and as they are packed to be sent
         statistics=_solved_at_once(job),
-        work=alone.work,
+        work=max(alone.work, sent),
     )
     return Spread(workers or 1, leader, worker, sent + _store_bytes(job, inputs, alone.pruned))
 
