@@ -16,21 +16,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from armorfact import BlockDiagonal, Core, Factors
 from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.pruning.aims import Aim, StateAim
-from armorfact_hf.pruning.rates import unit
+from armorfact_hf.pruning.muon import Muon, unit
 from armorfact_hf.pruning.schedule import FACTORS, Matching, kept_aside
 
-BETAS = (0.9, 0.95)
 MOST_HALVINGS = 8
 NOT_MIXED = "not tuned: the block does not run in mixed precision; a model in float32 is tuned without"
 
@@ -117,56 +115,24 @@ def _stored(master: FactorizedLinear, like: FactorizedLinear) -> FactorizedLinea
     return FactorizedLinear.of(core, BlockDiagonal(found.left), BlockDiagonal(found.right), bias)
 
 
-@dataclass
-class _Undo:
-    """The parameters as they were before the last step."""
-
-    parameters: list[nn.Parameter]
-    kept: list[Tensor] = field(default_factory=list)
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Keep them as they are now."""
-        self.kept = [parameter.clone() for parameter in self.parameters]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put back what was kept, if anything was."""
-        for parameter, value in zip(self.parameters, self.kept, strict=False):
-            parameter.copy_(value)
-
-
 def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool) -> list[str]:
-    """AdamW over the windows, one a step, in an order drawn from the seed; the notes of what had to be undone."""
-    groups = [group for master in masters.values() for group in _groups(master)]
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    """Steps over the windows, one each, in an order drawn from the seed; the notes of what had to be undone."""
+    factors = {f"{name}.{part}": getattr(layer, part) for name, layer in masters.items() for part in FACTORS}
+    parameters = {name: factor.requires_grad_(True) for name, factor in factors.items() if factor is not None}
+    muon = Muon(parameters, {name: unit(factor) for name, factor in parameters.items()})
+    device = next(iter(parameters.values())).device
     order = _order(aim.windows, matching.passes, seed)
-    undo = _Undo(parameters)
     notes: list[str] = []
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
     for step, window in enumerate(order):
-        for group in optimizer.param_groups:
-            group["lr"] = group["unit"] * matching.rate_at(step, len(order)) / 2 ** len(notes)
-        if _backward(aim, window, step, parameters, mixed):
-            undo.remember()
-            optimizer.step()
+        muon.zero_gradients_()
+        if _backward(aim, window, step, device, mixed) and muon.finite:
+            muon.step_(matching.rate_at(step, len(order)) / 2 ** len(notes))
         else:
-            undo.restore()
-            optimizer.state.clear()
+            muon.undo_()
             notes.append(f"step {step + 1} of matching was not finite: the one before was undone, and the rate halved")
-        optimizer.zero_grad(set_to_none=True)
         if len(notes) > MOST_HALVINGS:
             break
     return notes
-
-
-def _groups(master: FactorizedLinear) -> list[dict[str, Any]]:
-    """The factors, which ask for gradients from now on, each with the unit of its learning rate."""
-    return [
-        {"params": [factor.requires_grad_(True)], "unit": unit(factor)}
-        for part in FACTORS
-        if (factor := getattr(master, part)) is not None
-    ]
 
 
 def _order(windows: int, passes: int, seed: int) -> list[int]:
@@ -190,9 +156,9 @@ def _runs_mixed(aim: Aim) -> bool:
 
 
 @torch.enable_grad()
-def _backward(aim: Aim, window: int, step: int, parameters: list[nn.Parameter], mixed: bool) -> bool:
-    """Gradients of the distance on one window, in mixed precision if ``mixed``; whether all of them are finite."""
-    with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=mixed):
+def _backward(aim: Aim, window: int, step: int, device: torch.device, mixed: bool) -> bool:
+    """Add the gradients of the distance on one window, in mixed precision if ``mixed``; whether it is finite."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         output = aim.run(window)
     if not output.requires_grad:
         raise ValueError(
@@ -202,4 +168,4 @@ def _backward(aim: Aim, window: int, step: int, parameters: list[nn.Parameter], 
     if not math.isfinite(distance):
         return False
     output.backward(gradient.to(output.dtype))
-    return all(parameter.grad is None or bool(parameter.grad.isfinite().all()) for parameter in parameters)
+    return True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.stack import PRUNED, FactorizedStack
 from armorfact_hf.model.stream import frozen
-from armorfact_hf.pruning.rates import unit
+from armorfact_hf.pruning.muon import unit
 
 
 class TrainedFactors:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from armorfact_hf.data.tokens import spread
 from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning.journal import Journal
-from armorfact_hf.recovery.adam import Adam
+from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.factors import TrainedFactors
 from armorfact_hf.recovery.report import Recovery
@@ -53,7 +53,7 @@ class Run:
         self.aside = [tokens[window] for window in aside]
         self.training = [tokens[window] for window in range(len(tokens)) if window not in aside]
         self.steps = len(self.training) if settings.steps is None else settings.steps
-        self.adam = Adam(factors.parameters, factors.units)
+        self.muon = Muon(factors.parameters, factors.units)
         self.progress = Progress()
 
     def to_the_end(self) -> Recovery:
@@ -84,13 +84,13 @@ class Run:
     def _take_step(self) -> None:
         """One step, or the one before taken back if this one's loss or gradient is not finite."""
         self.factors.train_()
-        self.adam.zero_gradients_()
+        self.muon.zero_gradients_()
         found = self.divergence.backward(self._window(self.progress.step))
         norm = nn.utils.clip_grad_norm_(self.factors.parameters.values(), MOST_NORM)
         if math.isfinite(found) and math.isfinite(norm):
-            self.adam.step_(self.progress.factor * self.settings.rate_at(self.progress.step, self.steps))
+            self.muon.step_(self.progress.factor * self.settings.rate_at(self.progress.step, self.steps))
         else:
-            self.adam.undo_()
+            self.muon.undo_()
             self.progress.factor /= 2
             self._note(
                 f"step {self.progress.step + 1}: loss or gradient was not finite; the step before was taken back, and "
@@ -125,10 +125,9 @@ class Run:
         """All that a run needs to go on."""
         groups = {"factor": self.factors.parameters, "best": self.factors.best}
         named = {f"{group}.{name}": tensor.detach() for group, held in groups.items() for name, tensor in held.items()}
-        return named | self.adam.tensors
+        return named | self.muon.tensors
 
     def _save(self) -> None:
-        self.progress.count, self.progress.last_rate = self.adam.count, self.adam.last_rate
         if self.journal is not None:
             write_state(self.journal, self._tensors(), self.progress)
 
@@ -136,7 +135,6 @@ class Run:
         found = None if self.journal is None else read_state_(self.journal, self._tensors())
         if found is not None:
             self.progress = found
-            self.adam.count, self.adam.last_rate = found.count, found.last_rate
             self.observer.say(f"Continuing after step {found.step} of {self.steps}.")
 
     def _note(self, sentence: str) -> None:

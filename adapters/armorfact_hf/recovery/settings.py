@@ -20,7 +20,7 @@ class RecoverySettings:
     Args:
         train: "factors" trains A, B and the kept values of C; "wrappers" only A and B.
         steps: of one window each; None is one pass over the windows.
-        rate: of Adam, at its highest, as a share of the root mean square of each factor.
+        rate: of Muon, at its highest, as a share of the root mean square of each factor.
         warm_up: steps over which the rate rises; then it falls as a cosine, to a tenth.
         measure_every: steps between two measurements on the windows kept aside, the best of which is the result.
         gradient_checkpointing: keep of each decoder block its input only, and compute the block again on the way back:

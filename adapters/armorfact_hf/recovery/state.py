@@ -1,8 +1,8 @@
 """A recovery on disk: what a killed run resumes from, bit for bit.
 
 The folder is a `Journal`: its manifest says which models, tokens and settings it belongs to, and one process writes to
-it at a time. In place of finished blocks there is `state.safetensors`: the factors, their moments and the best state,
-and in its header, as JSON, what else there is.
+it at a time. In place of finished blocks there is `state.safetensors`: the factors, as they are, as they were a step
+before and at their best, and their momentum; in its header, as JSON, what else there is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ class Progress:
 
     Args:
         step: how many steps are done.
-        count, last_rate: of `Adam`.
         factor: of the rate, halved with every step that was undone.
         history: pairs of steps done and the divergence then, on the windows kept aside.
         notes: what went wrong.
@@ -39,8 +38,6 @@ class Progress:
     """
 
     step: int = 0
-    count: int = 0
-    last_rate: float = 0.0
     factor: float = 1.0
     history: list[tuple[int, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
