@@ -201,7 +201,7 @@ def _product_bytes(job: Job) -> int:
 
 
 def _tuning_bytes(job: Job) -> int:
-    """Factors in float32 with gradient, Adam's two moments and a copy to undo with; what one window leaves to go back.
+    """Factors in float32 with gradient, momentum, a copy to undo with and a step; what one window leaves to go back.
 
     An estimate: every layer keeps its input and output in 16 bits, and as much again lies between the layers.
     """
