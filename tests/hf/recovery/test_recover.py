@@ -279,7 +279,9 @@ def test_a_folder_that_is_not_ours_is_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("damage", [lambda x: x[: len(x) // 2], lambda x: b"", lambda x: x.replace(b"momentum", b"momentun")])
+@pytest.mark.parametrize(
+    "damage", [lambda x: x[: len(x) // 2], lambda x: b"", lambda x: x.replace(b"momentum", b"momentun")]
+)
 def test_a_damaged_state_is_named_and_made_again(damage, state):
     path = state / "state.safetensors"
     path.write_bytes(damage(path.read_bytes()))
