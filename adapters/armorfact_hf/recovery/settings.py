@@ -33,7 +33,7 @@ class RecoverySettings:
 
     train: str = "factors"
     steps: int | None = None
-    rate: float = 3e-4
+    rate: float = 1e-4
     warm_up: int = 10
     measure_every: int = 25
     gradient_checkpointing: bool = False

@@ -36,4 +36,4 @@ def test_the_rate_rises_then_falls_to_a_tenth():
 
 @pytest.mark.parametrize("steps", [1, 5, 10])
 def test_a_run_shorter_than_the_warm_up_has_rates(steps):
-    assert all(0 < RecoverySettings().rate_at(step, steps) <= 3e-4 for step in range(steps))
+    assert all(0 < RecoverySettings().rate_at(step, steps) <= RecoverySettings().rate for step in range(steps))
