@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 FACTORS = ("left", "right", "values")  # the tensors of a layer that are tuned: A, B and the kept values of C
 FIRST = 4  # times as many passes for the first block: what it is given is exact, and all others inherit its error
-TAIL = 0.6  # of the rate, while the last blocks are tuned together
+TAIL = 0.15  # of the rate, while the last blocks are tuned together
 KEPT_ASIDE = 8  # one window in so many
 WARM_UP = 5  # steps over which the rate rises; then it falls as a cosine, to LEAST of itself
 LEAST = 0.1
