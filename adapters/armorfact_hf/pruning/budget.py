@@ -70,12 +70,12 @@ def _entries(shape: tuple[int, int], block: tuple[int, int]) -> int:
 
 
 def worthwhile(offers: Sequence[Offer]) -> list[Offer]:
-    """The offers on the lower convex hull, by entries: each step to the next one gains less an entry than the last."""
+    """The offers on the lower convex hull, by entries: no step gains more an entry than the one before."""
     hull: list[Offer] = []
     for offer in sorted(offers, key=lambda offer: (offer.entries, offer.price)):
         if hull and offer.price >= hull[-1].price:
             continue
-        while len(hull) > 1 and gain(hull[-1], offer) >= gain(hull[-2], hull[-1]):
+        while len(hull) > 1 and gain(hull[-1], offer) > gain(hull[-2], hull[-1]):
             hull.pop()
         hull.append(offer)
     return hull
@@ -100,11 +100,11 @@ def chosen(offers: Mapping[str, Sequence[Offer]], entries: int) -> dict[str, Off
     if left < 0:
         raise ValueError(f"the smallest blocks offered have {-left} entries more than the {entries} allowed")
     steps = [
-        (gain(less, more), layer, step + 1, more.entries - less.entries)
+        (-gain(less, more), step + 1, layer, more.entries - less.entries)
         for layer, ladder in ladders.items()
         for step, (less, more) in enumerate(pairwise(ladder))
     ]
-    for _, layer, step, more in sorted(steps, reverse=True):
+    for _, step, layer, more in sorted(steps):  # of equal gains, the first step of a layer before its second
         if step == taken[layer] + 1 and more <= left:  # a layer whose step did not fit stays where it is
             taken[layer], left = step, left - more
     return {layer: ladder[taken[layer]] for layer, ladder in ladders.items()}
