@@ -3,8 +3,8 @@
 Adam moves every entry by about the rate, each by itself. Muon (Jordan et al. 2024, "Muon: an optimizer for hidden
 layers in neural networks") moves a matrix by the orthogonal one nearest to its momentum, so that every direction in it
 moves alike, however much the gradient favours a few. Here that is done for each tile of at most 64 × 64, a block of A
-or B or a piece of the kept values of C as they are packed: for larger matrices it costs more than the gradient does,
-and gains no more (docs/results.md).
+or B or a piece of the kept values of C as they are packed: whole factors of large layers would take longer than the
+gradient does, and gain hardly more (docs/results.md).
 """
 
 from __future__ import annotations
