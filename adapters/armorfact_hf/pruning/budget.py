@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from armorfact import Pattern
 from armorfact.sizes import fitting
@@ -19,6 +19,7 @@ from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 
 RATE = 3.3  # rho
+ROUNDING = 1e-12  # of gains, relative
 RANGE = 1 / 6, 4  # times the blocks of "auto": the sizes that a layer may get
 
 
@@ -70,12 +71,15 @@ def _entries(shape: tuple[int, int], block: tuple[int, int]) -> int:
 
 
 def worthwhile(offers: Sequence[Offer]) -> list[Offer]:
-    """The offers on the lower convex hull, by entries: no step gains more an entry than the one before."""
+    """The offers on the lower convex hull, by entries: no step gains more an entry than the one before.
+
+    Of steps that gain alike, up to rounding, each stands for itself: one may fit where two do not.
+    """
     hull: list[Offer] = []
     for offer in sorted(offers, key=lambda offer: (offer.entries, offer.price)):
         if hull and offer.price >= hull[-1].price:
             continue
-        while len(hull) > 1 and gain(hull[-1], offer) > gain(hull[-2], hull[-1]):
+        while len(hull) > 1 and gain(hull[-1], offer) > gain(hull[-2], hull[-1]) * (1 + ROUNDING):
             hull.pop()
         hull.append(offer)
     return hull
@@ -100,9 +104,9 @@ def chosen(offers: Mapping[str, Sequence[Offer]], entries: int) -> dict[str, Off
     if left < 0:
         raise ValueError(f"the smallest blocks offered have {-left} entries more than the {entries} allowed")
     steps = [
-        (-gain(less, more), step + 1, layer, more.entries - less.entries)
+        (-least, step + 1, layer, ladder[step + 1].entries - ladder[step].entries)
         for layer, ladder in ladders.items()
-        for step, (less, more) in enumerate(pairwise(ladder))
+        for step, least in enumerate(accumulate((gain(*pair) for pair in pairwise(ladder)), min))  # rounding aside
     ]
     for _, step, layer, more in sorted(steps):  # of equal gains, the first step of a layer before its second
         if step == taken[layer] + 1 and more <= left:  # a layer whose step did not fit stays where it is
