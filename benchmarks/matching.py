@@ -31,9 +31,9 @@ WHOLE = 2**20  # a tile as large as any factor
 class AdamW(Muon):
     """PyTorch's, with the betas of language models and no decay."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], units: Mapping[str, float]) -> None:
-        super().__init__(parameters, units)
-        groups = [{"params": [parameter], "unit": units[name]} for name, parameter in parameters.items()]
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
+        groups = [{"params": [parameter], "unit": self.units[name]} for name, parameter in parameters.items()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
     @torch.no_grad()

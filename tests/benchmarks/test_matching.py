@@ -28,8 +28,8 @@ def test_a_step_of_adam_is_pytorchs_and_can_be_taken_back():
     start, gradient = torch.linspace(-1, 1, 6).reshape(2, 3), torch.arange(6.0).reshape(2, 3) - 2
     theirs = nn.Parameter(start.clone())
     theirs.grad = gradient.clone()
-    torch.optim.AdamW([theirs], lr=0.07, betas=(0.9, 0.95), weight_decay=0.0).step()
-    ours = AdamW({"x": nn.Parameter(start.clone())}, {"x": 0.7})
+    torch.optim.AdamW([theirs], lr=0.1 * muon.unit(start), betas=(0.9, 0.95), weight_decay=0.0).step()
+    ours = AdamW({"x": nn.Parameter(start.clone())})
     ours.gradients["x"].copy_(gradient)
     ours.step_(0.1)
     torch.testing.assert_close(ours.parameters["x"], theirs)

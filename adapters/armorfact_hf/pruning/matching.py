@@ -26,7 +26,7 @@ from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.pruning.aims import Aim, StateAim
-from armorfact_hf.pruning.muon import Muon, unit
+from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.schedule import FACTORS, Matching, kept_aside
 
 MOST_HALVINGS = 8
@@ -119,7 +119,7 @@ def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool
     """Steps over the windows, one each, in an order drawn from the seed; the notes of what had to be undone."""
     factors = {f"{name}.{part}": getattr(layer, part) for name, layer in masters.items() for part in FACTORS}
     parameters = {name: factor.requires_grad_(True) for name, factor in factors.items() if factor is not None}
-    muon = Muon(parameters, {name: unit(factor) for name, factor in parameters.items()})
+    muon = Muon(parameters)
     device = next(iter(parameters.values())).device
     order = _order(aim.windows, matching.passes, seed)
     notes: list[str] = []

@@ -35,14 +35,15 @@ class Muon:
 
     Args:
         parameters: float32 or float64, of two dimensions or more; each holds its gradient, zero at first, from here on.
-        units: what the rate of a step is multiplied with for each.
+            What the rate of a step is multiplied with is the `unit` of each as it is now.
 
     Attributes:
         gradients: those that the parameters hold.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], units: Mapping[str, float]) -> None:
-        self.parameters, self.units = dict(parameters), units
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self.units = {name: unit(parameter) for name, parameter in parameters.items()}
         self.momentum = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         self.before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self.gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}

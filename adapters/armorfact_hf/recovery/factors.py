@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.stack import PRUNED, FactorizedStack
 from armorfact_hf.model.stream import frozen
-from armorfact_hf.pruning.muon import unit
 
 
 class TrainedFactors:
@@ -24,7 +23,6 @@ class TrainedFactors:
 
     Attributes:
         parameters: what is trained, by the name that the tensor has in the model.
-        units: of their learning rates.
         best: the tensors of the best state so far, in the dtypes in which they are stored; at first those found.
     """
 
@@ -38,7 +36,6 @@ class TrainedFactors:
             for part in parts
             if (tensor := getattr(layer, part)) is not None
         }
-        self.units = {name: unit(factor) for name, factor in self.parameters.items()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.best = {name: tensor.clone() for name, tensor in self._rounded.items()}

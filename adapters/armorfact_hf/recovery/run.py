@@ -53,7 +53,7 @@ class Run:
         self.aside = [tokens[window] for window in aside]
         self.training = [tokens[window] for window in range(len(tokens)) if window not in aside]
         self.steps = len(self.training) if settings.steps is None else settings.steps
-        self.muon = Muon(factors.parameters, factors.units)
+        self.muon = Muon(factors.parameters)
         self.progress = Progress()
 
     def to_the_end(self) -> Recovery:

@@ -75,16 +75,17 @@ def descend(muon: Muon, rates: list[float]) -> list[Tensor]:
     return [*path, x.detach().clone()]
 
 
-def started(unit: float = 1.0) -> Muon:
-    return Muon({"x": nn.Parameter(random(3, 6, 4))}, {"x": unit})
+def started(start: Tensor | None = None) -> Muon:
+    return Muon({"x": nn.Parameter(random(3, 6, 4) if start is None else start.clone())})
 
 
 def test_a_step_is_the_rate_and_the_unit_times_the_way_of_the_momentum():
-    muon, rates = started(0.7), [0.1, 0.03, 0.07]
+    start, rates = 0.7 * random(3, 6, 4), [0.1, 0.03, 0.07]
+    muon, size = started(start), unit(start)
     path, momentum = descend(muon, rates), torch.zeros(6, 4, dtype=torch.float64)
     for rate, x, after in zip(rates, path[:-1], path[1:], strict=True):
         momentum = MOMENTUM * momentum + (1 - MOMENTUM) * 4 * x**3
-        torch.testing.assert_close(after, x - 0.7 * rate * orthogonal(momentum) * 6**0.5, rtol=0, atol=1e-12)
+        torch.testing.assert_close(after, x - size * rate * orthogonal(momentum) * 6**0.5, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("rates", [[], [0.1], [0.1, 0.03, 0.07]])
@@ -100,8 +101,9 @@ def test_what_led_to_an_undone_step_is_forgotten():
     muon = started()
     *_, before, _ = descend(muon, [0.1, 0.03])
     muon.undo_()
-    expected = descend(Muon({"x": nn.Parameter(before.clone())}, {"x": 1.0}), [0.05])[-1]
-    assert torch.equal(descend(muon, [0.05])[-1], expected)
+    afresh = started(before)
+    afresh.units = muon.units
+    assert torch.equal(descend(muon, [0.05])[-1], descend(afresh, [0.05])[-1])
 
 
 @pytest.mark.parametrize(("value", "finite"), [(1e300, True), (math.nan, False), (math.inf, False)])
