@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.causal_lm import CausalLM, cache_name
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs.prune_to_folder import peak_memory
 
@@ -59,6 +59,7 @@ def throughput(
 @torch.inference_mode()
 def _run(model: CausalLM, tokens: torch.Tensor, new: int) -> tuple[float, float]:
     """Seconds to read the tokens, and median seconds of a written one."""
+    cache = cache_name(model)
     start = time.perf_counter()
     output = model(tokens, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
@@ -67,7 +68,7 @@ def _run(model: CausalLM, tokens: torch.Tensor, new: int) -> tuple[float, float]
     steps = []
     for _ in range(new):
         start = time.perf_counter()
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, use_cache=True, **{cache: output[cache]})
         token = output.logits[:, -1:].argmax(-1)
         token.item()
         steps.append(time.perf_counter() - start)

@@ -102,19 +102,20 @@ class _AsItIs:
 
     def __init__(self, model: CausalLM) -> None:
         self.model, self.config, self.device = model.eval(), model.config, model.device
+        self.forward = model.forward
 
-    def __call__(self, tokens: Any) -> Any:
-        return self.model(tokens, use_cache=False)
+    def __call__(self, tokens: Any, use_cache: bool = False, **how: Any) -> Any:
+        return self.model(tokens, use_cache=use_cache, **how)
 
 
 def _scorer(model: CausalLM, tokenizer: Any) -> Any:
     """The model as lm-eval wants it."""
-    from lm_eval.models.huggingface import HFLM
+    from armorfact_hf.evaluation.contexts import SharedContexts  # it imports lm-eval
 
     batch = max(1, min(LARGEST_BATCH, BATCH_LOGITS // model.config.get_text_config().vocab_size))
     own_tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
     with quiet("lm_eval"):  # its advice is for users of its command line
-        return HFLM(
+        return SharedContexts(
             _AsItIs(model), backend="causal", tokenizer=own_tokenizer, softmax_dtype="float32", batch_size=batch
         )
 
