@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from armorfact_hf.pruning import layer as pruning
+from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.report.plots import Tick
 from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.experiment import Budget, Experiment, Settings, Unfinished, spread_layers
@@ -26,7 +27,7 @@ from benchmarks.evidence.tables import (
     ratio_table,
 )
 from benchmarks.evidence.tasks import above_chance, chance, mean_of, scores_table
-from benchmarks.evidence.whole import factorizing
+from benchmarks.evidence.whole import factorizing, whole_table
 from tests.hf.models import tiny_model
 
 NAMES = list(METHODS)
@@ -152,6 +153,26 @@ def test_another_solver_serves_only_inside_its_context():
     with factorizing(solver=OnePass()):
         assert isinstance(pruning.factorize.keywords["solver"], OnePass)
     assert pruning.factorize is before
+
+
+def test_the_ablation_of_whole_models_is_of_layers_alone(tmp_path):
+    solvers, settings = [], []
+
+    def measured(run, model, out):
+        solvers.append(getattr(pruning.factorize, "keywords", {}).get("solver"))
+        settings.append(run.settings)
+        return {"label": run.label, "perplexity": [10.0, 20.0], "loss": 0.5, "seconds": 7.0}
+
+    (tmp_path / "dense-tiny.json").write_text("[1.0, 2.0]")
+    lines = whole_table("tiny", tmp_path, measure=measured).splitlines()
+    assert lines[2:5] == [
+        "| dense | 1.00 | 2.00 |  |  |",
+        "| one pass | 10.00 | 20.00 | 0.5000 | 7 |",
+        "| sparsegpt | 10.00 | 20.00 | 0.5000 | 7 |",
+    ]
+    assert solvers == [OnePass(), None, None, None, None, None]
+    assert all(PruneConfig(**each).refine is None for each in settings)
+    assert [each["sweeps"] for each in settings if "sweeps" in each] == [1, 1, 5, 20, 100]
 
 
 @pytest.fixture
