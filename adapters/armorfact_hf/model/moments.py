@@ -25,7 +25,7 @@ class Moments:
     """What is known of a layer's inputs X.
 
     Args:
-        gram: H = X X', (d_in, d_in) float64, or its diagonal (d_in,).
+        gram: H = X X', (d_in, d_in) float64.
         cross: X_dense X', (d_in, d_in) float64, or None.
         tokens: the number of columns of X.
     """
@@ -107,14 +107,12 @@ class Statistics:
     """Second moments over all tokens seen, for the layers of one decoder block.
 
     Args:
-        correlations: whether to gather whole matrices, or only their diagonals.
         leader: the layer under whose name the moments of a layer stand.
-        gram: H = X X' by leader, (d_in, d_in) float64, or its diagonal (d_in,).
+        gram: H = X X' by leader, (d_in, d_in) float64.
         cross: X_dense X' by leader, (d_in, d_in) float64, where dense inputs were given as well.
         tokens: how many tokens each leader saw.
     """
 
-    correlations: bool = True
     leader: dict[str, str] = field(default_factory=dict)
     gram: dict[str, Tensor] = field(default_factory=dict)
     cross: dict[str, Tensor] = field(default_factory=dict)
@@ -133,7 +131,7 @@ class Statistics:
         for leader, tensor in given.items():
             x = _flat(tensor)
             self.tokens[leader] = self.tokens.get(leader, 0) + len(x)
-            _accumulate(self.gram, leader, x.T @ x if self.correlations else (x * x).sum(0))
+            _accumulate(self.gram, leader, x.T @ x)
             if leader in paired:
                 _accumulate(self.cross, leader, _flat(paired[leader]).T @ x)
 

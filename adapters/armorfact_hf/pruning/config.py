@@ -170,12 +170,6 @@ class PruneConfig:
         wanted = self.method == "armorfact" and self.refine == "block"
         return Matching(self.passes, self.rate) if wanted else None
 
-    @property
-    def needs_correlations(self) -> bool:
-        """Whether any method asked for looks at the whole Gram matrix, not only its diagonal."""
-        ours = self.method == "armorfact" and (self.objective == "gram" or self.init == "sparsegpt")
-        return ours or self.method == "sparsegpt" or "sparsegpt" in self.baselines or self.target == "output"
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

@@ -34,7 +34,7 @@ def estimated_seconds(job: Job, experts: int | None = None) -> float:
     """
     first = min(job.last_block if layer.decoder_block is None else layer.decoder_block for layer in job.layers)
     here = [layer for layer in job.layers if layer.decoder_block == first]
-    statistics = Statistics(job.config.needs_correlations)
+    statistics = Statistics()
     with evaluating(job.model), run_by_expert(job.modules), _states_before(job, first) as states:
         states.inputs(first, 0, {}, advance=False)  # warms caches and lazily built parts
         plain = _seconds(lambda: states.inputs(first, 0, {}, advance=False))

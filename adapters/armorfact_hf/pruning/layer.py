@@ -24,8 +24,8 @@ class LayerReport:
 
     Args:
         name, decoder_block, shape, block: which layer, and the sizes of its wrappers' blocks (None without).
-        losses: tr((W - W') H (W - W')') / tr(W H W') by method, H the plain Gram matrix (or its diagonal, where
-            no method looks at more); for W' as it is stored, in its dtype.
+        losses: tr((W - W') H (W - W')') / tr(W H W') by method, H the plain Gram matrix, also of methods that
+            look at less of it; for W' as it is stored, in its dtype.
         objective_loss, objective_initial_loss: the relative loss that the solver minimized, at its end and start.
         sweeps: the number of the last sweep that was accepted; 0 where the start was kept, or nothing sweeps.
         seconds: spent on this layer's own method, the baselines not counted.
@@ -181,7 +181,7 @@ def _given(gram: Tensor, config: PruneConfig) -> Tensor:
     """H as the solver is given it."""
     if config.objective == "gram":
         return shrunk(gram, config.diagonal_weight).float()
-    return (gram.diagonal() if gram.ndim == 2 else gram).float()
+    return gram.diagonal().float()
 
 
 def _normalize(config: PruneConfig) -> str | None:

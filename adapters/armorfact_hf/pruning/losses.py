@@ -24,10 +24,9 @@ def one_shot(method: str, weight: Tensor, gram: Tensor, pattern: str) -> Tensor:
 
 
 def energy(residual: Tensor, gram: Tensor) -> float:
-    """tr(R H R') in float64, with H in full or as its diagonal."""
-    residual, gram = residual.double(), gram.double()
-    weighted = residual * gram if gram.ndim == 1 else residual @ gram
-    return max(float(weighted.mul_(residual).sum()), 0.0)
+    """tr(R H R') in float64."""
+    residual = residual.double()
+    return max(float((residual @ gram.double()).mul_(residual).sum()), 0.0)
 
 
 def layer_losses(
@@ -36,7 +35,7 @@ def layer_losses(
     """The relative loss tr((W - W') H (W - W')') / tr(W H W') of the layer as pruned, and of the baselines.
 
     Args:
-        target: W, (d_out, d_in). pruned: what replaces it. gram: H, (d_in, d_in), or its diagonal.
+        target: W, (d_out, d_in). pruned: what replaces it. gram: H, (d_in, d_in).
         layer: without wrappers' blocks, the baseline "paper" is left out, as `left_out` says.
     """
     weights = {config.method: exact_weight(pruned)}
@@ -71,7 +70,6 @@ def _baseline(method: str, weight: Tensor, gram: Tensor, config: PruneConfig, la
 
 def paper(weight: Tensor, gram: Tensor, pattern: str, block: tuple[int, int]) -> Result:
     """The ARMOR paper's objective solved to convergence: diag(H), NoWag-normalized W, from the NoWag-P mask."""
-    diagonal = gram.diagonal() if gram.ndim == 2 else gram
     return factorize(
-        weight, diagonal.float(), block=block, pattern=pattern, init="nowag", normalize="nowag", **CONVERGED
+        weight, gram.diagonal().float(), block=block, pattern=pattern, init="nowag", normalize="nowag", **CONVERGED
     )

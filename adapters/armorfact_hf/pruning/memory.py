@@ -142,7 +142,7 @@ def statistics_bytes(job: Job, blocks: Sequence[int | None], experts: int | None
 def moments_bytes(job: Job, layer: Layer) -> int:
     """Of the second moments of the inputs of one layer, float64."""
     paired, size = 1 + (job.config.target == "output"), layer.shape[1]
-    return 8 * paired * (size * size if job.config.needs_correlations else size)
+    return 8 * paired * size * size
 
 
 def waiting_bytes(job: Job, experts: int | None) -> int:

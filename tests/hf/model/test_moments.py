@@ -16,8 +16,8 @@ def modules_of(model, block=0):
 
 
 @torch.no_grad()
-def gathered(model, tokens, correlations=True):
-    statistics, everything = Statistics(correlations), {}
+def gathered(model, tokens):
+    statistics, everything = Statistics(), {}
     for window in tokens.split(1):
         with recorded_inputs(modules_of(model)) as inputs:
             model(input_ids=window)
@@ -27,15 +27,14 @@ def gathered(model, tokens, correlations=True):
     return statistics, {name: torch.cat(parts) for name, parts in everything.items()}
 
 
-@pytest.mark.parametrize("correlations", [True, False])
-def test_moments_equal_those_of_all_inputs_at_once(correlations):
-    statistics, everything = gathered(tiny_model("llama"), random_tokens(), correlations)
+def test_moments_equal_those_of_all_inputs_at_once():
+    statistics, everything = gathered(tiny_model("llama"), random_tokens())
     assert len(everything) == 7
     for name, x in everything.items():
         moments = statistics.of(name)
         assert moments.tokens == len(x) == 96
         assert moments.gram.dtype == torch.float64
-        torch.testing.assert_close(moments.gram, x.T @ x if correlations else (x * x).sum(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments.gram, x.T @ x, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("family", "distinct"), [("llama", 4), ("qwen3", 4), ("phi", 3), ("gpt2", 4)])
@@ -77,9 +76,8 @@ def test_sharing_that_changes_between_passes_is_refused():
         statistics.add(inputs)
 
 
-@pytest.mark.parametrize("correlations", [True, False])
-def test_a_layer_that_is_called_twice_in_one_pass_counts_both_inputs(correlations):
-    statistics, x, y = Statistics(correlations), torch.randn(1, 5, 4), torch.randn(1, 3, 4)
+def test_a_layer_that_is_called_twice_in_one_pass_counts_both_inputs():
+    statistics, x, y = Statistics(), torch.randn(1, 5, 4), torch.randn(1, 3, 4)
     layer = torch.nn.Linear(4, 4)
     with recorded_inputs({"layer": layer, "other": (other := torch.nn.Linear(4, 4))}) as inputs:
         layer(x), other(x), layer(input=y)
@@ -87,7 +85,7 @@ def test_a_layer_that_is_called_twice_in_one_pass_counts_both_inputs(correlation
     both = torch.cat([x[0], y[0]]).double()
     found = statistics.of("layer")
     assert found.tokens == 8
-    torch.testing.assert_close(found.gram, both.T @ both if correlations else both.square().sum(0))
+    torch.testing.assert_close(found.gram, both.T @ both)
     assert statistics.of("other").tokens == 5  # which saw only one of the two, and so shares with none
 
 

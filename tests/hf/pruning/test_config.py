@@ -84,20 +84,6 @@ def test_the_weight_of_the_diagonal(settings, expected):
     assert PruneConfig(**settings).diagonal_weight == expected
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, True),
-        ({"method": "wanda", "baselines": ()}, False),
-        ({"method": "wanda"}, True),
-        ({"objective": "nowag", "init": "nowag", "baselines": ()}, False),
-        ({"objective": "nowag", "baselines": ()}, True),
-    ],
-)
-def test_correlations_are_gathered_only_where_something_looks_at_them(settings, expected):
-    assert PruneConfig(**settings).needs_correlations == expected
-
-
 @pytest.mark.parametrize("name", armorfact_hf.__all__)
 def test_everything_that_is_exported_exists(name):
     assert getattr(armorfact_hf, name).__module__.startswith("armorfact_hf.")

@@ -34,7 +34,7 @@ class Gatherer:
         """Those of some of the block's layers, over all windows."""
         names = {layer.name for layer in layers}
         modules = {layer.name: layer.module for layer in self.job.layers_of(self.index)}
-        found = Statistics(self.job.config.needs_correlations)
+        found = Statistics()
         with dense_again(self.job.model, modules), run_by_expert(modules):
             for window in range(len(self.job.tokens)):
                 found.add(self.given.inputs(self.index, window, modules, advance=False).of(names))

@@ -63,7 +63,7 @@ class InProcess:
 
     def _gathered(self, index: int | None, names: Collection[str]) -> Statistics:
         """Those of some layers, while the dense model's states move on."""
-        found = Statistics(self.job.config.needs_correlations)
+        found = Statistics()
         for window in self.flow.windows:
             found.add(*(inputs.of(names) for inputs in self.flow.inputs(index, window)))
         return found

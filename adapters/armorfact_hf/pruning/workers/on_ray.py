@@ -185,8 +185,8 @@ class OnRay:
         return method.remote(index, window, pruned, dense, self.replaced)
 
     def _gathered(self, name: str, parts: Sequence[Ref]) -> Ref:
-        threads, correlations = self.cluster.threads, self.job.config.needs_correlations
-        return self.hands.do(remote.gather, threads, name, correlations, list(parts), threads)
+        threads = self.cluster.threads
+        return self.hands.do(remote.gather, threads, name, list(parts), threads)
 
     def _advanced(self, blocks: Collection[int], held: Held) -> list[list[Ref]]:
         """For each window, a sign that it is done and its state, both references."""

@@ -175,14 +175,14 @@ class Worker:
         return Held(states.hidden[window], dict(self.stream.extras))
 
 
-def gather(name: str, correlations: bool, parts: Sequence[Ref], threads: int) -> Moments:
+def gather(name: str, parts: Sequence[Ref], threads: int) -> Moments:
     """The moments of a leader's inputs, window by window: the same sum in the same order as in one process.
 
     Args:
         parts: references to what `Worker.inputs` returned for this layer, in the order of the windows.
     """
     torch.set_num_threads(threads)
-    found = Statistics(correlations)
+    found = Statistics()
     for ref in parts:  # one at a time: those of a wide layer do not fit into memory together
         part: Part = ray.get(ref)
         if part is not None:
