@@ -61,7 +61,7 @@ def methods() -> Iterator[Run]:
 def settings() -> Iterator[Run]:
     """One setting changed at a time."""
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("10 sweeps, block auto", {}),
+        ("10 sweeps and block auto", {}),
         ("block priced", {"block": "priced"}),
         ("propagate dense", {"propagate": "dense"}),
         ("target output", {"target": "output"}),

@@ -6,7 +6,8 @@ from armorfact_hf.cli.signals import ended_by_signals
 
 INTERRUPTED = "Interrupted."
 CONTINUES = {
-    "prune": "Interrupted; the same command continues from the last finished decoder block.",
+    "prune": "Interrupted; the same command continues from the last finished layer.",
+    "teach": "Interrupted; the same command continues from the last finished window.",
     "recover": "Interrupted; the same command continues from the last step that was kept.",
 }
 

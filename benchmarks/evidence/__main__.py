@@ -7,8 +7,8 @@
     python -m benchmarks.evidence whole --model demo:smollm2       the ablation over whole models: perplexity
     python -m benchmarks.evidence tasks FOLDER...                  accuracy of pruned folders beside their dense model
 
-Every figure is kept in --out as it is found, so the same command continues a run that was stopped; with --seconds, a
-run stops by itself (and says so with exit code 75), to share a machine.
+Every figure is kept in --out as it is found, so the same command continues a run that was stopped; with --seconds,
+proxy, weights and ablation stop by themselves (and say so with exit code 75), to share a machine.
 """
 
 from __future__ import annotations

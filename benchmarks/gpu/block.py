@@ -29,7 +29,7 @@ PASSES = (1, 3)
 
 
 def matching(setup: Setup) -> Iterator[Item]:
-    """A step of block matching: one window forward and back, and AdamW on all factors of the block."""
+    """A step of block matching: one window forward and back, and Muon on all factors of the block."""
     yield {"tokens": setup.length}, partial(_matching, setup)
 
 

@@ -1,4 +1,4 @@
-"""Pruned models on disk: save, load, and turn into ordinary dense ones.
+"""Pruned models on disk: save and load.
 
 A folder is what transformers writes (safetensors, `config.json`, tokenizer); docs/format.md tells what is in it.
 Nothing in it is executed or unpickled.

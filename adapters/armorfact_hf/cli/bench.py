@@ -31,7 +31,8 @@ def bench(
 ) -> None:
     """Measure every distinct layer shape by every way to run it, and write the fastest choice beside the checkpoint.
 
-    Loading the folder on the same kind of device follows that choice from then on.
+    Loading the folder in the same dtype on a device of the same name (a CPU: with as many threads) follows that choice
+    from then on.
 
     Examples:
 

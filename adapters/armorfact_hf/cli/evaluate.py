@@ -21,7 +21,8 @@ def evaluate(
     windows: Windows = 6,
     length: Length = 2048,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between the starts of two windows; LENGTH if not given.")
+        int | None,
+        typer.Option(min=1, help="Tokens between the starts of two windows [default: LENGTH, less one for a bos]."),
     ] = None,
     tasks: Annotated[str, typer.Option(help="Of piqa,sciq,arc_easy,hellaswag,lambada,boolq (needs lm-eval).")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions of each task.")] = None,

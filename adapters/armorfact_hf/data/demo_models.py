@@ -73,7 +73,7 @@ DEMO_MODELS = {
 def fetch_model(name: str, log: Log = _log) -> Path:
     """Folder of a float32 checkpoint with its tokenizer, ready for `from_pretrained`.
 
-    The first call downloads and converts it, in about a minute and with memory for three float32 copies of the model;
+    The first call downloads and converts it, in a minute or two and with memory for three float32 copies of the model;
     later calls return at once.
 
     Args:

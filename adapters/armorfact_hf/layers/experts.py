@@ -62,7 +62,7 @@ class FactorizedExperts(nn.Module):
         return SeparateExperts(experts, self.gating)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """y, see `by_expert`. A few tokens on a CPU go through all their experts at once."""
+        """y, see `by_expert`. A few tokens go through all their experts at once."""
         return by_expert(hidden_states, top_k_index, top_k_weights, self.num_experts, self._outputs)
 
     def _outputs(self, x: Tensor, counts: list[int]) -> Tensor:

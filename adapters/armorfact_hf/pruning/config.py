@@ -28,8 +28,8 @@ class PruneConfig:
             without wrappers.
         pattern: "N:M", at most N non-zeros in M consecutive inputs.
         block: size of the wrappers' blocks, which has to divide d_out and d_in; "auto" takes the largest up to 128
-            whose wrappers add at most an eighth to the layer; "priced" shares the same entries in all out by what each
-            layer costs the model (`armorfact_hf.pruning.budget`).
+            whose wrappers add at most an eighth to the layer, or the smallest where all add more; "priced" shares the
+            same entries in all out by what each layer costs the model (`armorfact_hf.pruning.budget`).
         tensor_parallel: how many ranks of a server will share each layer: blocks are chosen that no cut goes through,
             and a layer that cannot be cut into so many parts stays dense. 1 asks nothing.
         objective: "gram" minimizes ||(W - ACB) X||^2 with the full Gram matrix H = X X'; "diagonal" sees only diag(H);
@@ -48,7 +48,8 @@ class PruneConfig:
             method "armorfact", and takes two windows of calibration or more: some are kept aside.
         passes: over the calibration windows while a block is tuned; four times as many for the first block.
         rate: the learning rate of its factors, as a share of the root mean square of each.
-        tail: the last so many blocks are tuned once more, together, towards the words of the dense model.
+        tail: the last so many blocks are tuned once more, together, towards the words of the dense model, if the last
+            of all holds pruned layers. passes, rate and tail are of refine="block" alone.
         core_dtype: "int8" rounds the kept values in the end, after all tuning, and solves for the wrappers once more
             (`armorfact.quantize_core`); None keeps them in the dtype of the model. It is for the method "armorfact".
         wrapper_dtype: "int8" then rounds the wrappers as well, with a scale for each of their rows and columns
@@ -62,8 +63,8 @@ class PruneConfig:
             paper's objective solved to convergence.
 
     Raises:
-        ValueError: an unknown name, a number out of range, a combination that contradicts itself.
-        TypeError: a value of the wrong type.
+        ValueError, TypeError: an unknown name, a number out of range, a value of the wrong type.
+        ValueError: a combination that contradicts itself.
     """
 
     method: str = "armorfact"

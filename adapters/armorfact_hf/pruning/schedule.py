@@ -19,7 +19,7 @@ class Matching:
 
     Args:
         passes: over the windows that are not kept aside, one window a step.
-        rate: the largest learning rate, see `armorfact_hf.pruning.rates`.
+        rate: the largest learning rate, a share of each factor's `armorfact_hf.pruning.muon.unit`.
     """
 
     passes: int

@@ -1,4 +1,4 @@
-"""What a pruned folder holds, and how to get an ordinary dense one out of it."""
+"""What a pruned folder holds, layer by layer."""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def prune_to_folder(
 
     Raises:
         ValueError, OSError: bad arguments, too little room on disk, an ``out`` that holds something else; all found
-            before the work starts. InUse: another process writes the same folder. DiskFull: in mid-run; what is
-            finished is kept.
+            before the work starts. InUse: another process writes the same folder. ImportError: workers of Ray,
+            and no Ray. DiskFull, NonFiniteActivations: in mid-run; what is finished is kept.
     """
     observer, calibration = observer or Observer(), calibration or Calibration()
     if out.exists() and not (out / FILE).exists():
