@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from armorfact_hf.model.causal_lm import cache_name, takes
 
 # Positions of one batch times the vocabulary: logits of up to 10 bytes each with what is made of them, 0.7 GB.
 BATCH_LOGITS = 2**26
+KEPT = DynamicLayer, DynamicSlidingWindowLayer  # not those with a recurrent state as well, which would stay as it is
 Tokens = tuple[int, ...]
 Answer = tuple[float, bool]  # log-likelihood of a continuation, and whether greedy decoding gives it
 
@@ -63,7 +65,7 @@ class SharedContexts(HFLM):
         """Whether the model gives its keys and values out, in a form whose rows can be repeated."""
         tokens = torch.tensor([[self.prefix_token_id]], device=self.device)
         cache = getattr(self._forward(tokens), cache_name(self.model), None)
-        return isinstance(cache, DynamicCache) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+        return isinstance(cache, DynamicCache) and all(type(layer) in KEPT for layer in cache.layers)
 
     def _batches(self, questions: dict[Tokens, list[Tokens]]) -> Iterator[list[Tokens]]:
         """Contexts of one length, as many as there is room for with all of their continuations."""

@@ -30,6 +30,7 @@ from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.schedule import FACTORS, Matching, kept_aside
 
 MOST_HALVINGS = 8
+WHOLE = torch.float32, torch.float64  # precisions that a block can be tuned in without mixing
 NOT_MIXED = "not tuned: the block does not run in mixed precision; a model in float32 is tuned without"
 
 Layers = Mapping[str, FactorizedLinear]
@@ -77,7 +78,7 @@ def match_block_(
         The layers that the model holds now, in the dtype of those given, and the report.
     """
     before, mixed = _distance(aim), _runs_mixed(aim)
-    if not mixed and any(layer.values.dtype != torch.float32 for layer in layers.values()):
+    if not mixed and any(layer.values.dtype not in WHOLE for layer in layers.values()):
         return dict(layers), BlockReport(decoder_block, before, before, False, (NOT_MIXED,), aim.unit)
     masters = {name: _master(layer) for name, layer in layers.items()}
     put_layers_(model, masters)
@@ -99,8 +100,8 @@ def _distance(aim: Aim) -> float:
 
 
 def _master(layer: FactorizedLinear) -> FactorizedLinear:
-    """The layer in float32."""
-    return copy.deepcopy(layer).float().use_(None)
+    """The layer in float32 or more."""
+    return copy.deepcopy(layer).to(torch.promote_types(layer.values.dtype, torch.float32)).use_(None)
 
 
 @torch.no_grad()

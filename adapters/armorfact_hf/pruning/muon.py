@@ -92,7 +92,7 @@ def direction(momentum: Tensor, gradient: Tensor) -> Tensor:
     tiles = _cut(momentum)
     reached = _cut(gradient).ne(0).any(-1, keepdim=True).any(-2, keepdim=True)
     way = orthogonal(tiles) * max(tiles.shape[-2:]) ** 0.5
-    return _put_together(way * reached, momentum.shape)
+    return _put_together(way.where(reached, 0), momentum.shape)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -102,7 +102,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
         matrices: (..., rows, columns); zero stays zero.
     """
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    x = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+    tiny = torch.finfo(wide.dtype).tiny
+    x = wide / wide.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # or the squares in the norm would be zero
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(tiny)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT

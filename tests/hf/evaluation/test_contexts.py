@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import FalconH1Config, FalconH1ForCausalLM
 
 from tests.hf.models import VOCABULARY, tiny_model, word_tokenizer
 
@@ -107,6 +108,17 @@ def test_single_continuations_and_what_is_too_long_are_left_to_lm_eval(passes):
     requests = [(("", ""), [5, 6], [7]), *((("", ""), long, [choice, 8, 9]) for choice in (4, 5))]
     assert_same(ours._loglikelihood_tokens(requests), theirs._loglikelihood_tokens(requests))
     assert passes == []
+
+
+def test_a_model_with_recurrent_states_is_left_to_lm_eval(passes):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    state = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    config = FalconH1Config(vocab_size=VOCABULARY, num_key_value_heads=2, head_dim=8, **sizes, **state)
+    theirs, ours = scorers(FalconH1ForCausalLM(config).eval())
+    requests = questions()
+    assert_same(ours._loglikelihood_tokens(requests), theirs._loglikelihood_tokens(requests))
+    assert passes == [(1, 1)]
 
 
 @pytest.mark.parametrize("cache", [None, ((torch.zeros(1), torch.zeros(1)),)])

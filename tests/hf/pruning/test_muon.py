@@ -64,6 +64,26 @@ def test_a_tile_that_no_gradient_reaches_stays():
     assert not direction(torch.zeros(4, 4), torch.ones(4, 4)).any()
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e-25, 1e-38, 1e-44, 1e30])
+def test_the_size_of_a_momentum_does_not_matter(size):
+    """That of an expert that no token reaches any more fades step by step, down to numbers whose squares are zero."""
+    momentum = size * random(4, 8, 6).float()
+    assert orthogonal(momentum).isfinite().all()
+    if size > 1e-38:  # below, numbers lose digits
+        torch.testing.assert_close(orthogonal(momentum), orthogonal(random(4, 8, 6).float()), rtol=1e-3, atol=1e-3)
+
+
+def test_a_tile_that_is_reached_once_stays_finite_for_as_long_as_one_likes():
+    muon = Muon({"x": nn.Parameter(random(3, 6, 4).float())})
+    muon.gradients["x"].fill_(1e-6)
+    muon.step_(0.1)
+    reached = muon.parameters["x"].detach().clone()
+    muon.zero_gradients_()
+    for _ in range(500):
+        muon.step_(0.1)
+    assert torch.equal(muon.parameters["x"], reached)
+
+
 def descend(muon: Muon, rates: list[float]) -> list[Tensor]:
     """Steps down Σ x⁴ of the parameter "x", which is returned before each of them and at the end."""
     x, path = muon.parameters["x"], []
