@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -102,8 +102,20 @@ def _is_full(error: Exception) -> bool:
     return number in FULL
 
 
-def check_room(folder: Path, needed: int) -> None:
+def _bytes_below(folder: Path | None) -> int:
+    """Of all files in a folder; none if there is no such."""
+    found = 0
+    for path in [] if folder is None else folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another process may be at work there, which is found out later
+            found += path.stat().st_size if path.is_file() else 0
+    return found
+
+
+def check_room(folder: Path, needed: int, begun: Path | None = None) -> None:
     """Make sure that ``needed`` bytes can be written below ``folder``, which need not exist yet.
+
+    Args:
+        begun: a folder that may hold part of them already, from a process that was killed.
 
     Raises:
         PermissionError: nothing can be written there.
@@ -118,7 +130,7 @@ def check_room(folder: Path, needed: int) -> None:
     except PermissionError as error:
         raise PermissionError(f"cannot write to {folder}: {existing} is not writable; name another folder") from error
     free = shutil.disk_usage(existing).free
-    if free < needed:
+    if free + _bytes_below(begun) < needed:
         raise OSError(
             f"{folder} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; make room or name another"
         )

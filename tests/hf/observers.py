@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from armorfact_hf.observer import Observer, Step
 
@@ -19,3 +20,10 @@ class Stepping(Silent):
 
     def __init__(self, act: Callable[[Step], object]) -> None:
         self.step = act
+
+
+class Planned(Silent):
+    """Hands the plan to a function."""
+
+    def __init__(self, act: Callable[[Any], object]) -> None:
+        self.plan = act

@@ -5,10 +5,11 @@ No table of model families: decoder blocks are the list of like modules that hol
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeGuard
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +66,29 @@ class Layer:
         return isinstance(self.module, ExpertLinear) and self.module.projection == "up" and self.module.gated
 
     @property
+    def weightless(self) -> Layer:
+        """The same layer, of which nothing but the sizes is known."""
+        if isinstance(self.module, ExpertLinear):
+            stacked = StackedExperts(_on_meta(self.module.stacked.module))
+            return replace(self, module=ExpertLinear(stacked, self.module.expert, self.module.projection))
+        return replace(self, module=_on_meta(self.module))
+
+    @property
     def stored_in(self) -> tuple[str, int | None]:
         """The name under which it is stored, and how many layers are in one stack there; None for it alone."""
         if not isinstance(self.module, ExpertLinear):
             return self.name, None
         return f"{self.stack}.{self.module.projection}", self.module.stacked.count
+
+
+def _on_meta(module: Any) -> Any:
+    """A copy of a module whose own parameters take no memory; those of the module stay as they are."""
+    twin = copy.copy(module)
+    twin._parameters = {
+        name: None if tensor is None else nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+        for name, tensor in module._parameters.items()
+    }
+    return twin
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ class BlockByBlock:
         self.workers.replace(pruned)
         if index < self.job.last_block or self.job.config.head:
             self.workers.advance(index)
-        return _reports(pruned)
+        reports = _reports(pruned)
+        if not waits:
+            self.job.let_go(reports)
+        return reports
 
     def _factorized(self, key: str, layers: list[Layer], statistics: Any, known: Pruned) -> Pruned:
         """What replaces the layers of a block; each stands in the journal once it is done.
@@ -119,9 +122,11 @@ class BlockByBlock:
         else:
             self.progress.tell(self.job.tail_steps, "the last blocks are tuned already")
             pruned = self._counted(self.tail.finished)
+        self.tail.blocks.clear()
         self.workers.replace(pruned)
         if self.job.config.head:
             self.workers.follow_tail()
+        self.job.let_go(_reports(pruned))
         return _reports(pruned)
 
     def _rounded_tail(self, pruned: Pruned) -> Pruned:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,7 +68,8 @@ class Job:
     @property
     def copies_of_states(self) -> int:
         """How many states of every window are kept at a time."""
-        return self.follows_pruned + self.follows_dense + bool(self.tail)
+        before = bool(self.tail) + (not self.follows_pruned)  # the last blocks, and the one at work
+        return self.follows_pruned + self.follows_dense + before
 
     @property
     def states_bytes(self) -> int:
@@ -159,6 +160,11 @@ class Job:
     def layers_of(self, block: int | None) -> list[Layer]:
         """The layers to prune in a decoder block; with None, the head if it is among them."""
         return [layer for layer in self.layers if layer.decoder_block == block]
+
+    def let_go(self, names: Collection[str]) -> None:
+        """Forget the weights of layers that pruned ones have replaced: of a model in memory nothing else holds them."""
+        found = tuple(layer.weightless if layer.name in names else layer for layer in self.layers)
+        object.__setattr__(self, "layers", found)
 
     def leads(self, layer: Layer) -> bool:
         """Whether a layer has statistics of its own: others of its block are given the same input, and follow it."""

@@ -43,7 +43,7 @@ class BlockReport:
     Args:
         decoder_block: its index.
         before, after: the distance from its aim, the mean over the windows kept aside, with the layers as factorized
-            and as tuned, in the dtype in which they are stored.
+            and as tuned, in the dtype of the model: what ``core_dtype`` rounds is rounded after that.
         kept: whether the tuned factors are what is stored.
         notes: what went wrong on the way.
         unit: of the distance, see `armorfact_hf.pruning.aims`.

@@ -57,7 +57,7 @@ def memory_of(
     spilled = job.spilled if spilled is None else spilled
     return Memory(
         weights=_held_bytes(job) if streamed else model_bytes(job),
-        pruned=_pruned_bytes(job) if streamed else 0,
+        pruned=pruned_bytes(job),
         states=max(
             job.window_bytes * (3 if spilled else len(job.tokens) * (job.copies_of_states + again)),
             0 if spilled else _priced_bytes(job),
@@ -86,14 +86,19 @@ def _held_bytes(job: Job) -> int:
     return around + max(*(bytes_of[block] for block in range(job.last_block + 1)), together)
 
 
-def _pruned_bytes(job: Job) -> int:
-    pattern, wrapped = Pattern.parse(job.config.pattern), job.config.method == "armorfact"
+def pruned_bytes(job: Job, of_all: bool = False) -> int:
+    """Of what is there beside the dense layers that it replaces: of a block or the last ones, or of all layers."""
 
     def nbytes(layer: Layer) -> int:
-        stored = LayerFormat(layer.name, layer.shape, pattern, layer.block if wrapped else None)
-        return stored.nbytes(layer.weight.dtype)
+        return unrounded_bytes(job, layer)
 
-    return _largest(job, job.layers, nbytes)
+    return sum(map(nbytes, job.layers)) if of_all else _largest(job, job.layers, nbytes)
+
+
+def unrounded_bytes(job: Job, layer: Layer) -> int:
+    """Of what replaces a layer, before any of it is rounded to integers."""
+    block = layer.block if job.config.method == "armorfact" else None
+    return LayerFormat(layer.name, layer.shape, Pattern.parse(job.config.pattern), block).nbytes(layer.weight.dtype)
 
 
 def _largest(job: Job, layers: Iterable[Layer], bytes_of: Callable[[Layer], int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,14 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.estimate import estimated_seconds
 from armorfact_hf.pruning.fitting import fitting_block
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.memory import Memory, experts_at_once, memory_of, model_bytes, waiting_bytes
+from armorfact_hf.pruning.memory import (
+    Memory,
+    experts_at_once,
+    memory_of,
+    model_bytes,
+    unrounded_bytes,
+    waiting_bytes,
+)
 from armorfact_hf.pruning.workers.choice import Choice, count_of
 from armorfact_hf.pruning.workers.spread import Spread, spread_of
 
@@ -56,6 +63,7 @@ class Plan:
         model_bytes: of the whole model, before.
         memory: an estimate of what pruning takes at most. streamed: whether decoder blocks are read one at a time.
         waiting_bytes: of what waits on disk between blocks, 0 where that is in memory.
+        disk_bytes: what is written at most at a time: the finished folder, what it is made of, and what waits.
         seconds: an estimate from running the first decoder block and pruning one layer, or None.
         experts_at_once: of each experts module, so many have their statistics in memory at a time; None is all.
         spread: where memory is taken when others do the work; ``memory`` is that of this process then.
@@ -70,6 +78,7 @@ class Plan:
     memory: Memory
     streamed: bool
     waiting_bytes: int
+    disk_bytes: int
     seconds: float | None
     experts_at_once: int | None = None
     spread: Spread | None = None
@@ -78,11 +87,6 @@ class Plan:
     def peak_bytes(self) -> int:
         """Of memory, at most."""
         return self.memory.peak if self.spread is None else self.spread.peak
-
-    @property
-    def disk_bytes(self) -> int:
-        """What is written at most at a time: the finished folder, what it is made of, and what waits."""
-        return 2 * self.bytes + self.model_bytes - self.dense_bytes + self.waiting_bytes
 
     @property
     def stays_dense(self) -> float:
@@ -149,8 +153,10 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
     """
     spread = None if workers is None else spread_of(job, count_of(workers))
     experts = experts_at_once(job) if spread is None else None
+    layers = planned_layers(job.layers, job.config)
+    waiting = waiting_bytes(job, experts) if spread is None else 0
     return Plan(
-        layers=planned_layers(job.layers, job.config),
+        layers=layers,
         dense_layers=job.dense_layers,
         tensor_parallel=job.config.tensor_parallel,
         parameters=sum(parameter.numel() for parameter in job.model.parameters()),
@@ -158,11 +164,22 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
         model_bytes=model_bytes(job),
         memory=memory_of(job, experts=experts) if spread is None else spread.leader,
         streamed=isinstance(job.weights, OnDisk),
-        waiting_bytes=waiting_bytes(job, experts) if spread is None else 0,
+        waiting_bytes=waiting,
+        disk_bytes=waiting + _written_bytes(job, layers),
         seconds=estimated_seconds(job, experts) if measure else None,
         experts_at_once=experts,
         spread=spread,
     )
+
+
+def _written_bytes(job: Job, layers: Sequence[PlannedLayer]) -> int:
+    """Of the finished folder, and of the layers in the journal that it is made of: the last blocks' are there twice."""
+    pruned = sum(layer.bytes for layer in layers)
+    last = sum(unrounded_bytes(job, layer) for block in job.tail for layer in job.layers_of(block))
+    embedding = job.model.get_input_embeddings().weight
+    tied = any(layer.module.weight is embedding for layer in job.layers_of(None))  # the embedding itself stays
+    dense = sum(layer.dense_bytes for layer in layers) - tied * embedding.nbytes
+    return pruned + last + model_bytes(job) - dense + pruned
 
 
 def planned_layers(layers: Iterable[Layer], config: PruneConfig) -> tuple[PlannedLayer, ...]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 # The logarithm of what is nothing: finite, as float16 has to hold it, and as zero times infinity is not a number.
 NOTHING = -1e4
-BYTES_A_WORD = 6  # on disk
+BYTES_A_WORD, BYTES_OF_REST = 6, 4  # on disk, at a position
 
 
 @dataclass(frozen=True)

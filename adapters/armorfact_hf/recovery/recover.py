@@ -63,12 +63,14 @@ def recover_(
         The report; both models are left in evaluation mode.
 
     Raises:
-        ValueError: tokens that are no matrix of numbers in the vocabulary or fewer than two windows, a model without
-            pruned layers or without gradients, a teacher that is pruned or has another vocabulary, NaN or infinite
-            logits before the first step.
+        ValueError: a ``save_every`` below 1, tokens that are no matrix of numbers in the vocabulary, fewer than two
+            windows, a model without pruned layers or without gradients, a teacher that is pruned or has another
+            vocabulary, NaN or infinite logits before the first step.
         DifferentRun: the folder belongs to other arguments. InUse: another process writes to it. DiskFull: in mid-run.
     """
     settings, observer = settings or RecoverySettings(), observer or Observer()
+    if type(save_every) is not int or save_every < 1:
+        raise ValueError(f"save_every must be a whole number of at least 1, got {save_every!r}")
     tokens = checked_tokens(model, calibration)
     _check_windows(tokens)
     _check_models(model, teacher, settings)

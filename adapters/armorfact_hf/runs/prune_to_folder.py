@@ -102,7 +102,7 @@ def prune_to_folder(
         return _found_finished(out, loaded, job, observer)
     plan = plan_job(job, measure=observer.wants_plan, workers=workers)
     observer.plan(plan)
-    check_room(out, plan.disk_bytes)
+    check_room(out, plan.disk_bytes, begun=_journal(out))
     facts = _model_facts(loaded, job)
     with Journal.open(_journal(out), job.manifest, job.config.pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago

@@ -74,7 +74,7 @@ def recover_to_folder(
         return _found_finished(out, loaded.tokenizer, manifest, observer)
     if isinstance(dense, StoredTeacher):
         dense.check(tokens)
-    check_room(out, _needed(loaded.model))
+    check_room(out, _needed(loaded.model), begun=_journal(out))
     with Journal.open(_journal(out), manifest, describe_folder(folder).pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago
             return _found_finished(out, loaded.tokenizer, manifest, observer)

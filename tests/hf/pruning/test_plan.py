@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from armorfact_hf.cli.tables import plan_lines
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.job import make_job
 from armorfact_hf.pruning.plan import make_plan
-from armorfact_hf.pruning.prune import prune_
+from armorfact_hf.pruning.prune import prune_, prune_job_
 from tests.hf.models import BLOCKS, random_tokens, tiny_model
+from tests.hf.observers import Stepping
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "wanda"}, {"block": 8, "pattern": "1:4"}, {"head": True}])
@@ -25,6 +30,30 @@ def test_bytes_are_those_of_the_pruned_layers(settings):
     ]
     assert plan.bytes == sum(layer.bytes for layer in report.layers)
     assert plan.seconds > 0 and plan.peak_bytes > plan.model_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_finished_block_takes_the_memory_of_its_pruned_layers_alone(family):
+    """Or the plan would have to count every pruned layer beside the whole dense model."""
+    model = tiny_model(family)
+    job = make_job(model, random_tokens(), PruneConfig(sweeps=1, baselines=(), tail=1))
+    own = job.layers[0]
+    held, weight = own.module, own.weight.clone()  # somebody else's reference to a dense layer
+    modules = {id(x): x for layer in job.layers[1:] for x in (layer.module, getattr(layer.module, "stacked", None))}
+    dense = [weakref.ref(x) for x in modules.values() if isinstance(x, torch.nn.Module) and x is not held]
+    del own, modules
+    alive = []
+
+    def look(step):
+        gc.collect()
+        alive.append(sum(module() is not None for module in dense))
+
+    prune_job_(job, None, Stepping(look))
+    gc.collect()
+    assert not any(module() is not None for module in dense)
+    assert min(alive) < len(dense) / 2  # and not only at the end
+    assert torch.equal(held.weight.T if family == "gpt2" else held.weight, weight)
+    assert job.layers[0].shape == weight.shape and job.layers[0].weight.is_meta
 
 
 def test_wrapper_overhead():

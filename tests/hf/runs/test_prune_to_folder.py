@@ -28,7 +28,7 @@ from armorfact_hf.runs import prune_to_folder as workflow
 from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import BLOCKS, random_text, random_tokens
-from tests.hf.observers import Silent, Stepping
+from tests.hf.observers import Planned, Silent, Stepping
 from tests.hf.processes import begin, exit_code
 from tests.hf.runs.folders import OURS, QUICK, names, nbytes, prune, saved
 
@@ -324,6 +324,43 @@ def test_a_disk_with_just_enough_room_is_enough(model_folder, text_file, out, tm
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(OSError, match="make room"):
         prune(model_folder, tmp_path / "a third time", text_file)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [QUICK, OURS, replace(OURS, tail=2, head=True), replace(OURS, core_dtype="int8"), replace(OURS, refine=None)],
+    ids=["wanda", "matched", "head", "int8", "layers"],
+)
+def test_the_plan_counts_all_that_stands_on_disk_at_a_time(config, model_folder, text_file, out, monkeypatch):
+    found, remove = [], Journal.remove
+
+    def last_look(journal):
+        found.append(nbytes(out) + nbytes(journal.folder))
+        remove(journal)
+
+    monkeypatch.setattr(Journal, "remove", last_look)
+    plans = []
+    prune(model_folder, out, text_file, config, observer=Planned(plans.append))
+    assert found == [plans[0].disk_bytes]
+
+
+def test_what_a_killed_run_left_needs_no_room_again(model_folder, text_file, out, monkeypatch):
+    def killed(step):
+        if step.done > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(model_folder, out, text_file, observer=Stepping(killed))
+    [journal] = out.parent.glob("*.journal")
+    left = sum(path.stat().st_size for path in journal.iterdir())
+    plans = []
+    prune(model_folder, out.with_name("other"), text_file, observer=Planned(plans.append))
+    needed = plans[0].disk_bytes - left
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(OSError, match="make room"):
+        prune(model_folder, out, text_file)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    prune(model_folder, out, text_file)
 
 
 def test_an_unwritable_folder_is_told_beforehand(refused, monkeypatch):

@@ -87,6 +87,7 @@ class Flow:
 
     def advance(self, index: int) -> None:
         """Move the pruned model's states on through a block as it is now."""
+        self.given = None  # or every state would be there twice
         if self.pruned is not None:
             for window in self.windows:
                 self.told(index, window)

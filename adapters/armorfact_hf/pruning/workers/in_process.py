@@ -102,17 +102,19 @@ class InProcess:
         self.replace(pruned)
         tuned = tune_block(self.job, index, layers_by_name(pruned), self.flow.around_block, self._told)
         found = self._with_losses(pruned, tuned, statistics.of)
-        if isinstance(statistics, InChunks):
-            statistics.rest()
+        _rest(statistics)
         return found
 
     def match_tail(self, blocks: Sequence[tuple[Pruned, Statistics | InChunks]]) -> tuple[Pruned, BlockReport | None]:
         """The layers of the last blocks, tuned together towards the words of the dense model."""
         pruned = [layer for layers, _ in blocks for layer in layers]
-        statistics = {report.name: found for layers, found in blocks for _, report in layers}
         self.replace(pruned)
         tuned = tune_tail(self.job, layers_by_name(pruned), self.flow.around_tail, self._told)
-        return self._with_losses(pruned, tuned, lambda name: statistics[name].of(name))
+        found: Pruned = []
+        for layers, statistics in blocks:
+            found += self._with_losses(layers, tuned, statistics.of)[0]
+            _rest(statistics)
+        return found, tuned[1]
 
     def round(self, pruned: Pruned, statistics: Statistics | InChunks) -> Pruned:
         """The layers with their cores rounded to the dtype that the settings ask for; as they are, if to none."""
@@ -125,6 +127,7 @@ class InProcess:
             for rounded in side_by_side(round_layer, work):
                 done[rounded[1].name] = rounded
             del work  # the next chunk takes its memory
+        _rest(statistics)
         return [done[name] for name in given]
 
     def replace(self, pruned: Pruned) -> None:
@@ -146,3 +149,9 @@ class InProcess:
 
     def _told(self, what: str) -> None:
         self.progress.tell(int(torch.is_grad_enabled()), what)
+
+
+def _rest(statistics: Statistics | InChunks) -> None:
+    """Those of another block are at work next."""
+    if isinstance(statistics, InChunks):
+        statistics.rest()

@@ -8,7 +8,14 @@ import torch
 
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.memory import Memory, memory_of, model_bytes, moments_bytes, statistics_bytes
+from armorfact_hf.pruning.memory import (
+    Memory,
+    memory_of,
+    model_bytes,
+    moments_bytes,
+    pruned_bytes,
+    statistics_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def spread_of(job: Job, workers: int | None, streamed: bool | None = None) -> Sp
     )
     worker = Memory(
         weights=alone.weights,
-        pruned=alone.pruned,
+        pruned=pruned_bytes(job, of_all=not streamed),  # a worker keeps the dense layers of a model in memory
         states=alone.states + 2 * inputs,  # and as they are packed to be sent
         statistics=_solved_at_once(job),
         work=max(alone.work, sent),
