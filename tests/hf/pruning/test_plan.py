@@ -13,6 +13,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import make_job
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_, prune_job_
+from armorfact_hf.pruning.states import States
 from tests.hf.models import BLOCKS, random_tokens, tiny_model
 from tests.hf.observers import Stepping
 
@@ -54,6 +55,31 @@ def test_a_finished_block_takes_the_memory_of_its_pruned_layers_alone(family):
     assert min(alive) < len(dense) / 2  # and not only at the end
     assert torch.equal(held.weight.T if family == "gpt2" else held.weight, weight)
     assert job.layers[0].shape == weight.shape and job.layers[0].weight.is_meta
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tail": 2},
+        {"tail": 0},
+        {"tail": 2, "propagate": "dense"},
+        {"refine": None},
+        {"refine": None, "propagate": "dense"},
+    ],
+    ids=str,
+)
+def test_states_are_there_as_often_as_planned(settings):
+    job = make_job(tiny_model("llama"), random_tokens(), PruneConfig(sweeps=1, baselines=(), **settings))
+    most = 0
+
+    def look(step):
+        nonlocal most
+        there = [states.hidden for states in gc.get_objects() if type(states) is States]
+        tensors = {id(x): x for hidden in there for x in hidden if x is not None}
+        most = max(most, sum(x.nbytes for x in tensors.values()))
+
+    prune_job_(job, None, Stepping(look))
+    assert job.states_bytes - job.window_bytes <= most <= job.states_bytes
 
 
 def test_wrapper_overhead():

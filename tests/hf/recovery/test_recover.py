@@ -344,6 +344,7 @@ def inferred() -> nn.Module:
         ({"teacher": pruned_model()}, "the teacher is pruned: give the dense model"),
         ({"teacher": tiny_model("gpt2", vocab_size=64)}, "vocabulary of 96, got one of 64"),
         ({"model": pruned_model(method="wanda"), "settings": RecoverySettings("wrappers")}, "no pruned layer has wrap"),
+        ({"save_every": 0}, "save_every must be a whole number of at least 1, got 0"),
         ({"model": on_meta()}, r"no gradients can be had .* meta device .*load_pruned\(folder, device\)"),
         ({"model": inferred()}, r"no gradients can be had .*torch\.inference_mode"),
     ],
