@@ -6,7 +6,7 @@ among continuations of one token.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -44,7 +44,7 @@ class SharedContexts(HFLM):
         shared = {context: asked for context, asked in questions.items() if self._shares(context, asked)}
         answers: dict[int, Answer] = {}
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Reading the choices of questions") as bar:
-            for contexts in self._batches({context: list(asked) for context, asked in shared.items()}):
+            for contexts in self._batches(shared):
                 asked = [choice for context in contexts for choice in shared[context].items()]
                 found = self._read(contexts, [list(shared[context]) for context in contexts])
                 for (_, numbers), answer in zip(asked, found, strict=True):
@@ -67,7 +67,7 @@ class SharedContexts(HFLM):
         cache = getattr(self._forward(tokens), cache_name(self.model), None)
         return isinstance(cache, DynamicCache) and all(type(layer) in KEPT for layer in cache.layers)
 
-    def _batches(self, questions: dict[Tokens, list[Tokens]]) -> Iterator[list[Tokens]]:
+    def _batches(self, questions: Mapping[Tokens, Collection[Tokens]]) -> Iterator[list[Tokens]]:
         """Contexts of one length, as many as there is room for with all of their continuations."""
         batch: list[Tokens] = []
         for context in sorted(questions, key=len, reverse=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -119,3 +120,12 @@ class FactorizedStack(nn.Module):
 
 
 PRUNED = (FactorizedLinear, FactorizedStack)  # what holds the factors of a pruned model
+Layer = TypeVar("Layer", bound=FactorizedLinear | FactorizedStack)
+
+
+def master_of(layer: Layer) -> Layer:
+    """A copy to train: in float32 or more, but for kept values that are integers, which stay so."""
+    held = layer.values if layer.left is None else layer.left
+    master = copy.deepcopy(layer)
+    master.to(torch.promote_types(held.dtype, torch.float32))  # in place, as of every module
+    return master

@@ -13,7 +13,6 @@ keeps those it had.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from torch import nn
 from armorfact import BlockDiagonal, Core, Factors
 from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.stack import master_of
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.pruning.aims import Aim, StateAim
 from armorfact_hf.pruning.muon import Muon
@@ -80,7 +80,7 @@ def match_block_(
     before, mixed = _distance(aim), _runs_mixed(aim)
     if not mixed and any(layer.values.dtype not in WHOLE for layer in layers.values()):
         return dict(layers), BlockReport(decoder_block, before, before, False, (NOT_MIXED,), aim.unit)
-    masters = {name: _master(layer) for name, layer in layers.items()}
+    masters = {name: master_of(layer).use_(None) for name, layer in layers.items()}
     put_layers_(model, masters)
     notes = _train(masters, aim, matching, decoder_block, mixed)
     tuned = {name: _stored(masters[name], layer) for name, layer in layers.items()}
@@ -97,11 +97,6 @@ def _distance(aim: Aim) -> float:
     """The mean over the windows kept aside."""
     distances = [aim.distance(aim.run(window), window) for window in kept_aside(aim.windows)]
     return sum(distances) / len(distances)
-
-
-def _master(layer: FactorizedLinear) -> FactorizedLinear:
-    """The layer in float32 or more."""
-    return copy.deepcopy(layer).to(torch.promote_types(layer.values.dtype, torch.float32)).use_(None)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.stack import PRUNED, FactorizedStack
+from armorfact_hf.layers.stack import PRUNED, master_of
 from armorfact_hf.model.stream import frozen
 
 
@@ -29,7 +28,7 @@ class TrainedFactors:
     def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
         self.model = model
         self.stored = {name: module for name, module in model.named_modules() if isinstance(module, PRUNED)}
-        self.masters = {name: _master(layer) for name, layer in self.stored.items()}
+        self.masters = {name: master_of(layer) for name, layer in self.stored.items()}
         self.parameters = {
             f"{name}.{part}": tensor
             for name, layer in self.masters.items()
@@ -97,8 +96,3 @@ def trained_factors(model: nn.Module, parts: Sequence[str]) -> Iterator[TrainedF
             factors.finish_()
             for layer, way in ways.items():
                 layer.use_(way)
-
-
-def _master(layer: FactorizedLinear | FactorizedStack) -> FactorizedLinear | FactorizedStack:
-    held = layer.values if layer.left is None else layer.left  # kept values that are integers stay integers
-    return copy.deepcopy(layer).to(torch.promote_types(held.dtype, torch.float32))

@@ -123,6 +123,14 @@ class StoredTeacher:
         return self.folder / f"{tokens_fingerprint(window.cpu())}.safetensors"
 
 
+def missing_windows(folder: Path, tokens: Tensor) -> int:
+    """How many windows of a text (windows, length) are still to be written into a folder, which need not exist yet."""
+    if not StoredTeacher.found_in(folder):
+        return len(tokens)
+    stored = StoredTeacher(folder)
+    return sum(not stored.has(window) for window in tokens)
+
+
 @torch.no_grad()
 def store_teacher(
     model: nn.Module, tokens: Any, folder: Path | str, likeliest: int = 128, observer: Observer | None = None

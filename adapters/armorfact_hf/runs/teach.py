@@ -8,7 +8,7 @@ from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
 from armorfact_hf.observer import Observer
 from armorfact_hf.recovery.likeliest import BYTES_A_WORD, BYTES_OF_REST
-from armorfact_hf.recovery.stored_teacher import StoredTeacher, store_teacher
+from armorfact_hf.recovery.stored_teacher import StoredTeacher, missing_windows, store_teacher
 from armorfact_hf.runs.prune_to_folder import Calibration
 from armorfact_hf.runs.recover import EVERYTHING
 
@@ -38,5 +38,6 @@ def teach_to_folder(
     observer = observer or Observer()
     loaded = load_model(model, "bfloat16", device, observer.say)
     tokens = calibration.tokens(loaded, observer.say)
-    check_room(out, tokens.numel() * (likeliest * BYTES_A_WORD + BYTES_OF_REST), begun=out)
+    missing = missing_windows(out, tokens)
+    check_room(out, missing * tokens.shape[1] * (likeliest * BYTES_A_WORD + BYTES_OF_REST))
     return store_teacher(loaded.model, tokens, out, likeliest, observer)

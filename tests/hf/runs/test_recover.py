@@ -303,6 +303,15 @@ def test_words_of_another_text_leave_nothing_behind(folder, out, text_file, tmp_
     assert not out.exists() and not out.with_name("recovered.journal").exists()
 
 
+def test_words_that_are_there_need_no_room_again_and_those_of_another_text_do(folder, text_file, tmp_path, monkeypatch):
+    (tmp_path / "other.txt").write_text(random_text(100, seed=9))
+    teach(folder, tmp_path / "words", text_file)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000, 0))
+    teach(folder, tmp_path / "words", text_file)
+    with pytest.raises(OSError, match=r"needs .* GB of disk"):
+        teach(folder, tmp_path / "words", tmp_path / "other.txt")
+
+
 def test_too_little_room_for_words_is_told_first(folder, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
     with pytest.raises(OSError, match=r"needs .* GB of disk"):
