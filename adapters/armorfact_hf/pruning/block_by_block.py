@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,9 @@ class BlockByBlock:
             if pruned is None:
                 factorized = self._factorized(key, layers, statistics, known)
                 pruned, matched = self.workers.match(index, factorized, statistics)
-                # Integers cannot be tuned: those of the tail are rounded when that is done.
-                pruned = pruned if index in self.job.tail else self.workers.round(pruned, statistics)
+                if index not in self.job.tail:  # integers cannot be tuned: the tail is rounded when that is done
+                    pruned = self.workers.round(pruned, statistics)
+                    matched = self._as_stored(index, pruned, matched)
                 pruned = self._kept(key, pruned, matched)
             if waits:
                 self.tail.blocks.append((pruned, set_aside(statistics, self.folder)))
@@ -118,7 +119,8 @@ class BlockByBlock:
             return {}
         if self.tail.finished is None:
             pruned, matched = self.workers.match_tail(self.tail.blocks)
-            pruned = self._kept("tail", self._rounded_tail(pruned), matched)
+            pruned = self._rounded_tail(pruned)
+            pruned = self._kept("tail", pruned, self._as_stored(None, pruned, matched))
         else:
             self.progress.tell(self.job.tail_steps, "the last blocks are tuned already")
             pruned = self._counted(self.tail.finished)
@@ -128,6 +130,12 @@ class BlockByBlock:
             self.workers.follow_tail()
         self.job.let_go(_reports(pruned))
         return _reports(pruned)
+
+    def _as_stored(self, index: int | None, rounded: Pruned, matched: BlockReport | None) -> BlockReport | None:
+        """The report of a block, or, with None, of the last ones, with its distance after rounding."""
+        if matched is None or self.job.config.core_dtype is None:
+            return matched
+        return replace(matched, rounded=self.workers.distance(index, rounded))
 
     def _rounded_tail(self, pruned: Pruned) -> Pruned:
         tuned = {report.name: (layer, report) for layer, report in pruned}

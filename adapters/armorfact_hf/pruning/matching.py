@@ -43,11 +43,13 @@ class BlockReport:
     Args:
         decoder_block: its index.
         before, after: the distance from its aim, the mean over the windows kept aside, with the layers as factorized
-            and as tuned, in the dtype of the model: what ``core_dtype`` rounds is rounded after that.
+            and as tuned, in the dtype of the model.
         kept: whether the tuned factors are what is stored.
         notes: what went wrong on the way.
         unit: of the distance, see `armorfact_hf.pruning.aims`.
         through: the last of several decoder blocks that were tuned together, or None.
+        rounded: the distance with the layers as they are stored, where the settings have a ``core_dtype``; it is
+            rounded to after a block is tuned, and in the last blocks after they are tuned together.
     """
 
     decoder_block: int
@@ -57,6 +59,7 @@ class BlockReport:
     notes: tuple[str, ...] = ()
     unit: str = StateAim.unit
     through: int | None = None
+    rounded: float | None = None
 
 
 def match_block_(
@@ -77,7 +80,7 @@ def match_block_(
     Returns:
         The layers that the model holds now, in the dtype of those given, and the report.
     """
-    before, mixed = _distance(aim), _runs_mixed(aim)
+    before, mixed = distance_aside(aim), _runs_mixed(aim)
     if not mixed and any(layer.values.dtype not in WHOLE for layer in layers.values()):
         return dict(layers), BlockReport(decoder_block, before, before, False, (NOT_MIXED,), aim.unit)
     masters = {name: master_of(layer).use_(None) for name, layer in layers.items()}
@@ -85,7 +88,7 @@ def match_block_(
     notes = _train(masters, aim, matching, decoder_block, mixed)
     tuned = {name: _stored(masters[name], layer) for name, layer in layers.items()}
     put_layers_(model, tuned)
-    after = _distance(aim)
+    after = distance_aside(aim)
     kept = after < before and len(notes) <= MOST_HALVINGS  # NaN is not smaller
     if not kept:
         put_layers_(model, layers)
@@ -93,8 +96,8 @@ def match_block_(
 
 
 @torch.no_grad()
-def _distance(aim: Aim) -> float:
-    """The mean over the windows kept aside."""
+def distance_aside(aim: Aim) -> float:
+    """How far from an aim a model is, the mean over the windows kept aside."""
     distances = [aim.distance(aim.run(window), window) for window in kept_aside(aim.windows)]
     return sum(distances) / len(distances)
 

@@ -19,6 +19,7 @@ from armorfact_hf.pruning.job import make_job
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_
+from armorfact_hf.pruning.schedule import kept_aside
 from armorfact_hf.recovery.recover import recover_
 from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.recovery.trainable import train_factors_
@@ -41,6 +42,11 @@ SETTINGS = {
 
 def layers_of(model) -> dict[str, FactorizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+
+
+@torch.no_grad()
+def behind_the_first_block(model, tokens):
+    return model(tokens, output_hidden_states=True).hidden_states[1]
 
 
 def pruned(config=INT8, dtype=torch.bfloat16, windows=4, **more):
@@ -96,6 +102,29 @@ def test_blocks_of_the_tail_are_rounded_once_in_the_end(tmp_path):
         kinds = {key: {x.values.dtype for x, _ in journal.read(key).layers} for key in ("block-0000", "tail")}
         kinds["last"] = {x.values.dtype for x, _ in journal.read(f"block-{BLOCKS - 1:04}").layers}
     assert kinds == {"block-0000": {torch.int8}, "tail": {torch.int8}, "last": {torch.bfloat16}}
+
+
+def test_the_error_of_a_block_in_int8_is_that_of_the_model_that_is_returned():
+    config, tokens = replace(INT8, tail=0, include=("re:model.layers.0.*",)), random_tokens()
+    model, report = pruned(config, torch.float32)
+    [block] = report.blocks
+    target, output = (behind_the_first_block(one, tokens) for one in (tiny_model("llama"), model))
+    weights = 1 / target.square().mean((0, 1))
+    errors = ((output - target).square() * weights).sum(-1) / (target.square() * weights).sum(-1)
+    assert block.rounded == pytest.approx(float(errors[list(kept_aside(len(tokens)))].mean()), rel=1e-4)
+    assert block.rounded != block.after
+    assert pruned(replace(config, core_dtype=None), torch.float32)[1].blocks[0].rounded is None
+
+
+def test_the_divergence_of_the_tail_in_int8_is_that_of_the_model_that_is_returned():
+    tokens = random_tokens()
+    model, report = pruned(INT8, torch.float32)
+    *blocks, tail = report.blocks
+    aside = tokens[list(kept_aside(len(tokens)))]
+    with torch.no_grad():
+        dense, logits = (one(aside).logits.log_softmax(-1) for one in (tiny_model("llama"), model))
+    assert tail.rounded == pytest.approx(float((dense.exp() * (dense - logits)).sum(-1).mean()), rel=1e-3)
+    assert [block.rounded is not None for block in blocks] == [block.decoder_block < BLOCKS - 2 for block in blocks]
 
 
 def test_a_folder_in_version_4_is_resumed_loaded_inspected_and_not_trained(tmp_path):

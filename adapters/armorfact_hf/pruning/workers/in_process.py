@@ -22,7 +22,14 @@ from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers, side_by_side, threads_each
 from armorfact_hf.pruning.workers.flow import Flow
 from armorfact_hf.pruning.workers.in_chunks import Gatherer, InChunks, chunks_of
-from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail, with_losses
+from armorfact_hf.pruning.workers.tuning import (
+    Tuned,
+    distance_from_aim,
+    layers_by_name,
+    tune_block,
+    tune_tail,
+    with_losses,
+)
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,12 @@ class InProcess:
             del work  # the next chunk takes its memory
         _rest(statistics)
         return [done[name] for name in given]
+
+    def distance(self, index: int | None, pruned: Pruned) -> float:
+        """How far a block with these layers, or, with None, the last ones, is from what it was tuned towards."""
+        self.replace(pruned)
+        states = self.flow.around_tail if index is None else self.flow.around_block
+        return distance_from_aim(self.job, index, states, self._told)
 
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model."""

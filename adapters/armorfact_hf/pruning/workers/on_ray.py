@@ -142,6 +142,11 @@ class OnRay:
         given = [(alone(dense[report.name]), layer, report, statistics.of(report.name)) for layer, report in pruned]
         return get([self.hands.do(remote.round_core, threads, *those, config, threads) for those in given])
 
+    def distance(self, index: int | None, pruned: Pruned) -> float:
+        """How far a block with these layers, or, with None, the last ones, is from what it was tuned towards."""
+        given = self.before_tail if index is None else self.given
+        return float(get(self.actors[0].distance.remote(index, pruned, given, self.dense, self.replaced)))
+
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model, here and in every worker before it works on their block again."""
         put_layers_(self.job.model, layers_by_name(pruned))

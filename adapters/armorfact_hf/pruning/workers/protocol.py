@@ -64,6 +64,13 @@ class Workers(Protocol[S]):
             pruned, statistics: layers of a block, and what `statistics` returned for it.
         """
 
+    def distance(self, index: int | None, pruned: Pruned) -> float:
+        """How far a block with these layers, or, with None, the last ones, is from what it was tuned towards.
+
+        Args:
+            pruned: all layers of the block, or of the last blocks, which the model holds from then on.
+        """
+
     def replace(self, pruned: Pruned) -> None:
         """Put pruned layers into the model."""
 

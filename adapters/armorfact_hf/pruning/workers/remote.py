@@ -32,7 +32,7 @@ from armorfact_hf.pruning.notes import damping_noted
 from armorfact_hf.pruning.spilled import Hidden
 from armorfact_hf.pruning.states import States
 from armorfact_hf.pruning.workers.flow import Flow
-from armorfact_hf.pruning.workers.tuning import Tuned, layers_by_name, tune_block, tune_tail
+from armorfact_hf.pruning.workers.tuning import Tuned, distance_from_aim, layers_by_name, tune_block, tune_tail
 
 Ref = Any  # a `ray.ObjectRef`, which has no type parameter where Ray is not installed
 Part = tuple[list[Tensor] | None, ...] | None
@@ -140,13 +140,26 @@ class Worker:
         Args:
             given, dense: references to the states of every window before and, in the dense model, behind them.
         """
-        self._come_to((*self.job.tail, HEAD) if index is None else (index,), replaced)
-        layers = layers_by_name(pruned)
-        put_layers_(self.job.model, layers)
-        before, behind = (self._states(ray.get(refs[0]), Fetched(list(refs))) for refs in (given, dense))
+        states, layers = self._around(index, pruned, given, dense, replaced), layers_by_name(pruned)
         if index is None:
-            return tune_tail(self.job, layers, (before, behind), _silent)
-        return tune_block(self.job, index, layers, (before, behind), _silent)
+            return tune_tail(self.job, layers, states, _silent)
+        return tune_block(self.job, index, layers, states, _silent)
+
+    def distance(
+        self, index: int | None, pruned: Pruned, given: Sequence[Ref], dense: Sequence[Ref], replaced: Sequence[Ref]
+    ) -> float:
+        """How far a block with these layers, or, with None, the last ones, is from what it was tuned towards."""
+        states = self._around(index, pruned, given, dense, replaced)
+        return distance_from_aim(self.job, index, states, _silent)
+
+    def _around(
+        self, index: int | None, pruned: Pruned, given: Sequence[Ref], dense: Sequence[Ref], replaced: Sequence[Ref]
+    ) -> tuple[States, States]:
+        """The states before the block with these layers, or, with None, the last ones, and the dense model's behind."""
+        self._come_to((*self.job.tail, HEAD) if index is None else (index,), replaced)
+        put_layers_(self.job.model, layers_by_name(pruned))
+        before, behind = (self._states(ray.get(refs[0]), Fetched(list(refs))) for refs in (given, dense))
+        return before, behind
 
     def act(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A function of this module, called where this worker's device is."""

@@ -16,7 +16,7 @@ from armorfact_hf.pruning.aims import Aim, StateAim
 from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import with_tuned_loss
-from armorfact_hf.pruning.matching import BlockReport, match_block_
+from armorfact_hf.pruning.matching import BlockReport, distance_aside, match_block_
 from armorfact_hf.pruning.schedule import Matching
 from armorfact_hf.pruning.states import States
 from armorfact_hf.pruning.tail import words_of
@@ -34,14 +34,7 @@ def tune_block(
         states: those that the block is given, and the dense model's behind it.
         told: is called with what is done before a window trains.
     """
-    given, dense = states
-
-    def run(window: int) -> Tensor:
-        gradients = _told(told, f"decoder block {index + 1}")
-        return given.stream.run(index, given.windows[window], given.hidden[window], gradients)
-
-    aim = StateAim(run, cast(Sequence[Tensor], dense.hidden))
-    return _tune(job, layers, aim, _matching(job).of(index), index)
+    return _tune(job, layers, _aim(job, index, states, told), _matching(job).of(index), index)
 
 
 def tune_tail(job: Job, layers: Mapping[str, FactorizedLinear], states: tuple[States, States], told: Told) -> Tuned:
@@ -51,10 +44,17 @@ def tune_tail(job: Job, layers: Mapping[str, FactorizedLinear], states: tuple[St
         states: those before the first of these blocks, and the dense model's behind the last.
         told: as for `tune_block`.
     """
-    first, last = job.tail[0], job.tail[-1]
-    aim = words_of(job, *states, lambda: _told(told, "the last decoder blocks"))
-    tuned, matched = _tune(job, layers, aim, _matching(job).of_tail, first)
-    return tuned, replace(matched, through=last)
+    tuned, matched = _tune(job, layers, _aim(job, None, states, told), _matching(job).of_tail, job.tail[0])
+    return tuned, replace(matched, through=job.tail[-1])
+
+
+def distance_from_aim(job: Job, index: int | None, states: tuple[States, States], told: Told) -> float:
+    """How far a block as it is in the model, or, with None, the last ones, is from what it is tuned towards.
+
+    Args:
+        states: as for `tune_block` or `tune_tail`.
+    """
+    return distance_aside(_aim(job, index, states, told))
 
 
 def with_losses(job: Job, pruned: Pruned, tuned: Tuned, moments: Callable[[str], Moments]) -> Pruned:
@@ -72,6 +72,18 @@ def with_losses(job: Job, pruned: Pruned, tuned: Tuned, moments: Callable[[str],
 def layers_by_name(pruned: Pruned) -> dict[str, FactorizedLinear]:
     """The layers under their names in the model."""
     return {report.name: layer for layer, report in pruned}
+
+
+def _aim(job: Job, index: int | None, states: tuple[States, States], told: Told) -> Aim:
+    if index is None:
+        return words_of(job, *states, lambda: _told(told, "the last decoder blocks"))
+    given, dense = states
+
+    def run(window: int) -> Tensor:
+        gradients = _told(told, f"decoder block {index + 1}")
+        return given.stream.run(index, given.windows[window], given.hidden[window], gradients)
+
+    return StateAim(run, cast(Sequence[Tensor], dense.hidden))
 
 
 def _tune(job: Job, layers: Mapping[str, FactorizedLinear], aim: Aim, matching: Matching, index: int) -> Tuned:
