@@ -51,9 +51,9 @@ class Run:
 def methods() -> Iterator[Run]:
     """The default beside the one-shot methods and the paper's objective, over the whole model."""
     for method in ("magnitude", "wanda", "nowag", "sparsegpt"):
-        yield Run(method, {"method": method})
+        yield Run(method, {"method": method, "baselines": ()})
     yield Run("paper's objective", PAPER)
-    yield Run("layers only", {"refine": None, "sweeps": 20})
+    yield Run("layers only", {"refine": None, "sweeps": 20, "baselines": ()})
     yield Run("armorfact")
     yield Run("block priced", {"block": "priced"})
 
