@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from armorfact_hf.model.moments import Statistics
+from armorfact_hf.model.moments import Statistics, add_gram_
 from armorfact_hf.model.stream import BlockStream, frozen
 from armorfact_hf.pruning.aims import StateAim
 from armorfact_hf.pruning.config import PruneConfig
@@ -100,7 +100,8 @@ def measure(length: int) -> Costs:
 def _layer_cost(layer: Any, tensors: dict[str, torch.Tensor], statistics: Statistics, job: Job) -> LayerCost:
     leader, moments = statistics.leader[layer.name], statistics.of(layer.name)
     x = tensors[leader].flatten(0, -2).float()
-    gram = _timed(lambda: (x.T @ x).double())[0] if leader == layer.name else 0.0
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    gram = _timed(lambda: add_gram_(total, x))[0] if leader == layer.name else 0.0
     prune_layer(layer, moments, replace(job.config, sweeps=1))  # compiles
     seconds, _ = _timed(lambda: prune_layer(layer, moments, job.config))
     return LayerCost(layer.shape, leader, gram, seconds)

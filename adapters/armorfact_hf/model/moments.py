@@ -19,6 +19,9 @@ ROUTED = (
     "anew in each; take target='weight', or leave such layers out with ignore"
 )
 
+# Columns: narrower ones save no more products, and wider ones fewer (benchmarks/moments.py).
+PANEL = 256
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -131,9 +134,9 @@ class Statistics:
         for leader, tensor in given.items():
             x = _flat(tensor)
             self.tokens[leader] = self.tokens.get(leader, 0) + len(x)
-            _accumulate(self.gram, leader, x.T @ x)
+            add_gram_(_sum_of(self.gram, leader, x), x)
             if leader in paired:
-                _accumulate(self.cross, leader, _flat(paired[leader]).T @ x)
+                _sum_of(self.cross, leader, x).add_(_flat(paired[leader]).T @ x)
 
     def drop(self, names: Collection[str]) -> None:
         """Give up what is known of these layers; those that share an input with any of them are among them."""
@@ -177,8 +180,21 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().flatten(0, -2).float()
 
 
-def _accumulate(sums: dict[str, Tensor], key: str, product: Tensor) -> None:
-    if key in sums:
-        sums[key] += product
-    else:
-        sums[key] = product.double()
+def _sum_of(sums: dict[str, Tensor], leader: str, x: Tensor) -> Tensor:
+    """The sum that stands under a leader's name, (d_in, d_in) float64; a new one begins at zero."""
+    if leader not in sums:
+        sums[leader] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    return sums[leader]
+
+
+def add_gram_(total: Tensor, x: Tensor, panel: int = PANEL) -> None:
+    """Add x' x, panel by panel of its lower triangle: the upper one mirrors it, which is half of the products.
+
+    Args:
+        total: (d, d), symmetric. x: (tokens, d). panel: columns that are multiplied at a time.
+    """
+    for start in range(0, x.shape[1], panel):
+        end = start + panel
+        product = x[:, start:].T @ x[:, start:end]
+        total[start:, start:end] += product
+        total[start:end, end:] += product[panel:].T

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from armorfact_hf.model.moments import Inputs, Statistics, recorded_inputs
+from armorfact_hf.model.moments import Inputs, Statistics, add_gram_, recorded_inputs
 from armorfact_hf.model.nonfinite import first_nonfinite
 from armorfact_hf.model.structure import chosen_layers
 from tests.hf.models import random_tokens, tiny_model
@@ -35,6 +35,15 @@ def test_moments_equal_those_of_all_inputs_at_once():
         assert moments.tokens == len(x) == 96
         assert moments.gram.dtype == torch.float64
         torch.testing.assert_close(moments.gram, x.T @ x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("panel", [1, 3, 7, 11, 64])
+def test_a_gram_matrix_by_panels_is_the_whole_product(panel):
+    x = torch.randn(20, 11)
+    total = torch.eye(11, dtype=torch.float64)
+    add_gram_(total, x, panel)
+    torch.testing.assert_close(total, torch.eye(11) + (x.T @ x).double(), rtol=1e-5, atol=1e-5, check_dtype=False)
+    assert torch.equal(total[:panel, panel:], total[panel:, :panel].T)
 
 
 @pytest.mark.parametrize(("family", "distinct"), [("llama", 4), ("qwen3", 4), ("phi", 3), ("gpt2", 4)])
