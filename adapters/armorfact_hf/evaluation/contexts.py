@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from armorfact_hf.model.causal_lm import cache_name, takes
 
 # Positions of one batch times the vocabulary: logits of up to 10 bytes each with what is made of them, 0.7 GB.
-BATCH_LOGITS = 2**26
+POSITIONS_BY_WORDS = 2**26
 KEPT = DynamicLayer, DynamicSlidingWindowLayer  # not those with a recurrent state as well, which would stay as it is
 Tokens = tuple[int, ...]
 Answer = tuple[float, bool]  # log-likelihood of a continuation, and whether greedy decoding gives it
@@ -74,7 +74,7 @@ class SharedContexts(HFLM):
             wider = [*batch, context]
             choices = [choice for each in wider for choice in questions[each]]
             positions = len(wider) * len(context) + len(choices) * max(map(len, choices))
-            if batch and (len(context) != len(batch[0]) or positions * self.vocab_size > BATCH_LOGITS):
+            if batch and (len(context) != len(batch[0]) or positions * self.vocab_size > POSITIONS_BY_WORDS):
                 yield batch
                 batch = []
             batch.append(context)

@@ -25,7 +25,7 @@ _log: Log = logging.getLogger(__name__).info
 
 # Sequences of one forward pass times the vocabulary. Logits, their copy in float32, and log-probabilities of this batch
 # and the last take up to 14 bytes each: 7 GB where the sequences have a thousand tokens, which few questions have.
-BATCH_LOGITS = 2**19
+SEQUENCES_BY_WORDS = 2**19
 LARGEST_BATCH = 32
 
 
@@ -112,7 +112,7 @@ def _scorer(model: CausalLM, tokenizer: Any) -> Any:
     """The model as lm-eval wants it."""
     from armorfact_hf.evaluation.contexts import SharedContexts  # it imports lm-eval
 
-    batch = max(1, min(LARGEST_BATCH, BATCH_LOGITS // model.config.get_text_config().vocab_size))
+    batch = max(1, min(LARGEST_BATCH, SEQUENCES_BY_WORDS // model.config.get_text_config().vocab_size))
     own_tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
     with quiet("lm_eval"):  # its advice is for users of its command line
         return SharedContexts(

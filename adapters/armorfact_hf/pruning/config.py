@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from armorfact import Pattern
@@ -17,6 +17,8 @@ OBJECTIVES = ("gram", "diagonal", "nowag")
 WHOLE_DTYPES = ("int8",)  # of cores and wrappers
 AUTO, PRICED = "auto", "priced"  # how blocks are chosen
 DEFAULT_SHRINKAGE = 1.0
+OF_FACTORS = ("block", "objective", "shrinkage", "init", "sweeps", "rtol")  # settings of method="armorfact" alone
+OF_MATCHING = ("passes", "rate", "tail")  # of refine="block" alone
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class PruneConfig:
 
     Args:
         method: "armorfact" factorizes W ~ A C B; "sparsegpt", "wanda", "nowag" and "magnitude" prune in one shot,
-            without wrappers.
+            without wrappers; how factors are found (block, objective, shrinkage, init, sweeps, rtol, passes, rate,
+            tail) is then left at its defaults.
         pattern: "N:M", at most N non-zeros in M consecutive inputs.
         block: size of the wrappers' blocks, which has to divide d_out and d_in; "auto" takes the largest up to 128
             whose wrappers add at most an eighth to the layer, or the smallest where all add more; "priced" shares the
@@ -49,7 +52,7 @@ class PruneConfig:
         passes: over the calibration windows while a block is tuned; four times as many for the first block.
         rate: the learning rate of its factors, as a share of the root mean square of each.
         tail: the last so many blocks are tuned once more, together, towards the words of the dense model, if the last
-            of all holds pruned layers. passes, rate and tail are of refine="block" alone.
+            of all holds pruned layers. passes, rate and tail are left at their defaults where refine is None.
         core_dtype: "int8" rounds the kept values in the end, after all tuning, and solves for the wrappers once more
             (`armorfact.quantize_core`); None keeps them in the dtype of the model. It is for the method "armorfact".
         wrapper_dtype: "int8" then rounds the wrappers as well, with a scale for each of their rows and columns
@@ -64,7 +67,7 @@ class PruneConfig:
 
     Raises:
         ValueError, TypeError: an unknown name, a number out of range, a value of the wrong type.
-        ValueError: a combination that contradicts itself.
+        ValueError: a combination that contradicts itself, or a setting that would not act.
     """
 
     method: str = "armorfact"
@@ -157,6 +160,24 @@ class PruneConfig:
                 "target='output' corrects for what pruning the blocks before did to the inputs: it needs "
                 f"objective='gram' and propagate='pruned', got {self.objective!r} and {self.propagate!r}"
             )
+        if self.method != "armorfact":
+            compared = {"block"} if "paper" in self.baselines else set()  # which has wrappers
+            alone = {*OF_FACTORS, *OF_MATCHING} - compared
+            self._check_untouched(alone, f"method='armorfact', got method={self.method!r}")
+        elif self.refine is None:
+            self._check_untouched(OF_MATCHING, "refine='block', got refine=None")
+
+    def _check_untouched(self, names: Collection[str], needed: str) -> None:
+        moved = {field.name: getattr(self, field.name) for field in fields(self) if field.name in names}
+        moved = {name: value for name, value in moved.items() if value != getattr(PruneConfig, name)}
+        if moved:
+            listed = ", ".join(f"{name}={value!r}" for name, value in moved.items())
+            raise ValueError(f"{listed} would not act: expected {needed}. Leave out what does not go with it")
+
+    def in_one_shot(self, method: str) -> PruneConfig:
+        """The same layers by a method without wrappers, compared with no others."""
+        untouched = {name: getattr(PruneConfig, name) for name in OF_FACTORS + OF_MATCHING}
+        return replace(self, method=method, baselines=(), core_dtype=None, wrapper_dtype=None, **untouched)
 
     @property
     def diagonal_weight(self) -> float:

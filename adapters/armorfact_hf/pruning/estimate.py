@@ -101,7 +101,8 @@ def _flops(job: Job) -> float:
 
 def _seconds_a_flop(layer: Layer, statistics: Statistics, config: PruneConfig) -> float:
     moments = replace(statistics.of(layer.name), cross=None)
-    prune_layer(layer, moments, replace(config, sweeps=min(config.sweeps, 1)))  # compiles, and warms caches
+    quick = replace(config, sweeps=min(config.sweeps, 1)) if config.method == "armorfact" else config
+    prune_layer(layer, moments, quick)  # compiles, and warms caches
     return _seconds(lambda: prune_layer(layer, moments, config)) / layer_flops(layer)
 
 

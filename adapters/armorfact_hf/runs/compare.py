@@ -236,8 +236,7 @@ def compare(
     for method, folder in {**beside, config.method: out}.items():
         observer.say(f"Pruning {model} by {method}, into {folder}.")
         # What the others would be compared with on every layer stands in the report of the chosen method already.
-        other = replace(config, method=method, baselines=(), core_dtype=None, wrapper_dtype=None)
-        chosen = config if folder == out else other
+        chosen = config if folder == out else config.in_one_shot(method)
         loaded = load_to_prune(
             model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer, workers=workers
         )

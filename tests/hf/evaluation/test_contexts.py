@@ -93,10 +93,10 @@ def test_contexts_of_one_length_are_read_together_as_far_as_there_is_room(passes
     _, ours = scorers(tiny_model("llama"))
     requests = [(("", ""), [start, *range(4, 13)], [choice, 5]) for start in range(20, 26) for choice in (7, 8)]
     room = 3 * (10 + 2 * 2)
-    monkeypatch.setattr(contexts, "BATCH_LOGITS", room * ours.vocab_size)
+    monkeypatch.setattr(contexts, "POSITIONS_BY_WORDS", room * ours.vocab_size)
     ours._loglikelihood_tokens(requests)
     assert [shape for shape in passes[1:] if shape[1] == 10] == [(3, 10), (3, 10)]
-    monkeypatch.setattr(contexts, "BATCH_LOGITS", 1)  # too little for any: one context at a time
+    monkeypatch.setattr(contexts, "POSITIONS_BY_WORDS", 1)  # too little for any: one context at a time
     passes.clear()
     ours._loglikelihood_tokens(requests)
     assert [shape for shape in passes if shape[1] == 10] == [(1, 10)] * 6

@@ -60,6 +60,10 @@ def test_settings_of_another_version_are_refused():
         ({"objective": "diagonal", "shrinkage": 1.0}, ValueError, "does not look at"),
         ({"target": "output", "propagate": "dense"}, ValueError, "propagate='pruned'"),
         ({"target": "output", "objective": "nowag"}, ValueError, "objective='gram'"),
+        ({"method": "wanda", "sweeps": 5, "block": 64}, ValueError, "block=64, sweeps=5 would not act: .*'armorfact'"),
+        ({"method": "magnitude", "tail": 0}, ValueError, "tail=0 would not act: .*got method='magnitude'"),
+        ({"method": "sparsegpt", "shrinkage": 0.5}, ValueError, "shrinkage=0.5 would not act"),
+        ({"refine": None, "rate": 0.01}, ValueError, "rate=0.01 would not act: expected refine='block'"),
         ({"include": "q_proj"}, TypeError, "tuple of strings"),
         ({"ignore": ("re:(",)}, ValueError, "not a regular expression"),
         ({"baselines": ("luck",)}, ValueError, "baselines must be one of"),
@@ -68,6 +72,12 @@ def test_settings_of_another_version_are_refused():
 def test_settings_that_cannot_be_meant(settings, error, message):
     with pytest.raises(error, match=message):
         PruneConfig(**settings)
+
+
+def test_one_shot_keeps_the_layers_and_drops_what_is_of_factors():
+    given = {"pattern": "1:4", "propagate": "dense", "ignore": ("o_proj",), "head": True}
+    ours = PruneConfig(**given, sweeps=3, block=8, tail=0, core_dtype="int8", wrapper_dtype="int8")
+    assert ours.in_one_shot("wanda") == PruneConfig(method="wanda", **given, baselines=())
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from armorfact_hf.pruning.workers.choice import hired
 from armorfact_hf.pruning.workers.in_chunks import Gatherer
 from tests.hf.models import random_tokens, tiny_model
 
+MATCHED = {"sweeps": 1, "passes": 1, "rate": 1e-3, "tail": 2}
+
 
 def digest(model) -> str:
     whole = hashlib.sha256()
@@ -33,16 +35,16 @@ def digest(model) -> str:
 @pytest.mark.parametrize(
     ("settings", "states"),
     [
-        ({}, "memory"),
-        ({}, "disk"),
-        ({"propagate": "dense", "tail": 0}, "memory"),
+        (MATCHED, "memory"),
+        (MATCHED, "disk"),
+        (MATCHED | {"propagate": "dense", "tail": 0}, "memory"),
         ({"method": "sparsegpt"}, "memory"),
-        ({"core_dtype": "int8"}, "memory"),
+        (MATCHED | {"core_dtype": "int8"}, "memory"),
     ],
 )
 def test_the_same_bits(settings, states):
     """Layers and losses, with blocks tuned and the last ones together; the first block's router favours two experts."""
-    config = PruneConfig(**({"sweeps": 1, "passes": 1, "rate": 1e-3, "tail": 2, "baselines": ()} | settings))
+    config = PruneConfig(**settings, baselines=())
     found = []
     for at_once in (None, 1, 2, 4):
         model = tiny_model("mixtral")

@@ -18,9 +18,12 @@ from tests.hf.models import BLOCKS, random_tokens, tiny_model
 from tests.hf.observers import Stepping
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "wanda"}, {"block": 8, "pattern": "1:4"}, {"head": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"sweeps": 1}, {"method": "wanda"}, {"sweeps": 1, "block": 8, "pattern": "1:4"}, {"sweeps": 1, "head": True}],
+)
 def test_bytes_are_those_of_the_pruned_layers(settings):
-    config = PruneConfig(**settings, sweeps=1, baselines=())
+    config = PruneConfig(**settings, baselines=())
     model = tiny_model("llama", dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plan = make_plan(model, random_tokens(), config)

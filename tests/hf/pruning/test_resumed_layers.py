@@ -19,11 +19,11 @@ from tests.hf.models import random_tokens, tiny_model
 from tests.hf.observers import Stepping
 
 SETTINGS = {
-    "tuned": ("llama", {"passes": 1, "tail": 0}, "memory", 1),
-    "several at once": ("llama", {"refine": None}, "memory", 3),
-    "states on disk": ("llama", {"target": "output", "refine": None}, "disk", 1),
+    "tuned": ("llama", {"sweeps": 1, "passes": 1, "tail": 0}, "memory", 1),
+    "several at once": ("llama", {"sweeps": 1, "refine": None}, "memory", 3),
+    "states on disk": ("llama", {"sweeps": 1, "target": "output", "refine": None}, "disk", 1),
     "one shot": ("falcon", {"method": "wanda"}, "memory", 1),
-    "experts": ("mixtral", {"refine": None}, "memory", 1),
+    "experts": ("mixtral", {"sweeps": 1, "refine": None}, "memory", 1),
 }
 
 
@@ -54,7 +54,7 @@ def pruned(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize(("family", "changes", "states", "threads"), SETTINGS.values(), ids=SETTINGS)
 def test_finished_layers_are_read_back(family, changes, states, threads, pruned, tmp_path):
-    config = PruneConfig(**{"sweeps": 1, "baselines": ()} | changes)
+    config = PruneConfig(**changes, baselines=())
 
     def run(act=lambda step: None, journal=None) -> tuple:
         model = tiny_model(family)
@@ -84,7 +84,7 @@ def test_finished_layers_are_read_back(family, changes, states, threads, pruned,
 
 
 def test_the_seconds_of_a_block_that_was_at_work_count(tmp_path):
-    config, tokens = PruneConfig(sweeps=1, method="wanda", baselines=()), random_tokens()
+    config, tokens = PruneConfig(method="wanda", baselines=()), random_tokens()
 
     def die(step) -> None:
         if step.doing == "model.layers.0.mlp.gate_proj":

@@ -26,7 +26,8 @@ def dense_model(family: str = "gpt2", dtype: torch.dtype = torch.float32) -> nn.
 def pruned_model(family: str = "gpt2", dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
     """Every layer is made too small as well: an error of which training on a few random tokens mends a part."""
     model = dense_model(family, dtype)
-    prune_(model, random_tokens(), PruneConfig(**{"sweeps": 1, "baselines": (), "block": 8, "refine": None} | settings))
+    quick = {} if "method" in settings else {"sweeps": 1, "block": 8, "refine": None}
+    prune_(model, random_tokens(), PruneConfig(**{"baselines": ()} | quick | settings))
     for layer in pruned_layers(model).values():
         layer.values.mul_(0.75)
     return model

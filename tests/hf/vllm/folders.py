@@ -22,7 +22,6 @@ SIZES = {
     "gpt2": {"n_embd": 128},
     "falcon": {"hidden_size": 128},
 }
-QUICK = {"sweeps": 1, "refine": None, "baselines": ()}
 
 
 def pruned(folder: Path, family: str, **settings) -> Path:
@@ -32,7 +31,8 @@ def pruned(folder: Path, family: str, **settings) -> Path:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
-    prune_(model, random_tokens(), PruneConfig(**QUICK | settings))
+    quick = {} if "method" in settings else {"sweeps": 1, "refine": None}
+    prune_(model, random_tokens(), PruneConfig(**quick, **settings, baselines=()))
     save_pruned(model, folder, word_tokenizer())
     return folder
 
