@@ -27,16 +27,17 @@ from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.save import save_pruned
 from tests.hf.models import BLOCKS, random_tokens, tiny_model
 from tests.hf.observers import Stepping
+from tests.hf.settings import layers_alone
 
 INT8 = PruneConfig(core_dtype="int8", sweeps=2, passes=1, tail=2, baselines=())
 WHOLE = replace(INT8, wrapper_dtype="int8")
 SETTINGS = {
-    "layers alone": replace(INT8, refine=None),
-    "the paper's objective": replace(INT8, refine=None, objective="nowag"),
+    "layers alone": layers_alone(INT8),
+    "the paper's objective": layers_alone(INT8, objective="nowag"),
     "blocks and tail": INT8,
-    "with the head": replace(INT8, head=True, refine=None),
+    "with the head": layers_alone(INT8, head=True),
     "wrappers as well": WHOLE,
-    "wrappers as well, layers alone": replace(WHOLE, refine=None),
+    "wrappers as well, layers alone": layers_alone(WHOLE),
 }
 
 
@@ -71,8 +72,8 @@ def test_every_core_is_int8_and_the_report_is_of_what_is_stored(settings):
 
 @pytest.mark.parametrize("config", [INT8, WHOLE], ids=["core", "wrappers as well"])
 def test_rounding_costs_hardly_anything_beside_the_same_run_without(config):
-    model, report = pruned(replace(config, refine=None), torch.float32)
-    plain, before = pruned(replace(INT8, refine=None, core_dtype=None), torch.float32)
+    model, report = pruned(layers_alone(config), torch.float32)
+    plain, before = pruned(layers_alone(INT8, core_dtype=None), torch.float32)
     first, other = report.layers[0], before.layers[0]
     assert first.unrounded_loss == pytest.approx(other.losses["armorfact"])
     assert first.losses["armorfact"] < 1.01 * first.unrounded_loss  # of two sweeps, so that A and B have much to gain
@@ -86,7 +87,7 @@ def test_tuned_layers_stay_what_tuning_made_of_them():
     config = replace(INT8, tail=0, passes=3, include=("re:model.layers.0.*",))
     model, report = pruned(config, torch.float32, 9)
     plain, _ = pruned(replace(config, core_dtype=None), torch.float32, 9)
-    factorized, _ = pruned(replace(config, core_dtype=None, refine=None), torch.float32, 9)
+    factorized, _ = pruned(layers_alone(config, core_dtype=None), torch.float32, 9)
     assert [block.kept for block in report.blocks] == [True]
     for layer in report.layers:
         rounded, tuned, before = (layers_of(x)[layer.name].weight for x in (model, plain, factorized))
@@ -239,7 +240,7 @@ def test_what_cannot_be_rounded_is_refused_before_any_work(family, settings, mes
 
 def test_experts_that_are_left_dense_do_not_keep_the_rest_from_being_rounded():
     model = tiny_model("mixtral")
-    prune_(model, random_tokens(), replace(WHOLE, refine=None, ignore=("re:.*experts",)))
+    prune_(model, random_tokens(), layers_alone(WHOLE, ignore=("re:.*experts",)))
     assert {layer.values.dtype for layer in layers_of(model).values()} == {torch.int8}
 
 

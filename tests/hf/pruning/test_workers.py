@@ -171,10 +171,15 @@ def cluster():
     torch.set_num_threads(threads)
 
 
+def quick(changes: dict) -> dict:
+    """With one pass, where blocks are tuned."""
+    return changes if "refine" in changes else {"passes": 1} | changes
+
+
 def ended(family: str, changes: dict, observer=None, **more):
     """All that must not depend on who works: the weights, the losses, how blocks were tuned, what was told."""
     model, steps = tiny_model(family), []
-    config = PruneConfig(**{"sweeps": 2, "passes": 1, "baselines": ("sparsegpt",)} | changes)
+    config = PruneConfig(sweeps=2, baselines=("sparsegpt",), **quick(changes))
     report = prune_(model, random_tokens(4), config, observer=observer or Stepping(steps.append), **more)
     assert observer is not None or steps[-1].done == steps[-1].total
     return model_fingerprint(model), [layer.losses for layer in report.layers], report.blocks
@@ -198,7 +203,7 @@ FROM_DISK = {
 @pytest.mark.usefixtures("cluster", "own_cache")
 def test_workers_that_read_from_disk_write_the_files_of_one_process(family, changes, sizes, tmp_path, text_file):
     model = saved(family, tmp_path / "model", dtype=torch.bfloat16, max_shard_size="50KB", **sizes)
-    config = PruneConfig(**{"sweeps": 1, "passes": 1, "baselines": ()} | changes)
+    config = PruneConfig(sweeps=1, baselines=(), **quick(changes))
     in_memory = pruned_files(model, tmp_path / "in-memory", text_file, config, stream=False)
     for workers in (None, 2):
         assert (

@@ -31,12 +31,13 @@ from tests.hf.models import BLOCKS, tiny_model, word_tokenizer
 from tests.hf.observers import Silent, Stepping
 from tests.hf.processes import begin, exit_code
 from tests.hf.runs.folders import QUICK, loaded, names, prune, pruned_files, saved, silent
+from tests.hf.settings import layers_alone
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 MATCHED = PruneConfig(sweeps=1, passes=1, tail=2, baselines=())
 SETTINGS = {
-    "layers alone": replace(MATCHED, refine=None),
+    "layers alone": layers_alone(MATCHED),
     "blocks and tail": MATCHED,
     "with the head": replace(MATCHED, head=True),
     "int8 cores": replace(MATCHED, core_dtype="int8"),
@@ -112,8 +113,8 @@ MIXTURES = {"mixtral": "w1", "qwen3_moe": "gate_proj", "deepseek_v3": "gate_proj
 
 
 DENSE = {
-    "no experts": replace(MATCHED, refine=None, ignore=("re:.*experts",)),
-    "those of one block": replace(MATCHED, refine=None, ignore=(r"re:model\.layers\.1\..*\.experts\.",)),
+    "no experts": layers_alone(MATCHED, ignore=("re:.*experts",)),
+    "those of one block": layers_alone(MATCHED, ignore=(r"re:model\.layers\.1\..*\.experts\.",)),
 }
 
 
@@ -154,7 +155,7 @@ def test_a_mixture_stored_as_transformers_holds_it(tmp_path, text_file):
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "model", save_original_format=False)
     word_tokenizer().save_pretrained(tmp_path / "model")
     from_memory, from_disk = (
-        pruned_files(tmp_path / "model", tmp_path / str(stream), text_file, replace(MATCHED, refine=None), stream)
+        pruned_files(tmp_path / "model", tmp_path / str(stream), text_file, layers_alone(MATCHED), stream)
         for stream in (False, True)
     )
     assert from_disk == from_memory
