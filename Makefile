@@ -45,7 +45,7 @@ lint: .venv/ready  ## style, imports, types
 docs: .venv/docs-ready  ## build the documentation into docs/_build
 	$(BIN)/sphinx-build -W -b html docs docs/_build
 
-bench: .venv/ready  ## the figures of docs/benchmarks.md
+bench: .venv/ready  ## the first four tables of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.first_sweep
 	$(BIN)/python -m benchmarks.adam

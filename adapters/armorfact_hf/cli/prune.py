@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from armorfact_hf.cli import tables
-from armorfact_hf.cli.options import MODEL_HELP, Device, Dtype, Length, Texts, Windows, evaluations_of
+from armorfact_hf.cli.options import MODEL_HELP, Device, Dtype, Texts, Windows, evaluations_of
 from armorfact_hf.cli.terminal import errors_as_sentences, say, show, shown_progress
 from armorfact_hf.pruning import config as settings
 
@@ -40,7 +40,9 @@ def prune(  # typer reads options from the signature: it is as long as there are
     target: Annotated[
         str, typer.Option(help="Aim at weight (W X, X as pruned) or output (what the dense model computes).")
     ] = DEFAULTS.target,
-    init: Annotated[str, typer.Option(help="Where the factorization starts.")] = DEFAULTS.init,
+    init: Annotated[
+        str, typer.Option(help=f"Where the factorization starts: {', '.join(settings.METHODS[1:])}.")
+    ] = DEFAULTS.init,
     sweeps: Annotated[int, typer.Option(help="Sweeps of the solver over a layer, at most.")] = DEFAULTS.sweeps,
     rtol: Annotated[float, typer.Option(help="A layer ends when sweeps gain less than this share.")] = DEFAULTS.rtol,
     refine: Annotated[
@@ -75,7 +77,9 @@ def prune(  # typer reads options from the signature: it is as long as there are
         str, typer.Option(help="A file of plain text, or demo:gensim-enwiki.")
     ] = "demo:gensim-enwiki",
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 16,
-    length: Length = 2048,
+    length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window, of calibration and of perplexity alike.")
+    ] = 2048,
     compare: Annotated[
         str, typer.Option(help="Methods to prune by as well, into OUT-METHOD, and to show beside: wanda,sparsegpt.")
     ] = "",
