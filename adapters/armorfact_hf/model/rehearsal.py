@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.moments import ROUTED, Inputs, recorded_inputs
-from armorfact_hf.model.stream import evaluating
+from armorfact_hf.model.stream import evaluating, frozen
 from armorfact_hf.model.structure import Layer
 
+NO_WAY_BACK = "a decoder block passes no gradients on to its layers, so it cannot be tuned: prune with refine=None"
 TOKENS = 32  # enough that experts, if there are any, see different ones
 
 
@@ -56,6 +58,51 @@ def _run(model: CausalLM, tokens: Tensor) -> None:
             f"{type(model).__name__} cannot be run on tokens ({type(error).__name__}: {error}): expected a causal "
             "language model whose weights are all on one device and fit each other in dtype"
         ) from error
+
+
+@torch.enable_grad()
+def refuse_without_gradients(
+    model: nn.Module, blocks: Sequence[nn.Module], layers: Sequence[Layer], tokens: Tensor
+) -> None:
+    """Raise ValueError if no gradient comes from behind a decoder block to what its layers return.
+
+    Experts are left out: no module of their own is called.
+    """
+    reached: dict[int, bool] = {}
+
+    def note(index: int) -> Callable:
+        def look(_: nn.Module, __: Any, output: Any) -> None:
+            reached[index] = (output[0] if isinstance(output, tuple) else output).requires_grad
+
+        return look
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(frozen(model))
+        for layer in layers:
+            if layer.decoder_block is None or layer.stack:
+                continue
+            stack.callback(layer.module.register_forward_hook(_begin_here).remove)
+            block = blocks[layer.decoder_block]
+            stack.callback(block.register_forward_pre_hook(_cut_off, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(note(layer.decoder_block)).remove)
+        _run(model, tokens[:1, :TOKENS])
+    if not all(reached.values()):
+        raise ValueError(NO_WAY_BACK)
+
+
+def _begin_here(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """What a layer returns, as what gradients lead back to; a block may go on in place."""
+    return output.detach().requires_grad_().clone()
+
+
+def _cut_off(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """What a block is given, without the way back to the blocks before."""
+
+    def cut(x: Any) -> Any:
+        return x.detach() if isinstance(x, Tensor) else x
+
+    return tuple(map(cut, args)), {name: cut(x) for name, x in kwargs.items()}
 
 
 def refuse_routed(inputs: Inputs, tokens: Tensor, layers: Sequence[Layer]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from armorfact_hf.model.stream import BlockStream
@@ -90,9 +90,14 @@ class Speaker:
     """
 
     def __init__(self, model: Any, stream: BlockStream | None = None) -> None:
-        self.model, self.head = model, model.get_output_embeddings()
+        self.model = model
         self.stream = stream or BlockStream(model, decoder_blocks(model)[1])
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
+
+    @property
+    def head(self) -> nn.Module:
+        """The head as it is now: a pruned one is exchanged while it is trained."""
+        return cast(nn.Module, self.model.get_output_embeddings())
 
     def states(self, window: Tensor) -> Tensor:
         """What the head is given, (1, length, width); without gradients."""

@@ -175,7 +175,7 @@ class PruneConfig:
             raise ValueError(f"{listed} would not act: expected {needed}. Leave out what does not go with it")
 
     def in_one_shot(self, method: str) -> PruneConfig:
-        """The same layers by a method without wrappers, compared with no others."""
+        """What of these settings goes with a method without wrappers, compared with no others."""
         untouched = {name: getattr(PruneConfig, name) for name in OF_FACTORS + OF_MATCHING}
         return replace(self, method=method, baselines=(), core_dtype=None, wrapper_dtype=None, **untouched)
 

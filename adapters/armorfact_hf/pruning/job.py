@@ -14,7 +14,7 @@ import armorfact
 from armorfact_hf.free_memory import available
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
-from armorfact_hf.model.rehearsal import refuse_routed, rehearse
+from armorfact_hf.model.rehearsal import refuse_routed, refuse_without_gradients, rehearse
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_experts, check_model, check_states, checked_tokens
 from armorfact_hf.pruning.config import PRICED, PruneConfig
@@ -233,7 +233,7 @@ def make_job(
         inputs = rehearse(model, blocks, layers, tokens)
     if config.target == "output":
         refuse_routed(inputs, tokens, layers)
-    return Job(
+    job = Job(
         model,
         tokens,
         config,
@@ -246,3 +246,7 @@ def make_job(
         states,
         experts_at_once,
     )
+    if job.matching is not None:
+        with weights.rehearsing():
+            refuse_without_gradients(model, blocks, layers, tokens)
+    return job

@@ -25,6 +25,7 @@ from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.stack import master_of
 from armorfact_hf.model.experts import put_layers_
+from armorfact_hf.model.rehearsal import NO_WAY_BACK
 from armorfact_hf.pruning.aims import Aim, StateAim
 from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.schedule import FACTORS, Matching, kept_aside
@@ -160,9 +161,7 @@ def _backward(aim: Aim, window: int, step: int, device: torch.device, mixed: boo
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         output = aim.run(window)
     if not output.requires_grad:
-        raise ValueError(
-            "a decoder block passes no gradients on to its factors, so it cannot be tuned: prune with refine=None"
-        )
+        raise ValueError(NO_WAY_BACK)
     distance, gradient = aim.gradient(output, window, step)
     if not math.isfinite(distance):
         return False

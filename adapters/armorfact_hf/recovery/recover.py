@@ -71,13 +71,9 @@ def recover_(
     settings, observer = settings or RecoverySettings(), observer or Observer()
     if type(save_every) is not int or save_every < 1:
         raise ValueError(f"save_every must be a whole number of at least 1, got {save_every!r}")
-    tokens = checked_tokens(model, calibration)
-    _check_windows(tokens)
-    _check_models(model, teacher, settings)
+    tokens = checked_request(model, calibration, teacher, settings)
     model.eval()
-    if isinstance(teacher, StoredTeacher):
-        teacher.check(tokens)
-    else:
+    if isinstance(teacher, nn.Module):
         teacher.eval()
     with (
         _opened(state, model, teacher, tokens, settings) as journal,
@@ -89,9 +85,19 @@ def recover_(
     return replace(done, likeliest=teacher.likeliest) if isinstance(teacher, StoredTeacher) else done
 
 
-def _check_windows(tokens: Tensor) -> None:
+def checked_request(model: nn.Module, calibration: Any, teacher: AnyTeacher, settings: RecoverySettings) -> Tensor:
+    """The calibration tokens of a recovery that can be done.
+
+    Raises:
+        ValueError: see `recover_`.
+    """
+    tokens = checked_tokens(model, calibration)
     if len(tokens) < 2:
         raise ValueError("recovery needs two windows of text or more, one to train on and one to measure: got 1")
+    _check_models(model, teacher, settings)
+    if isinstance(teacher, StoredTeacher):
+        teacher.check(tokens)
+    return tokens
 
 
 def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
@@ -128,8 +134,10 @@ def _opened(
 
 def manifest_of(model: nn.Module, teacher: AnyTeacher, tokens: Tensor, settings: RecoverySettings) -> dict[str, Any]:
     """What the bits of the result depend on, machine and threads left out."""
+    given = settings.to_dict()
+    del given["gradient_checkpointing"]  # of memory and time alone: a run may go on with it, or without
     return flat_manifest(
-        settings.to_dict(),
+        given,
         armorfact=armorfact.__version__,
         pruned=model_fingerprint(model),
         teacher=teacher.fingerprint if isinstance(teacher, StoredTeacher) else model_fingerprint(teacher),

@@ -19,7 +19,7 @@ import armorfact
 from armorfact_hf.files import is_draft, remove, room_for, written_beside
 from armorfact_hf.model.words import POSITIONS_AT_ONCE, Speaker
 from armorfact_hf.observer import Observer, Step
-from armorfact_hf.pruning.checks import checked_tokens
+from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
 from armorfact_hf.pruning.entry import DAMAGE
 from armorfact_hf.pruning.fingerprint import model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.lock import LOCK, WRITER, lock, unlock
@@ -148,14 +148,16 @@ def store_teacher(
         observer: told of every window.
 
     Raises:
-        ValueError: tokens that are no matrix of numbers in the vocabulary, a number of words that the vocabulary does
-            not have, NaN or infinite logits. DifferentRun: the folder holds something else. InUse: another process
-            writes to it. DiskFull: in mid-run; what is finished stays.
+        ValueError: a pruned model, tokens that are no matrix of numbers in the vocabulary, a number of words that the
+            vocabulary does not have, NaN or infinite logits. DifferentRun: the folder holds something else. InUse:
+            another process writes to it. DiskFull: in mid-run; what is finished stays.
     """
     folder, observer = Path(folder), observer or Observer()
+    refuse_pruned(model)
     speaker, tokens = Speaker(model.eval()), checked_tokens(model, tokens)
     if not 1 <= likeliest <= speaker.vocabulary:
         raise ValueError(f"expected 1 to {speaker.vocabulary} likeliest words, got {likeliest}")
+    _refuse_foreign(folder)
     held = lock(folder)
     try:
         stored = _begun(folder, speaker, likeliest)
@@ -177,15 +179,20 @@ def _begun(folder: Path, speaker: Speaker, likeliest: int) -> StoredTeacher:
         "vocabulary": speaker.vocabulary,
         "armorfact": armorfact.__version__,
     }
-    for path in filter(is_draft, list(folder.iterdir())):
-        remove(path)
     if (folder / MANIFEST).exists():
         check_same(read_manifest(folder), manifest, folder)
-    elif {path.name for path in folder.iterdir()} > {LOCK, WRITER}:
-        raise DifferentRun(f"{folder} exists and holds no words of a teacher: name another, or remove it")
-    else:
+    for path in filter(is_draft, list(folder.iterdir())):
+        remove(path)
+    if not (folder / MANIFEST).exists():
         write_manifest(folder, manifest)
     return StoredTeacher(folder)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise DifferentRun if a folder without a manifest holds more than a kill at the start can have left."""
+    names = [path for path in folder.iterdir() if path.name not in (LOCK, WRITER)] if folder.exists() else []
+    if not (folder / MANIFEST).exists() and not all(map(is_draft, names)):
+        raise DifferentRun(f"{folder} exists and holds no words of a teacher: name another, or remove it")
 
 
 def _likeliest(speaker: Speaker, window: Tensor, count: int) -> Likeliest:

@@ -42,7 +42,7 @@ class MethodRow:
     """One method in the table of a text."""
 
     name: str
-    mean_loss: float
+    mean_loss: float | None
     perplexity: float
     ratio: float | None
 
@@ -124,7 +124,7 @@ def evaluation_view(record: PerplexityRecord, stored: str) -> EvaluationView:
     outcomes = {
         row.name: (row.mean_loss, row.ratio)
         for row in rows
-        if drawable(row.mean_loss) and row.ratio is not None and drawable(row.ratio)
+        if row.mean_loss is not None and row.ratio is not None and drawable(row.mean_loss) and drawable(row.ratio)
     }
     return EvaluationView(
         record=record,

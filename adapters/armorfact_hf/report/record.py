@@ -71,10 +71,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class MethodPerplexity:
-    """What the model is worth after one method, and the mean relative loss of its layers there."""
+    """What the model is worth after one method, and the mean relative loss of its layers there, where it is known."""
 
     name: str
-    mean_loss: float
+    mean_loss: float | None
     perplexity: float
 
 

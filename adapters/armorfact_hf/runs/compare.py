@@ -13,8 +13,10 @@ from armorfact_hf.data.texts import evaluation_source
 from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, perplexity_of
 from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
 from armorfact_hf.layers.stack import PRUNED
+from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
@@ -113,7 +115,7 @@ def _measured(
 ) -> _Measured:
     """The figures of one folder, whose model is gone from memory afterwards."""
     report, loaded = Report.read(folder), load_model(str(folder), device=device, log=observer.say)
-    name, loss = report.config.method, report.mean_loss()
+    name, loss = report.config.method, report.mean_loss() if report.recovery is None else None
     found = [MethodPerplexity(name, loss, perplexity_of(loaded, text, observer).perplexity) for text in evaluations]
     return _Measured(found, _scores(loaded, tasks, limit, observer))
 
@@ -202,6 +204,14 @@ def _row(folder: Path, report: Report, records: dict[str, PerplexityRecord]) -> 
     return Row(name, found, ratio, report.mean_loss(), size, report.totals.seconds)
 
 
+def _the_same_layers(loaded: Loaded, config: PruneConfig, other: PruneConfig) -> tuple[PruneConfig, Select]:
+    """Settings and a choice of layers that prune by ``other`` what ``config`` prunes: no block has to fit there."""
+    layers, _ = fitting_layers(loaded.model, config)
+    names = {layer.name for layer in layers}
+    head = other.head and any(layer.decoder_block is None for layer in layers)
+    return replace(other, head=head), lambda name, _: name in names
+
+
 def compare(
     model: str,
     out: Path,
@@ -240,7 +250,12 @@ def compare(
         loaded = load_to_prune(
             model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer, workers=workers
         )
-        prune_to_folder(loaded, folder, chosen, calibration, states=states, observer=observer, workers=workers)
+        select = None
+        if folder != out:
+            chosen, select = _the_same_layers(loaded, config, chosen)
+        prune_to_folder(
+            loaded, folder, chosen, calibration, select=select, states=states, observer=observer, workers=workers
+        )
         whole = fits_whole(loaded)
         del loaded
     if evaluations and not whole:

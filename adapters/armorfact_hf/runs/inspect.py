@@ -23,8 +23,8 @@ class HeldLayer:
         core_dtype, wrapper_dtype: of kept values and of blocks that are integers, or None.
         bytes: of its tensors. dense_bytes: of the weight they stand for, in the same dtype.
         theory: bytes of core and wrappers by the formula of docs/format.md.
-        loss, sparsegpt_loss: relative losses in the report, this one's and SparseGPT's; None where it has none. That
-            of a stack is the mean.
+        loss, sparsegpt_loss: relative losses in the report, this one's and SparseGPT's; None where it has none, and
+            the former where the factors were recovered since. That of a stack is the mean.
     """
 
     name: str
@@ -49,7 +49,9 @@ def inspect_folder(folder: Path) -> list[HeldLayer]:
     """
     description = describe_folder(folder)
     held = verify_folder(folder, description)
-    losses, method = _losses(folder), description.prune.get("method", "")
+    report = Report.read(folder) if (folder / FILE).exists() else None
+    losses = {} if report is None else {layer.name: layer.losses for layer in report.layers}
+    method = "" if report is None or report.recovery is not None else report.config.method
     return [
         HeldLayer(
             name=layer.name,
@@ -76,10 +78,6 @@ def _theory(layer: LayerFormat, dtype: torch.dtype) -> tuple[float, float]:
     (b_out, b_in), count = layer.block or (0, 0), layer.experts or 1
     scales = 0 if layer.wrapper_dtype is None else 2 * dtype.itemsize * (d_out + d_in)
     return count * core, count * (entry.itemsize * (b_out * d_out + b_in * d_in) + scales)
-
-
-def _losses(folder: Path) -> dict[str, dict[str, float]]:
-    return {layer.name: layer.losses for layer in Report.read(folder).layers} if (folder / FILE).exists() else {}
 
 
 def _mean_loss(layer: LayerFormat, losses: dict[str, dict[str, float]], method: str) -> float | None:

@@ -17,7 +17,7 @@ from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.journal import Journal, remove_leftover
 from armorfact_hf.pruning.manifest import DifferentRun, check_same
-from armorfact_hf.recovery.recover import AnyTeacher, manifest_of, recover_
+from armorfact_hf.recovery.recover import AnyTeacher, checked_request, manifest_of, recover_
 from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.recovery.stored_teacher import StoredTeacher
 from armorfact_hf.report.record import FILE, Report
@@ -68,12 +68,10 @@ def recover_to_folder(
     report = Report.read(folder)
     loaded = load_model(str(folder), device=device, log=observer.say)
     dense = _teacher(report, teacher, device, observer)
-    tokens = calibration.tokens(loaded, observer.say)
+    tokens = checked_request(loaded.model, calibration.tokens(loaded, observer.say), dense, settings)
     manifest = manifest_of(loaded.model, dense, tokens, settings)
     if out.exists():
         return _found_finished(out, loaded.tokenizer, manifest, observer)
-    if isinstance(dense, StoredTeacher):
-        dense.check(tokens)
     check_room(out, _needed(loaded.model), begun=_journal(out))
     with Journal.open(_journal(out), manifest, describe_folder(folder).pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago

@@ -7,6 +7,7 @@ from pathlib import Path
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
 from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.checks import refuse_pruned
 from armorfact_hf.recovery.likeliest import BYTES_A_WORD, BYTES_OF_REST
 from armorfact_hf.recovery.stored_teacher import StoredTeacher, missing_windows, store_teacher
 from armorfact_hf.runs.prune_to_folder import Calibration
@@ -32,11 +33,12 @@ def teach_to_folder(
         calibration: the text, all of the demo's by default. device: see `load_model`. observer: told of every window.
 
     Raises:
-        ValueError, OSError: bad arguments, too little room on disk; before the work starts. DifferentRun: ``out`` holds
-            something else. InUse: another process writes to it.
+        ValueError, OSError: bad arguments, a pruned model, too little room on disk; before the work starts.
+        DifferentRun: ``out`` holds something else. InUse: another process writes to it.
     """
     observer = observer or Observer()
     loaded = load_model(model, "bfloat16", device, observer.say)
+    refuse_pruned(loaded.model)
     tokens = calibration.tokens(loaded, observer.say)
     missing = missing_windows(out, tokens)
     check_room(out, missing * tokens.shape[1] * (likeliest * BYTES_A_WORD + BYTES_OF_REST))

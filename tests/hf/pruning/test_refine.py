@@ -170,9 +170,11 @@ def test_gradients_that_a_model_asks_for_are_asked_for_afterwards():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_block_that_passes_no_gradients_is_told():
+def test_a_block_that_passes_no_gradients_is_told_before_any_work(tmp_path):
     model = tiny_model("llama")
-    block = model.model.layers[0]
+    block = model.model.layers[1]
     block.forward = torch.no_grad()(block.forward)
     with pytest.raises(ValueError, match=r"passes no gradients .* prune with refine=None"):
-        prune_(model, random_tokens(), PruneConfig(**QUICK))
+        prune_(model, random_tokens(), PruneConfig(**QUICK), journal=tmp_path / "journal")
+    assert not (tmp_path / "journal").exists()
+    assert len(prune_(model, random_tokens(), PruneConfig(**QUICK, refine=None)).layers) == 7 * BLOCKS

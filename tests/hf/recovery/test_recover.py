@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,14 @@ def test_only_what_is_trained_changes_and_supports_never_do(train):
     for layer in pruned_layers(model).values():
         assert Pattern.parse("2:4").most_kept(layer.core.dense()) <= 2
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == asked
+
+
+def test_a_pruned_head_is_trained_with_all_others():
+    model = pruned_model(head=True)
+    before, head = tensors(model), model.get_output_embeddings()
+    report = recover(model)
+    assert report.after < 0.9 * report.before and model.get_output_embeddings() is head
+    assert {"lm_head.left", "lm_head.right", "lm_head.values"} <= changed(model, before)
 
 
 def test_a_core_without_wrappers_is_recovered_too():
@@ -270,6 +279,13 @@ def test_another_run_is_refused_and_told_what_differs(change, differing, state):
     with pytest.raises(DifferentRun, match=rf"belongs to another run \({differing}"):
         recover(**{"model": pruned_model(), **change}, state=state)
     assert {path.name: path.read_bytes() for path in state.iterdir()} == before
+
+
+def test_gradient_checkpointing_may_come_in_halfway(state):
+    through, on = pruned_model(), pruned_model()
+    report = recover(through)
+    resumed = recover(on, replace(SETTINGS, gradient_checkpointing=True), state=state)
+    assert resumed.history == report.history and not changed(on, tensors(through))
 
 
 def test_a_folder_that_is_not_ours_is_kept(tmp_path):

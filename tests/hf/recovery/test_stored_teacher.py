@@ -107,15 +107,23 @@ def test_folders_of_other_things_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="holds no words of a teacher"):
         StoredTeacher(folder)
     folder.mkdir()
-    (folder / "mine.txt").write_text("mine")
+    mine = {"mine.txt", ".draft.part", "lock"}
+    for name in mine:
+        (folder / name).write_text("mine")
     with pytest.raises(DifferentRun, match="exists and holds no words of a teacher"):
         stored(folder)
-    assert {path.name for path in folder.iterdir()} == {"mine.txt"}
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(mine, "mine")
     journal = tmp_path / "journal"
     recovered(dense_model(), state=journal)
     with pytest.raises(ValueError, match="belongs to another run"):
         StoredTeacher(journal)
     assert not StoredTeacher.found_in(journal) and not StoredTeacher.found_in("demo:smollm2")
+
+
+def test_a_pruned_model_is_no_teacher(folder):
+    with pytest.raises(ValueError, match="is pruned already"):
+        store_teacher(pruned_model(), TOKENS, folder, 4, Silent())
+    assert not folder.exists()
 
 
 def test_another_teacher_or_other_words_do_not_mix(folder):

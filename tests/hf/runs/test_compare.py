@@ -27,8 +27,9 @@ from armorfact_hf.runs import load_to_prune as choosing
 from armorfact_hf.runs import prune_to_folder as workflow
 from armorfact_hf.runs.compare import compare, evaluate_folder
 from armorfact_hf.runs.compare import rows as rows_of
+from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.prune_to_folder import Calibration
-from tests.hf.models import random_text
+from tests.hf.models import BLOCKS, random_text
 from tests.hf.observers import Silent
 from tests.hf.runs.folders import OURS, nbytes, prune, saved, silent
 
@@ -190,6 +191,13 @@ def test_a_damaged_file_of_the_cache_is_named(content, model_folder, text_file):
         perplexity_of(loaded, evaluation, Silent())
     path.unlink()
     assert perplexity_of(loaded, evaluation, Silent()) == first
+
+
+def test_one_shot_prunes_the_layers_that_blocks_fit(tmp_path, out, text_file):
+    model = saved("llama", tmp_path / "odd", intermediate_size=72)
+    compared(model, out, text_file, config=replace(OURS, block=16))
+    ours, wanda = ({layer.name for layer in inspect_folder(x)} for x in (out, out.with_name(f"{out.name}-wanda")))
+    assert ours == wanda and len(ours) == 4 * BLOCKS
 
 
 def test_an_observer_is_told_of_plans_steps_and_sentences(model_folder, text_file, out):

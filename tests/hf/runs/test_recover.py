@@ -27,9 +27,11 @@ from armorfact_hf.recovery import state
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.run import kept_aside
 from armorfact_hf.recovery.settings import RecoverySettings
+from armorfact_hf.report.page import render_html
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import recover as workflow
 from armorfact_hf.runs.compare import evaluate_folder
+from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.prune_to_folder import Calibration
 from armorfact_hf.runs.recover import recover_to_folder
 from armorfact_hf.runs.teach import teach_to_folder
@@ -92,6 +94,9 @@ def test_a_recovered_folder_is_recovered_and_measured_like_another(folder, out, 
     assert second.recovery.before == first.recovery.after >= second.recovery.after
     report = evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], observer=Silent())
     assert report.recovery == first.recovery and len(report.evaluations) == 1
+    [measured] = report.evaluations[0].methods
+    assert measured.mean_loss is None and "are those before" in render_html(report)
+    assert {layer.loss for layer in inspect_folder(out)} == {None} != {layer.loss for layer in inspect_folder(folder)}
 
 
 def test_the_same_call_again_returns_the_report_without_training(folder, out, text_file, monkeypatch):
@@ -237,6 +242,12 @@ def test_a_dense_model_that_changed_is_refused(refused, folder):
 def test_a_text_that_is_too_short_is_refused(refused, text_file):
     text_file.write_text(random_text(10))
     refused("windows of 24 tokens need 24 tokens of text, got 10")
+
+
+def test_what_cannot_be_recovered_is_refused_before_there_is_a_journal(refused, text_file, folder):
+    refused("the teacher is pruned", teacher=str(folder))
+    text_file.write_text(random_text(30))
+    refused("two windows of text or more")
 
 
 def test_a_full_disk_is_told_beforehand(refused, monkeypatch):

@@ -129,9 +129,10 @@ class InProcess:
         if config.core_dtype is None:
             return pruned
         given, done = {report.name: (layer, report) for layer, report in pruned}, {}
+        threads = threads_each([dense[name] for name in given], torch.get_num_threads())
         for chunk in chunks_of([dense[name] for name in given], self.experts_at_once):
             work = [(layer, *given[layer.name], statistics.of(layer.name), config) for layer in chunk]
-            for rounded in side_by_side(round_layer, work):
+            for rounded in side_by_side(round_layer, work, each=threads):
                 done[rounded[1].name] = rounded
             del work  # the next chunk takes its memory
         _rest(statistics)
