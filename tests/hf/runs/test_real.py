@@ -15,7 +15,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
 
 FETCHED = (cache_folder() / "models" / "smollm2").is_dir() and (cache_folder() / "text" / "gensim-enwiki.json").exists()
-TWO_BLOCKS = ("re:model\\.layers\\.(10|11)\\.",)
+OURS = PruneConfig(include=("re:model\\.layers\\.(10|11)\\.",), sweeps=5, baselines=())
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_smollm2_loses_less_than_by_sparsegpt(tmp_path):
         model, tokenizer = loaded.model, loaded.tokenizer
         tokens = cutting.windows(cutting.tokenize(demo_text.calibration_text()[:20_000], tokenizer), 512, 4)
         if method != "dense":
-            report = prune_(model, tokens, PruneConfig(method=method, include=TWO_BLOCKS, sweeps=5, baselines=()))
+            report = prune_(model, tokens, OURS if method == "armorfact" else OURS.in_one_shot(method))
             assert len(report.layers) == 14
         held_out = cutting.tokenize(demo_text.held_out_text()[:20_000], tokenizer)
         perplexity[method] = evaluate_perplexity(model, held_out, window=512, max_windows=4).value
