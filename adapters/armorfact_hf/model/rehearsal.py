@@ -66,13 +66,21 @@ def refuse_without_gradients(
 ) -> None:
     """Raise ValueError if no gradient comes from behind a decoder block to what its layers return.
 
-    Experts are left out: no module of their own is called.
+    Experts are left out, as no module of their own is called; so are blocks that another one stands in for.
     """
     reached: dict[int, bool] = {}
 
-    def note(index: int) -> Callable:
+    def begin(index: int) -> Callable:
+        def leads_back(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            reached[index] = False
+            return output.detach().requires_grad_().clone()  # a block may go on in place
+
+        return leads_back
+
+    def end(index: int) -> Callable:
         def look(_: nn.Module, __: Any, output: Any) -> None:
-            reached[index] = (output[0] if isinstance(output, tuple) else output).requires_grad
+            if index in reached:
+                reached[index] = (output[0] if isinstance(output, tuple) else output).requires_grad
 
         return look
 
@@ -80,20 +88,14 @@ def refuse_without_gradients(
         stack.enter_context(evaluating(model))
         stack.enter_context(frozen(model))
         for layer in layers:
-            if layer.decoder_block is None or layer.stack:
-                continue
-            stack.callback(layer.module.register_forward_hook(_begin_here).remove)
-            block = blocks[layer.decoder_block]
+            if layer.decoder_block is not None and not layer.stack:
+                stack.callback(layer.module.register_forward_hook(begin(layer.decoder_block)).remove)
+        for index, block in enumerate(blocks):
             stack.callback(block.register_forward_pre_hook(_cut_off, with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(note(layer.decoder_block)).remove)
+            stack.callback(block.register_forward_hook(end(index)).remove)
         _run(model, tokens[:1, :TOKENS])
     if not all(reached.values()):
         raise ValueError(NO_WAY_BACK)
-
-
-def _begin_here(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-    """What a layer returns, as what gradients lead back to; a block may go on in place."""
-    return output.detach().requires_grad_().clone()
 
 
 def _cut_off(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
