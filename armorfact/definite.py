@@ -10,9 +10,17 @@ from armorfact.gram import DiagonalGram, Gram
 Array = Any
 
 
+FINE = 0.01  # where roundings are too fine to matter, all of them may go one way
+
+
 def rounding_of(given: Array, converted: Array) -> float:
-    """How far rounding may have moved an eigenvalue of H, scaled to unit diagonal."""
-    return 10 * max(arrays.epsilon(given), arrays.epsilon(converted)) * converted.shape[-1]
+    """How far rounding may have moved an eigenvalue of H, scaled to unit diagonal.
+
+    The norm of a matrix of d x d roundings is at most d of them, and about the root of d where they are independent; in
+    16 bits the former would let anything pass.
+    """
+    size, one = converted.shape[-1], 10 * max(arrays.epsilon(given), arrays.epsilon(converted))
+    return min(one * size, max(one * size**0.5, FINE))
 
 
 def unit_scale(matrix: Array) -> tuple[Array, Array]:

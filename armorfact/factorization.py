@@ -11,9 +11,8 @@ import numpy as np
 from armorfact import arrays, driver, sizes, validate
 from armorfact.driver import Budget, Progress
 from armorfact.gauge import canonical
-from armorfact.gram import FullGram
-from armorfact.initial import METHODS
-from armorfact.initial.sparsegpt import prune, within_range
+from armorfact.initial import CHECKED, METHODS
+from armorfact.initial.sparsegpt import within_range
 from armorfact.objective import Objective
 from armorfact.packed import Core
 from armorfact.pattern import Pattern
@@ -121,15 +120,18 @@ def _start(init: Any, stated: Statement) -> tuple[Factors, Notes]:
     """The starting factors of the scaled W, and what the status has to say about them."""
     weight, gram, problem, objective = stated.weight, stated.gram, stated.problem, stated.objective
     if isinstance(init, Result):
-        return objective.units.into(init.factors.astype(weight.dtype)), ()
+        given = objective.units.into(init.factors.detached().astype(weight.dtype))
+        if not given.finite():
+            raise ValueError("the warm start and W are too far apart in size for one scale: scale one of them")
+        return given, ()
     if not isinstance(init, str):
         xp = arrays.namespace(weight)
         return problem.identity_wrapped(xp.where(init, weight, xp.zeros_like(weight))), ()
+    pruned = CHECKED[init](weight, gram, problem.pattern)
     if init != "sparsegpt":
-        array = gram.matrix if isinstance(gram, FullGram) else gram.diagonal
-        return problem.identity_wrapped(METHODS[init](weight, array, pattern=problem.pattern)), ()
+        return problem.identity_wrapped(pruned), ()
     home = objective.units.weight, objective.weight.dtype
-    core, rows = within_range(prune(weight, gram, problem.pattern), weight, gram, problem.pattern, home)
+    core, rows = within_range(pruned, weight, gram, problem.pattern, home)
     note = f"{rows} rows that SparseGPT takes out of the range of {home[1]} start from Wanda's choice"
     return problem.identity_wrapped(core), (note,) if rows else ()
 

@@ -131,7 +131,12 @@ class Core:
         return xp.reshape(dense, (rows, self.columns))
 
     def apply(self, x: Array, rows_at_once: int = 1024) -> Array:
-        """``x @ C'`` for x (..., d_in), unpacking a panel of rows at a time."""
+        """``x @ C'`` for x (..., d_in), unpacking a panel of rows at a time.
+
+        Raises:
+            TypeError: x is not floating. ValueError: it has another number of columns.
+        """
+        arrays.check_operand(x, self.columns)
         xp = arrays.namespace(x, self.values)
         outputs = []
         for lo in range(0, self.shape[0], rows_at_once):

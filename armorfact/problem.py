@@ -42,6 +42,10 @@ class Factors:
         """The same factors rounded to ``dtype``."""
         return Factors(*(arrays.rounded(x, dtype) for x in (self.left, self.core, self.right)))
 
+    def detached(self) -> Factors:
+        """The same factors without autograd history."""
+        return Factors(*map(arrays.detached, (self.left, self.core, self.right)))
+
     def finite(self) -> bool:
         """Whether all entries are finite."""
         return all(map(arrays.all_finite, (self.left, self.core, self.right)))

@@ -61,11 +61,11 @@ def quantize_core(
         >>> import numpy as np
         >>> from armorfact import factorize
         >>> rng = np.random.default_rng(0)
-        >>> weight, inputs = rng.standard_normal((8, 16)), rng.standard_normal((16, 100))
-        >>> result = factorize(weight, inputs @ inputs.T, block=(4, 8), max_sweeps=10)
+        >>> weight, inputs = rng.standard_normal((32, 64)), rng.standard_normal((64, 256))
+        >>> result = factorize(weight, inputs @ inputs.T, block=8)
         >>> rounded = quantize_core(result, weight, inputs @ inputs.T)
         >>> rounded.core.values.dtype, result.core.nbytes, rounded.core.nbytes
-        (dtype('int8'), 528, 80)
+        (dtype('int8'), 8448, 1280)
         >>> rounded.loss <= rounded.initial_loss < 1.05 * result.loss
         True
     """
@@ -82,6 +82,8 @@ def quantize_core(
     # What overflows is not finite, and what is not finite is never accepted.
     with np.errstate(over="ignore", invalid="ignore"):
         given = _into(objective, Factors(left.blocks, core.dense(dtype), right.blocks))
+        if not given.finite():
+            raise ValueError(f"the factorization leaves the range of {dtype} at the size of W: scale one of them")
         start, initial_loss = _start(stated, core, given, dtype)
         run = driver.run(solver, stated.problem, start.factors, budget, 0, callback, objective.units.loss)
         before, after = (_stored(objective, factors, dtype) for factors in (start.factors, run.factors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,25 +37,29 @@ class BlockDiagonal:
     @property
     def dtype(self) -> Any:
         """Of the scales, or of the blocks where there are none."""
-        return (self.blocks if self.rows is None else self.rows).dtype
+        return next(held for held in (self.rows, self.columns, self.blocks) if held is not None).dtype
 
     def scaled(self, dtype: Any = None) -> Array:
         """(count, size, size) with the scales multiplied in, in `dtype` if none is given."""
-        if dtype is None and self.rows is None:
-            return self.blocks
-        xp = arrays.namespace(self.blocks)
-        found = xp.astype(self.blocks, self.dtype if dtype is None else dtype, copy=False)
-        if self.rows is None or self.columns is None:
-            return found
-        rows, columns = (xp.astype(scale, found.dtype, copy=False) for scale in (self.rows, self.columns))
-        return found * rows[..., :, None] * columns[..., None, :]
+        xp, dtype = arrays.namespace(self.blocks), self.dtype if dtype is None else dtype
+        found = xp.astype(self.blocks, dtype, copy=False)
+        if self.rows is not None:
+            found = found * xp.astype(self.rows, dtype, copy=False)[..., :, None]
+        if self.columns is not None:
+            found = found * xp.astype(self.columns, dtype, copy=False)[..., None, :]
+        return found
 
     def dense(self) -> Array:
         """The matrix with its zeros, for inspection."""
         return blocks.dense(self.scaled())
 
     def apply(self, x: Array) -> Array:
-        """``x @ self.dense().T`` for x (..., count * size)."""
+        """``x @ self.dense().T`` for x (..., count * size).
+
+        Raises:
+            TypeError: x is not floating. ValueError: it has another number of columns.
+        """
+        arrays.check_operand(x, self.shape[1])
         xp = arrays.namespace(x, self.blocks)
         flat = xp.reshape(x, (-1, x.shape[-1]))
         product = blocks.right_product(flat, arrays.transpose(self.scaled()))
@@ -102,15 +107,21 @@ class Result:
 
     @property
     def relative_loss(self) -> float:
-        """The loss over that of the zero matrix; 0 where both vanish."""
-        return self.loss / self.weight_loss if self.weight_loss else 0.0
+        """The loss over that of the zero matrix; 0 where both vanish, infinite where that alone does."""
+        if not self.weight_loss:
+            return math.inf if self.loss else 0.0
+        return self.loss / self.weight_loss
 
     def dense(self) -> Array:
         """A C B, (d_out, d_in)."""
         return self.factors.dense()
 
     def apply(self, x: Array) -> Array:
-        """``x @ (A C B)'`` for x (..., d_in), as three thin products; A C B is never formed."""
+        """``x @ (A C B)'`` for x (..., d_in), as three thin products; A C B is never formed.
+
+        Raises:
+            TypeError: x is not floating. ValueError: it has another number of columns.
+        """
         return self.left.apply(self.core.apply(self.right.apply(x)))
 
     @property

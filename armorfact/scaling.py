@@ -38,7 +38,7 @@ class Scaling:
         if output_gram is not None and output_gram.ndim == 3:
             root = arrays.transpose(arrays.namespace(output_gram).linalg.cholesky(output_gram))
         elif output_gram is not None:
-            rooted = arrays.namespace(weight).astype(output_gram, weight.dtype) ** -0.5
+            rooted = arrays.namespace(weight).astype(output_gram**-0.5, weight.dtype)
             row = rooted if row is None else row * rooted
         return cls(row, column, root)
 

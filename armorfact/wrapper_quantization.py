@@ -51,11 +51,11 @@ def quantize_wrappers(
         >>> import numpy as np
         >>> from armorfact import factorize, quantize_core
         >>> rng = np.random.default_rng(0)
-        >>> weight, inputs = rng.standard_normal((16, 32)), rng.standard_normal((32, 200))
+        >>> weight, inputs = rng.standard_normal((32, 64)), rng.standard_normal((64, 256))
         >>> result = quantize_core(factorize(weight, inputs @ inputs.T, block=8), weight, inputs @ inputs.T)
         >>> rounded = quantize_wrappers(result, weight, inputs @ inputs.T)
         >>> rounded.left.blocks.dtype, rounded.left.rows.shape, result.nbytes, rounded.nbytes
-        (dtype('int8'), (2, 8), 3392, 1472)
+        (dtype('int8'), (4, 8), 7424, 3584)
         >>> rounded.loss <= rounded.initial_loss and rounded.loss < 1.02 * result.loss
         True
     """

@@ -97,6 +97,8 @@ CASES = {
     "a pattern of many supports": ((WEIGHT,), {"pattern": "8:16"}, ValueError, "more than the 100 supports"),
     "a huge pattern": ((WEIGHT,), {"pattern": "5000000:10000000"}, ValueError, "more than the 100 supports"),
     "a pattern of endless digits": ((WEIGHT,), {"pattern": "1:" + "9" * 5000}, ValueError, "must look like"),
+    "more than 64 bits": ((WEIGHT.astype(np.longdouble),), {}, TypeError, "64 bits or fewer"),
+    "half of a gram in 16 bits": ((WEIGHT, np.triu(GRAM + 0.5).astype(np.float16)), {}, ValueError, "not symmetric"),
     "negative time": ((WEIGHT,), {"time_limit": -1.0}, ValueError, "must not be negative"),
 }
 
@@ -122,6 +124,39 @@ def test_integers_of_numpy_are_integers():
     assert Pattern(np.int64(2), np.int64(4)) == Pattern(2, 4)
     with pytest.raises(TypeError, match="integer"):
         Pattern(2.0, 4)
+
+
+@pytest.mark.parametrize("init", ["sparsegpt", "wanda", "nowag", "magnitude"])
+def test_every_initialization_takes_a_gram_matrix_that_16_bits_rounded_unevenly(init):
+    gram = (GRAM + 0.5).astype(np.float16)
+    gram[0, 1] = np.nextafter(gram[0, 1], np.float16(np.inf))
+    result = factorize(WEIGHT.astype(np.float16), gram, block=4, init=init, max_sweeps=1)
+    assert result.loss <= result.initial_loss
+
+
+def test_an_indefinite_matrix_is_refused_in_16_bits_too():
+    signs = np.random.default_rng(0).choice([-0.6, 0.6], (256, 256))
+    matrix = np.triu(signs, 1) + np.triu(signs, 1).T + np.eye(256)
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with pytest.raises(ValueError, match="not positive semidefinite"):
+        factorize(weight, torch.from_numpy(matrix).bfloat16(), block=4)
+
+
+def test_another_order_of_bytes_is_read():
+    here, there = (factorize(WEIGHT.astype(f"{order}f8"), GRAM, block=4, max_sweeps=2) for order in "<>")
+    assert here.loss == there.loss and there.left.blocks.dtype.isnative
+
+
+def test_a_warm_start_of_another_size_altogether_is_refused():
+    far = factorize((WEIGHT * 1e30).astype(np.float32), None, block=4, max_sweeps=1)
+    with pytest.raises(ValueError, match="too far apart in size"):
+        factorize((WEIGHT * 1e-30).astype(np.float32), None, block=4, init=far)
+
+
+def test_factors_that_are_trained_start_warm():
+    first = factorize(torch.from_numpy(WEIGHT), None, block=4, max_sweeps=1)
+    trained = replace(first, left=replace(first.left, blocks=torch.nn.Parameter(first.left.blocks)))
+    assert factorize(torch.from_numpy(WEIGHT), None, block=4, init=trained, max_sweeps=1).loss <= first.loss
 
 
 def test_a_warm_start_of_another_shape_is_refused():

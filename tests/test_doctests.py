@@ -9,7 +9,7 @@ import pytest
 import armorfact
 
 
-@pytest.mark.parametrize("name", ["factorize", "Core", "Status", "auto_block"])
+@pytest.mark.parametrize("name", ["factorize", "quantize_core", "quantize_wrappers", "Core", "Status", "auto_block"])
 def test_the_example_is_true(name):
     shown = getattr(armorfact, name)
     module = __import__(shown.__module__, fromlist=["_"])

@@ -308,3 +308,18 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_loss_over_none_is_infinite():
+    weight, kept = np.array([[1.0, -1.0, 0.0, 0.0]]), np.array([[True, False, False, False]])
+    result = factorize(weight, np.ones((4, 4)), block=(1, 4), init=kept, max_sweeps=0)
+    assert result.loss > 0 == result.weight_loss and result.relative_loss == np.inf
+
+
+@pytest.mark.parametrize("solver", ["exact", "gradient"])
+def test_row_weights_may_lie_far_apart(solver):
+    rng = np.random.default_rng(0)
+    weight, inputs = rng.standard_normal((8, 16)).astype(np.float32), rng.standard_normal((16, 50))
+    importance = np.geomspace(1, 1e50, 8)
+    result = factorize(weight, inputs @ inputs.T, block=4, row_weight=importance, solver=solver, max_sweeps=3)
+    assert result.loss <= result.initial_loss < np.inf

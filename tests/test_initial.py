@@ -89,3 +89,9 @@ def test_the_methods_are_one_table_with_one_signature():
     for name, method in METHODS.items():
         assert method.__name__ == name
         assert Pattern(1, 4).most_kept(method(weight, gram, pattern="1:4")) == 1
+
+
+@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
+def test_damping_is_a_finite_number(damping):
+    with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
+        sparsegpt(np.ones((4, 4)), None, damping=damping)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armorfact import Core, Pattern, arrays
+from armorfact import BlockDiagonal, Core, Pattern, arrays
 from armorfact.packed import pack_positions, unpack_positions
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8"]
@@ -66,3 +66,23 @@ def test_patterns_that_make_no_sense_are_refused(text):
 
 def test_ties_keep_the_left_most():
     np.testing.assert_array_equal(Pattern(2, 4).top_mask(np.ones((1, 4))), [[True, True, False, False]])
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_one_scale_alone_counts(side):
+    scale = np.arange(1.0, 5.0).reshape(2, 2)
+    plain, scaled = BlockDiagonal(np.ones((2, 2, 2))), BlockDiagonal(np.ones((2, 2, 2), np.int8), **{side: scale})
+    factor = np.diag(scale.ravel())
+    expected = factor @ plain.dense() if side == "rows" else plain.dense() @ factor
+    np.testing.assert_array_equal(scaled.dense(), expected)
+    np.testing.assert_array_equal(scaled.apply(np.eye(4)), expected.T)
+
+
+@pytest.mark.parametrize(
+    "matrix", [BlockDiagonal(np.ones((1, 4, 4))), Core.from_dense(np.array([[0.5, 0, 0, 0.25]]), Pattern(2, 4))]
+)
+def test_a_product_with_what_does_not_fit_is_refused(matrix):
+    with pytest.raises(TypeError, match="x must have a real floating dtype, got int64"):
+        matrix.apply(np.eye(4, dtype=np.int64))
+    with pytest.raises(ValueError, match=r"x must have 4 columns, got shape \(2, 8\)"):
+        matrix.apply(np.ones((2, 8)))

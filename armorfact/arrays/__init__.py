@@ -63,6 +63,21 @@ def detached(array: Array) -> Array:
     return array.detach() if array_api_compat.is_torch_array(array) else array
 
 
+def native(array: Array) -> Array:
+    """The array in this machine's order of bytes (NumPy); others pass through."""
+    if array_api_compat.is_numpy_array(array) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
+def check_operand(x: Array, columns: int) -> None:
+    """Raise TypeError unless x is floating, and ValueError unless it has so many columns."""
+    if not namespace(x).isdtype(x.dtype, "real floating"):
+        raise TypeError(f"x must have a real floating dtype, got {x.dtype}: convert it")
+    if not x.ndim or x.shape[-1] != columns:
+        raise ValueError(f"x must have {columns} columns, got shape {tuple(x.shape)}")
+
+
 def shares_memory_with_numpy(array: Array) -> bool:
     """Whether `as_numpy` is free: NumPy itself, and Torch on the CPU."""
     if array_api_compat.is_numpy_array(array):

@@ -10,8 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from armorfact.initial.magnitude import magnitude
+from armorfact.initial.magnitude import prune as by_magnitude
 from armorfact.initial.nowag import nowag
+from armorfact.initial.nowag import prune as by_nowag
+from armorfact.initial.sparsegpt import prune as by_sparsegpt
 from armorfact.initial.sparsegpt import sparsegpt
+from armorfact.initial.wanda import prune as by_wanda
 from armorfact.initial.wanda import wanda
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -21,4 +25,12 @@ METHODS: dict[str, Callable[..., Any]] = {
     "magnitude": magnitude,
 }
 
-__all__ = ["METHODS", "magnitude", "nowag", "sparsegpt", "wanda"]
+# The same on arguments that were checked, in one working dtype: ``prune(weight, gram, pattern)``.
+CHECKED: dict[str, Callable[..., Any]] = {
+    "sparsegpt": by_sparsegpt,
+    "wanda": by_wanda,
+    "nowag": by_nowag,
+    "magnitude": by_magnitude,
+}
+
+__all__ = ["CHECKED", "METHODS", "magnitude", "nowag", "sparsegpt", "wanda"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from armorfact import validate
+from armorfact.gram import Gram
 from armorfact.initial.masked import keep_largest
 from armorfact.pattern import Pattern
 
@@ -30,3 +31,8 @@ def magnitude(weight: Array, XXt: Array | None = None, *, pattern: str | Pattern
     pattern = Pattern.parse(pattern)
     weight = validate.weight(weight, pattern)
     return keep_largest(weight, abs(validate.working(weight)), pattern)
+
+
+def prune(weight: Array, gram: Gram, pattern: Pattern) -> Array:
+    """`magnitude` on checked arguments."""
+    return keep_largest(weight, abs(weight), pattern)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from armorfact import arrays, validate
+from armorfact.gram import Gram
 from armorfact.initial.masked import keep_largest
 from armorfact.pattern import Pattern
 
@@ -49,5 +50,14 @@ def nowag(weight: Array, XXt: Array | None, *, pattern: str | Pattern = "2:4") -
     pattern = Pattern.parse(pattern)
     weight = validate.weight(weight, pattern)
     gram, _ = validate.gram(XXt, weight)
-    normalized = normalize(validate.scaled(weight)[0]).normalized
-    return keep_largest(weight, normalized**2 * gram.diagonal, pattern)
+    return keep_largest(weight, score(validate.scaled(weight)[0], gram), pattern)
+
+
+def prune(weight: Array, gram: Gram, pattern: Pattern) -> Array:
+    """`nowag` on checked arguments of one working dtype."""
+    return keep_largest(weight, score(weight, gram), pattern)
+
+
+def score(weight: Array, gram: Gram) -> Array:
+    """The squares of the normalized weight times ||X_j||^2, (d_out, d_in)."""
+    return normalize(weight).normalized ** 2 * gram.diagonal

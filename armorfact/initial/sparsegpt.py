@@ -60,6 +60,8 @@ def sparsegpt(
         TypeError, ValueError: as `armorfact.factorize`.
     """
     pattern = Pattern.parse(pattern)
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping must be a finite number >= 0, got {damping}")
     weight = validate.weight(weight, pattern)
     gram, _ = validate.gram(XXt, weight)
     scaled, exponent = validate.scaled(weight)

@@ -34,6 +34,11 @@ def wanda(weight: Array, XXt: Array | None, *, pattern: str | Pattern = "2:4") -
     return keep_largest(weight, score(validate.scaled(weight)[0], gram), pattern)
 
 
+def prune(weight: Array, gram: Gram, pattern: Pattern) -> Array:
+    """`wanda` on checked arguments of one working dtype."""
+    return keep_largest(weight, score(weight, gram), pattern)
+
+
 def score(weight: Array, gram: Gram) -> Array:
     """|W_ij| ||X_j||, (d_out, d_in)."""
     return abs(weight) * gram.diagonal**0.5

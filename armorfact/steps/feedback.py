@@ -36,13 +36,17 @@ def round_rows(blocks: Array, gram: Array, dtype: Any) -> BlockDiagonal:
     """
     xp = arrays.namespace(blocks)
     gram = damped(gram)
+    gram = (gram + arrays.transpose(gram)) / 2  # a product of two different factors; its inverse would blow this up
     costs = xp.linalg.diagonal(gram) ** 0.5
     gram = gram / (costs[..., :, None] * costs[..., None, :])
     blocks = arrays.float64(blocks) * costs[..., None, :]  # where the errors of all columns cost the same
     rows, columns = equilibrated(xp.abs(blocks))
     rows, columns = _stored(rows / LARGEST, columns / costs, dtype)
     step = arrays.float64(rows)[..., :, None] * (arrays.float64(columns) * costs)[..., None, :]
-    near, fed = _whole(blocks / step), _with_feedback(blocks, gram, step)
+    near = _whole(blocks / step)
+    fed = _with_feedback(blocks, gram, step)
+    if fed is None:
+        return BlockDiagonal(xp.astype(near, xp.int8), rows, columns)
     better = _errors(blocks - fed * step, gram) < _errors(blocks - near * step, gram)
     whole = xp.where(better[..., None], fed, near)
     return BlockDiagonal(xp.astype(whole, xp.int8), rows, columns)
@@ -86,8 +90,8 @@ def _errors(error: Array, gram: Array) -> Array:
     return arrays.namespace(error).sum(error @ gram * error, axis=-1)
 
 
-def _with_feedback(blocks: Array, gram: Array, step: Array) -> Array:
-    """Whole numbers by columns from left to right.
+def _with_feedback(blocks: Array, gram: Array, step: Array) -> Array | None:
+    """Whole numbers by columns from left to right; None where no factor of D^-1 can be had.
 
     With U'U = D^-1, U upper triangular, an error e in column k is made up for best by moving the columns after it by
     -e U_kj / U_kk. Rounding may have left D indefinite, which a little of the identity mends.
@@ -97,7 +101,10 @@ def _with_feedback(blocks: Array, gram: Array, step: Array) -> Array:
     """
     xp = arrays.namespace(blocks)
     eye = xp.eye(gram.shape[-1], dtype=gram.dtype, device=arrays.device(gram))
-    upper = arrays.transpose(xp.linalg.cholesky(xp.linalg.inv(gram + MENDING * eye)))
+    lower = arrays.cholesky(xp.linalg.inv(gram + MENDING * eye))
+    if lower is None:
+        return None
+    upper = arrays.transpose(lower)
     free, whole = xp.asarray(blocks, copy=True), xp.empty_like(blocks)
     for k in range(blocks.shape[-1]):
         whole[:, :, k] = _whole(free[:, :, k] / step[:, :, k])

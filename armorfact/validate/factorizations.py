@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from armorfact import arrays
 from armorfact.packed import Core
 from armorfact.result import BlockDiagonal, Result
 from armorfact.validate.weights import finite, floating, same_home
@@ -25,6 +27,7 @@ def factorization(value: Any) -> tuple[BlockDiagonal, Core, BlockDiagonal]:
             f"got {type(value).__name__}"
         )
     left, core, right = parts
+    core = replace(core, values=arrays.detached(core.values))
     left, right = (BlockDiagonal(floating(side.scaled(), name)) for side, name in ((left, "left"), (right, "right")))
     shape = left.shape[0], right.shape[0]
     if shape != core.shape:

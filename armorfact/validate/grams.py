@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from armorfact import arrays
-from armorfact.definite import rounding_of, unit_scale
+from armorfact.definite import FINE, rounding_of, unit_scale
 from armorfact.gram import DiagonalGram, FullGram, Gram
 from armorfact.validate.weights import finite, floating, same_home, working_dtype
 
@@ -49,7 +49,8 @@ def gram(value: Any, weight: Array) -> tuple[Gram, int]:
     converted, exponent = _scaled_square(array, dtype)
     if converted.ndim == 1:
         return DiagonalGram(converted), exponent
-    _symmetric(converted, rounding_of(array, converted))
+    of_an_entry = 10 * max(arrays.epsilon(array), arrays.epsilon(converted))
+    _symmetric(converted, min(rounding_of(array, converted), max(of_an_entry, FINE)))
     return FullGram(converted), exponent
 
 

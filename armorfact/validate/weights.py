@@ -37,7 +37,9 @@ def floating(value: Any, name: str) -> Array:
     xp = arrays.namespace(value)
     if not xp.isdtype(value.dtype, "real floating"):
         raise TypeError(f"{name} must have a real floating dtype, got {value.dtype}; convert it to float32")
-    return arrays.detached(value)
+    if xp.finfo(value.dtype).bits > 64:
+        raise TypeError(f"{name} must have 64 bits or fewer a number, got {value.dtype}; convert it to float64")
+    return arrays.native(arrays.detached(value))
 
 
 def finite(array: Array, name: str) -> None:
