@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from armorfact_hf.checkpoint.config_file import CONFIG, read_config
 from armorfact_hf.checkpoint.description import Description, NotPruned
+from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.checkpoint.shards import shards
 from armorfact_hf.model.causal_lm import CausalLM
 
@@ -85,9 +86,14 @@ def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | Non
     folder = local_folder(folder)
     describe_folder(folder)
     shards(folder)  # names files that its index lists and that are not there
-    with _damage_told(folder):
+    with _damage_told(folder), foreign_code_told(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     model, found = loaded
     wrong = {
@@ -98,7 +104,25 @@ def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | Non
     for what, names in wrong.items():
         if names:
             raise ValueError(f"{folder} {what}: {', '.join(sorted(names)[:5])} ({len(names)} in all)")
-    return model if device is None else model.to(device)
+    return model if device is None else use_measured_(model.to(device), folder)
+
+
+@contextmanager
+def foreign_code_told(name: Path | str) -> Iterator[None]:
+    """What transformers says of a model that brings code of its own, which is not run, becomes a sentence.
+
+    Raises:
+        ValueError: that sentence.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} brings code of its own, and armorfact runs none of a checkpoint: take a model whose class is in "
+            "transformers, or load it yourself and call `prune_`"
+        ) from error
 
 
 @contextmanager

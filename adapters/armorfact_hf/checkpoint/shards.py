@@ -8,17 +8,22 @@ from typing import Any
 
 from armorfact_hf.checkpoint.contents import AGAIN
 
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, those that its index lists if it has one.
+    """The safetensors files of a folder: the one of a whole model, or those that its index lists if it has one.
+
+    A whole model is saved over a cut one without the old index being taken away; transformers reads the former.
 
     Raises:
         ValueError: no file, one of the index is missing or outside of the folder, a damaged index.
     """
     index = folder / INDEX
-    if index.exists():
+    if (folder / WHOLE).is_file():
+        names = [WHOLE]
+    elif index.exists():
         names = sorted(set(weight_map(index).values()))
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))

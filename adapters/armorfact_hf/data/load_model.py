@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from armorfact_hf.checkpoint.config_file import CONFIG
 from armorfact_hf.checkpoint.description import NotPruned
-from armorfact_hf.checkpoint.folder import describe_folder, load_pruned, local_folder, stored_tensors
+from armorfact_hf.checkpoint.folder import describe_folder, foreign_code_told, load_pruned, local_folder, stored_tensors
 from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
 from armorfact_hf.data.open_on_disk import open_on_disk
 from armorfact_hf.data.origin import DEMO
@@ -24,7 +24,7 @@ from armorfact_hf.pruning.fingerprint import disk_fingerprint, model_fingerprint
 
 Log = Callable[[str], None]
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     where = _folder_or_hub_name(name, log)
     if Path(where).is_dir():
         check_files(Path(where))
-    model = _model(where, dtype)
+    model = _model(where, dtype, place)
     # A folder is remembered by its whole path, so that it is found again from elsewhere.
     known_as = name if name.startswith(DEMO) else where
-    return Loaded(known_as, model.to(place).eval(), _tokenizer(where))
+    return Loaded(known_as, model.eval(), _tokenizer(where))
 
 
 def open_model(name: str, dtype: str = "auto", device: str | None = None, log: Log = print) -> Loaded:
@@ -158,21 +158,26 @@ def check_files(folder: Path) -> None:
         pass
 
 
-def _model(where: str, dtype: str) -> nn.Module:
+def _model(where: str, dtype: str, place: torch.device) -> nn.Module:
     try:
         config = cached_file(where, CONFIG)  # in the folder, or where the hub's files are kept
         try:
             describe_folder(Path(config).parent if config else Path(where))
         except NotPruned:
-            return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True)
+            with foreign_code_told(where):
+                model: nn.Module = AutoModelForCausalLM.from_pretrained(
+                    where, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                )
+                return model.to(place)
     except OSError as error:
         raise ValueError(f"cannot load the model {where!r}: {error}") from error
-    return load_pruned(where, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    return load_pruned(where, place, None if dtype == "auto" else getattr(torch, dtype))
 
 
 def _tokenizer(where: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(where)
+        with foreign_code_told(where):
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{where} has no tokenizer that transformers can load: put its files there, with the tokenizer's "

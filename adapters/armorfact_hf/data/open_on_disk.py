@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 from transformers.core_model_loading import build_glob_alternation
 
+from armorfact_hf.checkpoint.folder import foreign_code_told
 from armorfact_hf.data.stored_tensors import FolderFiles, StoredTensors, made_tensors
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.causal_lm import CausalLM
@@ -38,7 +39,8 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
         ValueError: a file or a tensor is missing or damaged.
     """
     files = FolderFiles.of(folder)
-    empty = _empty(folder)
+    with foreign_code_told(folder):
+        empty = _empty(folder)
     made = made_tensors(empty, files)
     StoredTensors.of(empty, files, made)  # names what is missing, before anything is read
     prefix, _ = decoder_blocks(empty)
@@ -48,6 +50,7 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
+            trust_remote_code=False,
             device_map=_places(empty, prefix, head, made, device),
         )
     _keep_dtypes_(model)
@@ -68,7 +71,7 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
 
 def _empty(folder: Path) -> CausalLM:
     """The model on the meta device, as its config has it."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise NotStreamable(f"{folder} holds quantized weights: {IN_MEMORY}, or take the ones they were made of")
     with torch.device("meta"):

@@ -15,10 +15,10 @@ import armorfact
 from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.data.texts import Text, evaluation_source, tokens_of
 from armorfact_hf.data.wheels import cache_folder
-from armorfact_hf.evaluation.perplexity import evaluate_perplexity
+from armorfact_hf.evaluation.perplexity import evaluate_perplexity, starts_of
 from armorfact_hf.files import written_beside
 from armorfact_hf.observer import Observer, Step
-from armorfact_hf.pruning.fingerprint import tokens_fingerprint
+from armorfact_hf.pruning.fingerprint import config_fingerprint, tokens_fingerprint
 from armorfact_hf.typed_json import from_json, to_json
 
 
@@ -61,6 +61,17 @@ class MeasuredPerplexity:
     perplexity: float
 
 
+def check_text(loaded: Loaded, evaluation: Evaluation) -> None:
+    """Make sure that a text can be measured on.
+
+    Raises:
+        ValueError: no such text, too little of it, or a window or stride that cannot be.
+    """
+    tokens = tokens_of(evaluation_source(evaluation.text, lambda _: None), loaded)
+    length = loaded.window(evaluation.length) - (loaded.bos is not None)
+    starts_of(torch.from_numpy(tokens), length, evaluation.stride, evaluation.windows)
+
+
 def perplexity_of(loaded: Loaded, evaluation: Evaluation, observer: Observer | None = None) -> MeasuredPerplexity:
     """The perplexity of a model on a text; measured once, then read from the cache folder.
 
@@ -79,6 +90,7 @@ def perplexity_of(loaded: Loaded, evaluation: Evaluation, observer: Observer | N
         "bos": loaded.bos,
         "windows": evaluation.windows,
         "model": loaded.fingerprint,
+        "config": config_fingerprint(loaded.model),
         "versions": [armorfact.__version__, transformers.__version__, torch.__version__],
     }
     return _remembered(key, lambda: _measured(loaded, text, tokens, evaluation, observer))

@@ -71,7 +71,7 @@ def evaluate_perplexity(
     text = torch.as_tensor(tokens)
     length = window - (bos is not None)
     stride = length if stride is None else stride
-    starts = _starts(text, length, stride, max_windows)
+    starts = starts_of(text, length, stride, max_windows)
     model.eval()
     total, scored = 0.0, 0
     end = 0
@@ -86,7 +86,16 @@ def evaluate_perplexity(
     return Perplexity(_exp(total / scored), scored, window, stride, bos)
 
 
-def _starts(text: Tensor, length: int, stride: int, max_windows: int | None) -> list[int]:
+def starts_of(text: Tensor, length: int, stride: int | None, max_windows: int | None) -> list[int]:
+    """Where the windows of a text begin.
+
+    Args:
+        length: of a window, a bos not counted. stride, max_windows: as of `evaluate_perplexity`.
+
+    Raises:
+        ValueError: no such windows, or too little text.
+    """
+    stride = length if stride is None else stride
     if text.ndim != 1 or text.is_floating_point():
         raise ValueError(f"expected a vector of token numbers, got shape {tuple(text.shape)} of {text.dtype}")
     if length < 2 or not 1 <= stride <= length or (max_windows is not None and max_windows < 1):

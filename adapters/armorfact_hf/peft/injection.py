@@ -1,4 +1,4 @@
-"""Makes PEFT's LoRA know pruned layers: importing this module changes `LoraModel.inject_adapter`, once.
+"""Makes PEFT's LoRA know pruned layers: importing this module changes methods of `LoraModel`, once.
 
 PEFT has a registration for layers of other packages, but on one `LoraConfig`; those that it reads from a saved adapter
 are made where nobody can register anything. So it is done as an adapter is put into a model, for models that hold
@@ -7,7 +7,9 @@ pruned layers only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 from peft.tuners.lora import LoraConfig, LoraModel  # not from peft itself, which is being imported at this moment
@@ -48,4 +50,22 @@ def linear_names(model: nn.Module) -> set[str]:
     return {name for name, module in held.items() if isinstance(module, LINEAR) and module is not head}
 
 
+def _refusing_first(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that merges adapters, which asks the pruned layers before it changes the first of the others."""
+    parameters = signature(method)
+
+    @wraps(method)
+    def merging(self: LoraModel, *given: Any, **more: Any) -> Any:
+        asked = parameters.bind(self, *given, **more).arguments
+        if asked.get("merge", True):
+            for module in self.model.modules():
+                if isinstance(module, FactorizedLora):
+                    module.merge(adapter_names=asked.get("adapter_names"))
+        return method(self, *given, **more)
+
+    return merging
+
+
 LoraModel.inject_adapter = _inject_adapter
+LoraModel.merge_adapter = _refusing_first(LoraModel.merge_adapter)
+LoraModel._unload_and_optionally_merge = _refusing_first(LoraModel._unload_and_optionally_merge)

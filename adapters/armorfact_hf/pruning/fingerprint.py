@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from armorfact_hf.checkpoint.description import digests, tensor_digest
 from armorfact_hf.files import written_beside
+from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.typed_json import from_json, to_json
 
+# Of a config: where it comes from, and what the tensors say themselves.
+OF_NO_ACCOUNT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 PORTION = 1 << 24  # numbers that are looked at together: PyTorch makes copies to tell whether they are any
 
 
@@ -33,6 +36,13 @@ def fingerprint_of(tensors: Mapping[str, str]) -> str:
     """The same, from the `tensor_digest` of each tensor."""
     lines = (f"{name} {digest}\n" for name, digest in sorted(tensors.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def config_fingerprint(model: CausalLM) -> str:
+    """The sha256, in hexadecimal, of what a model computes by beside its tensors: its class, and its config."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in OF_NO_ACCOUNT}
+    told = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def tokens_fingerprint(tokens: Tensor) -> str:

@@ -18,7 +18,12 @@ from armorfact_hf.model.rehearsal import refuse_routed, refuse_without_gradients
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_experts, check_model, check_states, checked_tokens
 from armorfact_hf.pruning.config import PRICED, PruneConfig
-from armorfact_hf.pruning.fingerprint import disk_fingerprint, model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.fingerprint import (
+    config_fingerprint,
+    disk_fingerprint,
+    model_fingerprint,
+    tokens_fingerprint,
+)
 from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.manifest import flat_manifest
 from armorfact_hf.pruning.schedule import Matching
@@ -190,6 +195,7 @@ class Job:
             self.config.to_dict(),
             armorfact=armorfact.__version__,
             model=self.fingerprint,
+            model_config=config_fingerprint(self.model),
             calibration=tokens_fingerprint(self.tokens),
             layers=_summary(self.layers),
         )

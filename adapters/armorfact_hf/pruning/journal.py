@@ -208,4 +208,6 @@ def _is_entry(path: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name in (MANIFEST, LOCK, WRITER) or is_draft(path) or _is_entry(path)
+    """Entries are where there is a manifest: it is written before them, and removed after them."""
+    ours = path.name in (MANIFEST, LOCK, WRITER) or is_draft(path)
+    return ours or (_is_entry(path) and path.with_name(MANIFEST).exists())

@@ -10,8 +10,8 @@ from armorfact_hf.checkpoint.folder import stored_tensors
 from armorfact_hf.data.load_model import Loaded, Log, load_model
 from armorfact_hf.data.origin import CARD
 from armorfact_hf.data.texts import evaluation_source
-from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, perplexity_of
-from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
+from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, check_text, perplexity_of
+from armorfact_hf.evaluation.tasks import TaskScore, check_request, evaluate_tasks
 from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
@@ -69,10 +69,12 @@ def evaluate_folder(
     observer = Observer() if observer is None else observer
     report = Report.read(folder)
     _check_beside(report, beside)
+    if tasks:
+        check_request(tasks, limit)
     dense = evaluate_dense(dense_model(report, device, observer.say), evaluations, tasks, limit, observer=observer)
     others = [_measured(path, evaluations, (), None, device, observer).perplexities for path in beside]
     own = _measured(folder, evaluations, tasks, limit, device, observer)
-    report = report.merged(
+    report = Report.read(folder).merged(  # with what others have measured meanwhile
         [
             replace(record, methods=tuple(methods))
             for record, *methods in zip(dense.evaluations, *others, own.perplexities, strict=True)
@@ -140,6 +142,8 @@ def evaluate_dense(
     if any(isinstance(module, PRUNED) for module in loaded.model.modules()):
         raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
     observer = Observer() if observer is None else observer
+    if tasks:
+        check_request(tasks, limit)
     return Figures(
         tuple(_as_dense(perplexity_of(loaded, text, observer)) for text in evaluations),
         tuple(
@@ -250,6 +254,8 @@ def compare(
         loaded = load_to_prune(
             model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer, workers=workers
         )
+        for evaluation in evaluations:
+            check_text(loaded, evaluation)
         select = None
         if folder != out:
             chosen, select = _the_same_layers(loaded, config, chosen)

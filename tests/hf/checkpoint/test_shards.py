@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from armorfact_hf.checkpoint.verify import INDEX, shards, verify, verify_folder
-from tests.hf.checkpoint.cases import NAME, described, random_layer, sharded, tensors_of
+from tests.hf.checkpoint.cases import NAME, described, random_layer, sharded, tensors_of, written
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,14 @@ def test_a_file_of_the_index_that_is_missing_is_named(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "n" * 300}}), encoding="utf-8")
     with pytest.raises(ValueError, match="expected names of files"):
         shards(tmp_path)
+
+
+def test_a_whole_model_saved_over_a_cut_one_is_the_one_that_is_read(tmp_path):
+    layers = {NAME: random_layer()}
+    sharded(tmp_path, tensors_of({NAME: random_layer()}))
+    written(tmp_path, tensors_of(layers), "model.safetensors")
+    assert shards(tmp_path) == [tmp_path / "model.safetensors"]
+    verify_folder(tmp_path, described(layers))
 
 
 def test_a_folder_without_tensors_is_refused(tmp_path):

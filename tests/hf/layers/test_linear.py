@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from armorfact import factorize, wanda
+from armorfact import BlockDiagonal, factorize, wanda
 from armorfact.packed import Core
 from armorfact.pattern import Pattern
 from armorfact_hf.layers.linear import FactorizedLinear
@@ -83,3 +83,14 @@ def test_it_says_what_it_is():
 def test_sizes_that_do_not_divide_are_refused(sizes, block):
     with pytest.raises(ValueError, match="expected"):
         FactorizedLinear(*sizes, block=block)
+
+
+def test_factors_that_do_not_fit_are_refused():
+    _, result = factorized()
+    core, left, right = result.core, result.left, result.right
+    with pytest.raises(ValueError, match="both wrappers or neither"):
+        FactorizedLinear.of(core, left)
+    with pytest.raises(ValueError, match=r"left has shape \(1, 8, 8\), a core of \(24, 32\) needs \(3, 8, 8\)"):
+        FactorizedLinear.of(core, BlockDiagonal(left.blocks[:1]), right)
+    with pytest.raises(ValueError, match=r"bias has shape \(1,\)"):
+        FactorizedLinear.of(core, left, right, torch.zeros(1))

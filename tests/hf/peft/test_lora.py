@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from packaging.version import Version
@@ -130,6 +132,19 @@ def test_merging_is_refused_with_a_way_out_and_changes_nothing(folder, merge):
     with pytest.raises(ValueError, match=told):
         getattr(model, merge)()
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_dense_layers_before_the_first_pruned_one_are_not_merged_either(merge):
+    model = tiny_model("llama", initializer_range=0.1)
+    prune_(model, random_tokens(), replace(FAST, include=("down_proj",)))
+    model = peft.get_peft_model(model, lora(init_lora_weights=False))
+    before, tensors = logits(model), {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot merge the adapter default into a pruned layer"):
+        getattr(model, merge)()
+    assert torch.equal(logits(model), before) and model.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(x, tensors[name]) for name, x in model.state_dict().items())
+    model.unload()
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])

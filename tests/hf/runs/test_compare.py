@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from armorfact_hf.evaluation.perplexity import Perplexity
 from armorfact_hf.evaluation.tasks import TaskScore
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.report.record import Report, TaskRecord
 from armorfact_hf.runs import compare as comparing
 from armorfact_hf.runs import load_to_prune as choosing
@@ -191,6 +193,36 @@ def test_a_damaged_file_of_the_cache_is_named(content, model_folder, text_file):
         perplexity_of(loaded, evaluation, Silent())
     path.unlink()
     assert perplexity_of(loaded, evaluation, Silent()) == first
+
+
+def test_a_model_that_computes_otherwise_is_another(model_folder, text_file, out, tmp_path):
+    """The weights are the same; the config says what is computed with them."""
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1.0}))
+    evaluation = Evaluation(str(text_file), 2, 24)
+    found = [perplexity_of(load_model(str(x), log=silent), evaluation, Silent()) for x in (model_folder, other)]
+    assert found[0].perplexity != found[1].perplexity
+    prune(model_folder, out, text_file, OURS)
+    with pytest.raises(DifferentRun, match="model_config"):
+        prune(other, out, text_file, OURS)
+
+
+def test_a_text_that_is_too_short_is_told_before_any_work(model_folder, text_file, out, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "prune_to_folder", None)
+    short = tmp_path / "short.txt"
+    short.write_text(random_text(5))
+    with pytest.raises(ValueError, match="one window needs 24 tokens of text, got 5"):
+        compared(model_folder, out, text_file, short)
+    assert not out.exists()
+
+
+def test_tasks_that_do_not_exist_are_told_before_any_work(model_folder, text_file, out, monkeypatch):
+    prune(model_folder, out, text_file, OURS)
+    monkeypatch.setattr(comparing, "dense_model", None)
+    with pytest.raises(ValueError, match="expected tasks out of"):
+        evaluate_folder(out, [], ["nope"], observer=Silent())
 
 
 def test_one_shot_prunes_the_layers_that_blocks_fit(tmp_path, out, text_file):
