@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 MODEL_HELP = "A model folder, a name on the hub, or demo:smollm2, demo:gemma3-270m, demo:qwen2.5-coder-0.5b."
 TEXT_HELP = "A file of plain text, demo:gensim-enwiki or demo:qasper; may be given more than once."
 
-Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16 or float64.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU if there is one.")]
 Texts = Annotated[list[str], typer.Option("--text", help=TEXT_HELP)]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of held-out text to measure on, at most.")]

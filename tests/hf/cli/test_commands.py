@@ -213,7 +213,7 @@ def test_a_comparison_shows_texts_that_were_evaluated_earlier(model_folder, text
         (("--ignore", "re:("), "is not a regular expression"),
         (("--compare", "wanda,x"), "method must be one of"),
         (("--baseline", "x"), "baselines must be one of"),
-        (("--dtype", "int8"), "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        (("--dtype", "int8"), "dtype must be one of auto, float32, bfloat16, float16, float64, got 'int8'"),
         (("--text", "nope.txt"), "'nope.txt' is no text file, and none of the demo texts"),
         (("--samples", "40"), "ask for fewer or shorter windows, or give more text"),
         (("--device", "nope"), "nope"),
