@@ -21,7 +21,7 @@ import numpy as np
 from armorfact import arrays, blocks, validate
 from armorfact.gram import DiagonalGram, FullGram, Gram
 from armorfact.initial.masked import keep_largest
-from armorfact.initial.wanda import score
+from armorfact.initial.wanda import prune as by_wanda
 from armorfact.pattern import Pattern
 
 Array = Any
@@ -79,7 +79,7 @@ def within_range(
     count = int(xp.count_nonzero(beyond))
     if not count:
         return pruned, 0
-    kept = keep_largest(weight, score(weight, gram), pattern)
+    kept = by_wanda(weight, gram, pattern)
     return xp.where(beyond[:, None], kept, pruned), count
 
 

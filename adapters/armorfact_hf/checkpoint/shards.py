@@ -15,16 +15,13 @@ INDEX = "model.safetensors.index.json"
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of a folder: the one of a whole model, or those that its index lists if it has one.
 
-    A whole model is saved over a cut one without the old index being taken away; transformers reads the former.
-
     Raises:
         ValueError: no file, one of the index is missing or outside of the folder, a damaged index.
     """
-    index = folder / INDEX
-    if (folder / WHOLE).is_file():
-        names = [WHOLE]
-    elif index.exists():
+    if (index := index_of(folder)) is not None:
         names = sorted(set(weight_map(index).values()))
+    elif (folder / WHOLE).is_file():
+        names = [WHOLE]
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if absent := [name for name in names if not (folder / name).is_file()]:
@@ -32,6 +29,15 @@ def shards(folder: Path) -> list[Path]:
     if not names:
         raise ValueError(f"{folder} holds no safetensors file: save the model there with `save_pretrained`")
     return [folder / name for name in names]
+
+
+def index_of(folder: Path) -> Path | None:
+    """The index of a folder, if it has one that counts.
+
+    A whole model is saved over a cut one without the old index being taken away; transformers reads the former.
+    """
+    index = folder / INDEX
+    return index if index.exists() and not (folder / WHOLE).is_file() else None
 
 
 def weight_map(index: Path) -> dict[str, str]:

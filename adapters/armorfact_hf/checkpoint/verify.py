@@ -20,7 +20,7 @@ from torch import Tensor
 
 from armorfact_hf.checkpoint.contents import AGAIN, check_contents
 from armorfact_hf.checkpoint.description import Description, tensor_digest
-from armorfact_hf.checkpoint.shards import INDEX, WHOLE, shards, weight_map
+from armorfact_hf.checkpoint.shards import index_of, shards, weight_map
 from armorfact_hf.layers.format import LayerFormat
 
 INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}
@@ -104,8 +104,8 @@ def verify(files: Sequence[Path], description: Description) -> Verified:
 def _folder_headers(folder: Path) -> dict[str, _Stored]:
     """The tensors of a folder by name, as its index lists them if it has one that counts."""
     tensors = _headers(shards(folder))
-    if (folder / INDEX).exists() and not (folder / WHOLE).is_file():
-        _check_index(folder / INDEX, tensors)
+    if (index := index_of(folder)) is not None:
+        _check_index(index, tensors)
     return tensors
 
 

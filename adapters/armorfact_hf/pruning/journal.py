@@ -22,10 +22,10 @@ from armorfact_hf.pruning.entry import Entry, Finished
 from armorfact_hf.pruning.lock import LOCK, WRITER, InUse, lock, unlock
 from armorfact_hf.pruning.manifest import (
     MANIFEST,
-    DifferentRun,
     check_same,
     digest_of,
     read_manifest,
+    refuse_foreign,
     write_manifest,
 )
 
@@ -61,7 +61,7 @@ class Journal:
             DifferentRun: the folder belongs to a run with another manifest, or is none of armorfact's.
             InUse: another process is at it.
         """
-        _refuse_foreign(folder)
+        refuse_foreign(folder, "journal of armorfact")
         held = lock(folder)
         try:
             _begin(folder, manifest)
@@ -173,11 +173,6 @@ def _clear(folder: Path) -> None:
         if _is_ours(path) and path.name not in (MANIFEST, LOCK, WRITER):
             remove(path)
     remove(folder / MANIFEST)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if not (folder / MANIFEST).exists() and not all(map(_is_ours, _held(folder))):
-        raise DifferentRun(f"{folder} exists and holds no journal of armorfact: name another, or remove it")
 
 
 def _held(folder: Path) -> list[Path]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from armorfact_hf.files import written_beside
+from armorfact_hf.files import is_draft, written_beside
+from armorfact_hf.pruning.lock import LOCK, WRITER
 
 MANIFEST = "manifest.json"
 
@@ -34,6 +35,27 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest of a folder, which has none."""
     with written_beside(folder / MANIFEST) as draft:
         draft.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def refuse_foreign(folder: Path, what: str) -> None:
+    """Make sure that a folder without a manifest holds no more than a kill at the start can have left.
+
+    A manifest is written before all else of a folder, and removed after it.
+
+    Args:
+        what: that a folder with a manifest holds, in words.
+
+    Raises:
+        DifferentRun: it holds something else.
+    """
+    try:
+        held = list(folder.iterdir())
+    except FileNotFoundError:  # or taken away by its writer a moment ago
+        return
+    if (folder / MANIFEST).exists():
+        return
+    if not all(path.name in (LOCK, WRITER) or is_draft(path) for path in held):
+        raise DifferentRun(f"{folder} exists and holds no {what}: name another, or remove it")
 
 
 def read_manifest(folder: Path) -> Mapping[str, Any]:

@@ -22,13 +22,13 @@ from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
 from armorfact_hf.pruning.entry import DAMAGE
 from armorfact_hf.pruning.fingerprint import model_fingerprint, tokens_fingerprint
-from armorfact_hf.pruning.lock import LOCK, WRITER, lock, unlock
+from armorfact_hf.pruning.lock import lock, unlock
 from armorfact_hf.pruning.manifest import (
     MANIFEST,
-    DifferentRun,
     check_same,
     digest_of,
     read_manifest,
+    refuse_foreign,
     write_manifest,
 )
 from armorfact_hf.pruning.seal import BLANK, check_seal, seal
@@ -157,7 +157,7 @@ def store_teacher(
     speaker, tokens = Speaker(model.eval()), checked_tokens(model, tokens)
     if not 1 <= likeliest <= speaker.vocabulary:
         raise ValueError(f"expected 1 to {speaker.vocabulary} likeliest words, got {likeliest}")
-    _refuse_foreign(folder)
+    refuse_foreign(folder, "words of a teacher")
     held = lock(folder)
     try:
         stored = _begun(folder, speaker, likeliest)
@@ -186,13 +186,6 @@ def _begun(folder: Path, speaker: Speaker, likeliest: int) -> StoredTeacher:
     if not (folder / MANIFEST).exists():
         write_manifest(folder, manifest)
     return StoredTeacher(folder)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise DifferentRun if a folder without a manifest holds more than a kill at the start can have left."""
-    names = [path for path in folder.iterdir() if path.name not in (LOCK, WRITER)] if folder.exists() else []
-    if not (folder / MANIFEST).exists() and not all(map(is_draft, names)):
-        raise DifferentRun(f"{folder} exists and holds no words of a teacher: name another, or remove it")
 
 
 def _likeliest(speaker: Speaker, window: Tensor, count: int) -> Likeliest:

@@ -247,6 +247,7 @@ def compare(
     for evaluation in evaluations:
         evaluation_source(evaluation.text, observer.say)  # raises before the work if there is none
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
+    unchecked = list(evaluations)
     for method, folder in {**beside, config.method: out}.items():
         observer.say(f"Pruning {model} by {method}, into {folder}.")
         # What the others would be compared with on every layer stands in the report of the chosen method already.
@@ -254,8 +255,8 @@ def compare(
         loaded = load_to_prune(
             model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer, workers=workers
         )
-        for evaluation in evaluations:
-            check_text(loaded, evaluation)
+        while unchecked:  # with the first model that is there, for its tokenizer
+            check_text(loaded, unchecked.pop(0))
         select = None
         if folder != out:
             chosen, select = _the_same_layers(loaded, config, chosen)

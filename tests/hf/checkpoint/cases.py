@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from armorfact import BlockDiagonal, Core, Pattern
 from armorfact_hf.checkpoint.description import Description
-from armorfact_hf.checkpoint.verify import INDEX
+from armorfact_hf.checkpoint.shards import INDEX
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
 

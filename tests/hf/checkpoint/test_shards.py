@@ -7,7 +7,8 @@ import struct
 
 import pytest
 
-from armorfact_hf.checkpoint.verify import INDEX, shards, verify, verify_folder
+from armorfact_hf.checkpoint.shards import INDEX, shards
+from armorfact_hf.checkpoint.verify import verify, verify_folder
 from tests.hf.checkpoint.cases import NAME, described, random_layer, sharded, tensors_of, written
 
 

@@ -11,7 +11,8 @@ import armorfact_hf.checkpoint.contents
 from armorfact import Core, Pattern
 from armorfact.packed import pack_positions
 from armorfact_hf.checkpoint.description import digests
-from armorfact_hf.checkpoint.verify import INDEX, shards, verify, verify_folder
+from armorfact_hf.checkpoint.shards import INDEX, shards
+from armorfact_hf.checkpoint.verify import verify, verify_folder
 from tests.hf.checkpoint.cases import NAME, described, random_layer, sharded, tensors_of, written
 
 
