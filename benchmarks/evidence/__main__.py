@@ -22,7 +22,7 @@ from benchmarks.evidence.methods import METHODS, OBJECTIVES, OURS, SWEEPS
 from benchmarks.evidence.outputs import output_table
 from benchmarks.evidence.plots import write_plots
 from benchmarks.evidence.tables import correlation_table, error_table, fact_table, ratio_table
-from benchmarks.evidence.tasks import task_table
+from benchmarks.evidence.tasks import CHOICE_TASKS, task_table
 from benchmarks.evidence.whole import whole_table
 
 UNFINISHED = 75
@@ -38,7 +38,7 @@ def main() -> None:
     out, model = arguments.out, arguments.model
     name = model.replace(":", "-").replace("/", "-")
     if arguments.what == "tasks":
-        print(task_table(arguments.folders, arguments.limit, out / "tasks.json"))
+        print(task_table(arguments.folders, arguments.tasks, arguments.limit, out / "answers.json"))
         return
     if arguments.what == "whole":
         print(whole_table(model, out / "whole", arguments.third))
@@ -80,6 +80,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--plots", type=Path, help="a folder for the scatter plots of proxy")
     parser.add_argument("--third", action="store_true", help="whole: prune every third decoder block only")
+    parser.add_argument("--tasks", nargs="+", default=CHOICE_TASKS, metavar="TASK", help=", ".join(CHOICE_TASKS))
     parser.add_argument("--limit", type=int, default=500, help="questions a task")
     return parser.parse_args()
 

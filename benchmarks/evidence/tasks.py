@@ -1,16 +1,20 @@
-"""Accuracy of pruned folders beside their dense model, with standard errors, and a mean over what the model can do."""
+"""What pruned folders answer beside their dense model: accuracy, and what is lost of it, question by question."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from armorfact_hf.data.load_model import load_model
+import numpy as np
+from numpy.typing import NDArray
+
+from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.data.questions import TASKS, Question, fetch_questions
-from armorfact_hf.evaluation.tasks import TaskScore, evaluate_tasks
+from armorfact_hf.evaluation.tasks import choice_likelihoods
 from armorfact_hf.files import written_beside
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs.compare import dense_model
@@ -18,6 +22,34 @@ from benchmarks.evidence.tables import table
 
 CHOICE_TASKS = tuple(task for task in TASKS if task != "lambada")  # lambada has no choices to guess from
 ERRORS_ABOVE = 2.0
+PIECE = 250  # questions asked at a time, and kept
+Vector = NDArray[np.float64]
+Score = tuple[float, float]  # a mean over questions, and its standard error
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to the questions of a task.
+
+    Args:
+        likelihoods: of each choice of each question, the log-likelihood.
+        gold: the index of the right choice of each.
+    """
+
+    likelihoods: Sequence[Sequence[float]]
+    gold: Sequence[int]
+
+    @cached_property
+    def right(self) -> Vector:
+        """1 where the right choice is the likeliest, otherwise 0."""
+        found = zip(self.likelihoods, self.gold, strict=True)
+        return np.array([float(int(np.argmax(choices)) == gold) for choices, gold in found])
+
+    @cached_property
+    def probability(self) -> Vector:
+        """That of the right choice among the choices: it moves where the likeliest one stays the same."""
+        found = zip(self.likelihoods, self.gold, strict=True)
+        return np.array([1 / np.exp(np.array(choices) - choices[gold]).sum() for choices, gold in found])
 
 
 def chance(questions: Sequence[Question]) -> float:
@@ -35,62 +67,110 @@ def above_chance(accuracy: float, error: float, level: float) -> bool:
     return accuracy - level > ERRORS_ABOVE * error
 
 
-def mean_of(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The mean of accuracies of different tasks, and its standard error."""
+def score(values: Vector) -> Score:
+    """The mean over questions and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def mean_of(scores: Sequence[Score]) -> Score:
+    """The mean of scores of different tasks, and its standard error."""
     count = len(scores)
     return sum(a for a, _ in scores) / count, math.sqrt(sum(e * e for _, e in scores)) / count
 
 
-def task_table(folders: Sequence[Path], limit: int, kept: Path) -> str:
-    """A line for each folder and dense model, a column for each task, and the mean over those above chance.
+def task_table(folders: Sequence[Path], tasks: Sequence[str], limit: int, kept: Path) -> str:
+    """The tables of what pruned folders and their dense model answer.
 
     Args:
-        folders: what `prune_to_folder` wrote. limit: questions a task. kept: the file of the scores found so far.
+        folders: what `prune_to_folder` wrote. tasks: out of `CHOICE_TASKS`. limit: questions a task.
+        kept: the file of the answers found so far; fewer questions than were asked before are their first ones.
 
     Raises:
-        ValueError: no folders, or folders of different models.
+        ValueError: no folders, folders of different models, or an unknown task.
     """
     reports = [Report.read(folder) for folder in folders]
     if len({report.model.fingerprint for report in reports}) != 1:
         raise ValueError("expected one or more folders that `armorfact prune` wrote, all of one model")
+    if unknown := set(tasks) - set(CHOICE_TASKS):
+        raise ValueError(f"expected tasks out of {', '.join(CHOICE_TASKS)}, got {', '.join(sorted(unknown))}")
+    questions = {task: asked[:limit] for task, asked in fetch_questions().items() if task in tasks}
     model = reports[0].model
-    scores = {"dense": _kept(kept, f"{model.fingerprint} {limit}", lambda: dense_model(reports[0]), limit)}
+    found = {"dense": _answers(kept, model.fingerprint, lambda: dense_model(reports[0]), questions)}
     for folder in folders:
-        key = f"{folder.resolve()} {limit}"
-        scores[folder.name] = _kept(kept, key, lambda folder=folder: load_model(str(folder)), limit)
-    levels = {task: chance(found[:limit]) for task, found in fetch_questions().items() if task in CHOICE_TASKS}
-    return scores_table(scores, levels)
+        key = str(folder.resolve())
+        found[folder.name] = _answers(kept, key, lambda folder=folder: load_model(str(folder)), questions)
+    levels = {task: chance(asked) for task, asked in questions.items()}
+    return f"{accuracy_table(found, levels)}\n\n{paired_table(found, levels)}"
 
 
-def scores_table(scores: dict[str, dict[str, tuple[float, float]]], levels: dict[str, float]) -> str:
-    """The table of accuracies and standard errors by model and task.
+def accuracy_table(found: Mapping[str, Mapping[str, Answers]], levels: Mapping[str, float]) -> str:
+    """Accuracies and standard errors by model and task, and the mean over the tasks that the model can do.
 
     Args:
-        scores: by model, "dense" first, and task: accuracy and its standard error.
+        found: by model, "dense" first, and task.
         levels: chance by task.
     """
-    counted = [task for task in levels if above_chance(*scores["dense"][task], levels[task])]
+    scores = {name: {task: score(answers.right) for task, answers in by.items()} for name, by in found.items()}
+    counted = _counted(found, levels)
     rows = [["chance", *(f"{level:.3f}" for level in levels.values()), ""]]
-    for name, found in scores.items():
-        mean = _with_error(mean_of([found[task] for task in counted])) if counted else "none is above chance"
-        rows.append([name, *(_with_error(found[task]) for task in levels), mean])
+    for name, by in scores.items():
+        mean = _with_error(mean_of([by[task] for task in counted])) if counted else "none is above chance"
+        rows.append([name, *(_with_error(by[task]) for task in levels), mean])
+    counts = ", ".join(f"{task} {len(answers.gold)}" for task, answers in found["dense"].items())
     left_out = [task for task in levels if task not in counted]
-    note = f"\n\nNot in the mean, as the dense model is at chance: {', '.join(left_out)}." if left_out else ""
-    return table(["", *levels, "mean"], rows) + note
+    note = f"Not in the mean, as the dense model is at chance: {', '.join(left_out)}." if left_out else ""
+    return table(["", *levels, "mean"], rows) + f"\n\nQuestions: {counts}. {note}".rstrip()
 
 
-def _with_error(score: Sequence[float]) -> str:
-    return f"{score[0]:.3f} ± {score[1]:.3f}"
+def paired_table(found: Mapping[str, Mapping[str, Answers]], levels: Mapping[str, float]) -> str:
+    """What each model loses beside the dense one, and what it has more than the first of them, on the same questions.
+
+    Both are means over tasks above chance, of accuracy and of the probability of the right choice among the choices;
+    their errors are of the differences, question by question, which are smaller than those of two accuracies.
+    """
+    counted = _counted(found, levels)
+    dense, *names = found
+    rows = []
+    for name in names if counted else []:
+        row = [name]
+        for other, sign in ((dense, -1), (names[0], 1)):
+            for measure in ("right", "probability"):
+                mine, theirs = ([getattr(found[each][task], measure) for task in counted] for each in (name, other))
+                differences = [score(sign * (a - b)) for a, b in zip(mine, theirs, strict=True)]
+                row.append("" if name == other else _with_error(mean_of(differences)))
+        rows.append(row)
+    more = f"more than {names[0]}"
+    return table(["", "accuracy lost", "probability lost", f"accuracy, {more}", f"probability, {more}"], rows)
 
 
-def _kept(path: Path, key: str, load: Any, limit: int) -> dict[str, tuple[float, float]]:
-    """Accuracy and standard error by task, measured unless they stand in the file."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if key not in known:
-        loaded = load()
-        found: list[TaskScore] = evaluate_tasks(loaded.model, loaded.tokenizer, CHOICE_TASKS, limit)
-        known[key] = {score.task: (score.accuracy, score.standard_error) for score in found}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(path) as draft:
-            draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    return known[key]
+def _counted(found: Mapping[str, Mapping[str, Answers]], levels: Mapping[str, float]) -> list[str]:
+    return [task for task in levels if above_chance(*score(found["dense"][task].right), levels[task])]
+
+
+def _with_error(value: Score) -> str:
+    return f"{value[0]:.3f} ± {value[1]:.3f}"
+
+
+def _answers(
+    kept: Path, key: str, load: Callable[[], Loaded], questions: Mapping[str, Sequence[Question]]
+) -> dict[str, Answers]:
+    """A model's answers by task; those that do not stand in the file are asked for, and kept piece by piece."""
+    loaded: Loaded | None = None
+    for task, asked in questions.items():
+        for first in range(len(_read(kept).get(key, {}).get(task, [])), len(asked), PIECE):
+            loaded = loaded or load()
+            found = choice_likelihoods(loaded.model, loaded.tokenizer, asked[first : first + PIECE])
+            known = _read(kept)  # anew: another process may have added to it
+            known.setdefault(key, {}).setdefault(task, []).extend(found)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with written_beside(kept) as draft:
+                draft.write_text(json.dumps(known), encoding="utf-8")
+    known = _read(kept)[key]
+    return {
+        task: Answers(known[task][: len(asked)], [question["gold"] for question in asked])
+        for task, asked in questions.items()
+    }
+
+
+def _read(kept: Path) -> dict[str, dict[str, list[list[float]]]]:
+    return json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}

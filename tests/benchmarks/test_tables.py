@@ -26,7 +26,7 @@ from benchmarks.evidence.tables import (
     fact_table,
     ratio_table,
 )
-from benchmarks.evidence.tasks import above_chance, chance, mean_of, scores_table
+from benchmarks.evidence.tasks import Answers, above_chance, accuracy_table, chance, mean_of, paired_table, score
 from benchmarks.evidence.whole import factorizing, whole_table
 from tests.hf.models import tiny_model
 
@@ -136,16 +136,32 @@ def test_chance_is_the_better_of_guessing_and_of_one_answer():
     assert chance(four) == 0.25
 
 
+def answers(pattern, right=0.8, wrong=0.4):
+    """To questions of two choices, whose first is right: "1" is answered by it, with the probability given."""
+    sure = {"1": right, "0": wrong}
+    return Answers([[np.log(sure[each]), np.log1p(-sure[each])] for each in pattern], [0] * len(pattern))
+
+
 def test_the_mean_leaves_out_what_the_dense_model_guesses():
     assert above_chance(0.55, 0.02, 0.5) and not above_chance(0.53, 0.02, 0.5)
     assert mean_of([(0.4, 0.03), (0.8, 0.04)]) == pytest.approx((0.6, 0.025))
-    scores = {
-        "dense": {"sciq": (0.8, 0.02), "boolq": (0.6, 0.02), "piqa": (0.7, 0.02)},
-        "pruned": {"sciq": (0.6, 0.02), "boolq": (0.9, 0.02), "piqa": (0.6, 0.02)},
-    }
-    found = scores_table(scores, {"sciq": 0.25, "boolq": 0.62, "piqa": 0.5})
-    assert "| pruned | 0.600 ± 0.020 | 0.900 ± 0.020 | 0.600 ± 0.020 | 0.600 ± 0.014 |" in found
-    assert "Not in the mean, as the dense model is at chance: boolq." in found
+    dense = {"sciq": answers("1110" * 10), "boolq": answers("10" * 20), "piqa": answers("11110" * 8)}
+    pruned = {"sciq": answers("10" * 20), "boolq": answers("1" * 40), "piqa": answers("10" * 20)}
+    found = accuracy_table({"dense": dense, "pruned": pruned}, {"sciq": 0.25, "boolq": 0.62, "piqa": 0.5})
+    assert "| pruned | 0.500 ± 0.080 | 1.000 ± 0.000 | 0.500 ± 0.080 | 0.500 ± 0.057 |" in found
+    assert "Questions: sciq 40, boolq 40, piqa 40. Not in the mean, as the dense model is at chance: boolq." in found
+
+
+def test_answers_are_compared_question_by_question():
+    dense, first, second = answers("1111" * 10), answers("1110" * 10), answers("1010" * 10)
+    assert score(first.right) == pytest.approx((0.75, np.std(first.right, ddof=1) / np.sqrt(40)))
+    assert first.probability == pytest.approx(np.where(first.right, 0.8, 0.4))
+    found = paired_table(
+        {name: {"piqa": each} for name, each in (("dense", dense), ("a", first), ("b", second))}, {"piqa": 0.5}
+    )
+    error = np.std([0, 0, 0, 1] * 10, ddof=1) / np.sqrt(40)
+    assert f"| a | 0.250 ± {error:.3f} | 0.100 ± {0.4 * error:.3f} |  |  |" in found
+    assert f"| -0.250 ± {error:.3f} | -0.100 ± {0.4 * error:.3f} |" in found.splitlines()[-1]
 
 
 def test_another_solver_serves_only_inside_its_context():

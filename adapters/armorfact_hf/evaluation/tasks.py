@@ -94,6 +94,27 @@ def check_request(tasks: Sequence[str], limit: int | None) -> None:
         raise ImportError("scoring tasks needs lm-eval: pip install 'armorfact[tasks]'")
 
 
+def choice_likelihoods(model: CausalLM, tokenizer: Any, questions: Sequence[Question]) -> list[list[float]]:
+    """The log-likelihood, in nats, of every choice of every question, as `evaluate_tasks` finds it.
+
+    A question is answered rightly where its right choice has the largest. With the answers of two models to the same
+    questions, their difference has a smaller error than either accuracy.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+    """
+    check_request((), None)
+    from lm_eval.api.instance import Instance
+
+    requests = [
+        Instance("loglikelihood", question, (question["context"], f" {choice}"), index)
+        for question in questions
+        for index, choice in enumerate(question["choices"])
+    ]
+    found = iter(_scorer(model, tokenizer).loglikelihood(requests))
+    return [[next(found)[0] for _ in question["choices"]] for question in questions]
+
+
 class _AsItIs:
     """A model that lm-eval can call but not change.
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from armorfact_hf.data import questions as questionnaire
 from armorfact_hf.data.questions import TASKS, fetch_questions
 from armorfact_hf.evaluation import tasks
-from armorfact_hf.evaluation.tasks import evaluate_tasks
+from armorfact_hf.evaluation.tasks import choice_likelihoods, evaluate_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -158,6 +158,14 @@ def test_a_choice_is_right_if_it_is_the_likeliest(model, tokenizer, serve):
     assert_spread_of(score, right)
     assert score.normalized == pytest.approx(statistics.mean(normalized))
     assert statistics.mean(normalized) != statistics.mean(right)
+
+
+def test_the_likelihood_of_every_choice_is_that_of_its_tokens(model, tokenizer, serve):
+    asked = list(random_questions("piqa", 12))
+    serve(asked)
+    found = choice_likelihoods(model, tokenizer, fetch_questions(**SILENT)["piqa"])
+    for (_, context, choices, _), likelihoods in zip(asked, found, strict=True):
+        assert likelihoods == pytest.approx([read(model, tokenizer, context, text)[0] for text in choices], rel=1e-4)
 
 
 def test_lambada_is_right_if_greedy_decoding_gives_the_word(model, tokenizer, serve):
