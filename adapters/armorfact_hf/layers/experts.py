@@ -24,11 +24,17 @@ class FactorizedExperts(nn.Module):
     rename them and cut them in two.)
 
     Args:
-        stacks: by their names in `PROJECTIONS`. gating: what is computed between them.
+        stacks: by their names in `PROJECTIONS`; gate and up run as one. gating: what is computed between them.
+
+    Raises:
+        ValueError: gate and up are of other dtypes, or one alone has biases.
     """
 
     def __init__(self, stacks: Mapping[str, FactorizedStack], gating: Gating) -> None:
         super().__init__()
+        gate, up = stacks.get("gate"), stacks["up"]
+        if gate is not None and _stored(gate) != _stored(up):
+            raise ValueError("expected gate and up in the same dtypes, both with biases or neither")
         self.gating = gating
         for name in PROJECTIONS:
             if name in stacks:
@@ -62,7 +68,13 @@ class FactorizedExperts(nn.Module):
         return SeparateExperts(experts, self.gating)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """y, see `by_expert`. A few tokens go through all their experts at once."""
+        """y, see `by_expert`. A few tokens go through all their experts at once.
+
+        Raises:
+            ValueError: x is on another device than the experts.
+        """
+        if hidden_states.device != (held := self.stacks["up"].values.device):
+            raise ValueError(f"expected an input on {held}, as the experts are, got {hidden_states.device}")
         return by_expert(hidden_states, top_k_index, top_k_weights, self.num_experts, self._outputs)
 
     def _outputs(self, x: Tensor, counts: list[int]) -> Tensor:
@@ -81,6 +93,10 @@ class FactorizedExperts(nn.Module):
             return expert_output(layers, self.gating, rows)
 
         return one_by_one(output)(x, counts)
+
+
+def _stored(stack: FactorizedStack) -> tuple[torch.dtype, torch.dtype, bool]:
+    return stack.values.dtype, stack.dtype, stack.bias is None
 
 
 def _side_by_side(x: Tensor, counts: list[int], stacks: Sequence[FactorizedStack]) -> Tensor:

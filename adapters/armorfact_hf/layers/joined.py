@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -13,14 +13,16 @@ from armorfact_hf.layers.execution import default_execution
 from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, FewTokens, Stored
 from armorfact_hf.layers.linear import FactorizedLinear
 
+Place = tuple[torch.dtype, int] | None  # in memory, of a tensor
+State = list[tuple[str | Place, ...]]
 run = torch.ops.armorfact.factorized_linears.default
 
 
 class JoinedLinears(nn.ModuleList):
     """The outputs of several `FactorizedLinear`, side by side: y (..., the sum of their d_out) for x (..., d_in).
 
-    A few tokens on a CPU take one launch of the packed kernel, where each layer by itself takes one. For inference:
-    no gradients pass.
+    A few tokens on a CPU take one launch of the packed kernel, where each layer by itself takes one. Under autocast,
+    and where a gradient is asked for, they run one after the other.
 
     Args:
         layers: `FactorizedLinear` of the same d_in, pattern, dtypes and device, without biases.
@@ -37,8 +39,16 @@ class JoinedLinears(nn.ModuleList):
         self._prepared: _Prepared | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """y; the strategies are those that each layer would take by itself."""
+        """y; the strategies are those that each layer would take by itself.
+
+        Raises:
+            ValueError: as `FactorizedLinear.forward` does.
+        """
         layers = cast(list[FactorizedLinear], list(self._modules.values()))
+        dtype = layers[0].dtype
+        x = layers[0].accepted(x, dtype)
+        if x.dtype != dtype or any(layer.passes_gradients(x) for layer in layers):
+            return torch.cat([layer(x) for layer in layers], dim=-1)
         flat = x.reshape(-1, x.shape[-1])
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and (few := self._few(layers, flat.shape[0])):
             y = few(flat)
@@ -51,21 +61,32 @@ class JoinedLinears(nn.ModuleList):
         """The prepared launch for so many tokens, if all layers are for one."""
         if tokens > FEW_TOKENS:
             return None
-        state = [(layer.choice, layer.values.data_ptr()) for layer in layers]
+        state = [(layer.choice, *map(_place, layer.tensors)) for layer in layers]
         if self._prepared is None or self._prepared.state != state:
             self._prepared = _Prepared.of(layers, state)
         return self._prepared.launch if tokens in self._prepared.tokens else None
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_prepared": None}  # it holds addresses in this process
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JoinedLinears:
+        self._prepared = None  # it would keep the factors of before in memory
+        return super()._apply(fn, recurse)
+
+
+def _place(tensor: Tensor | None) -> Place:
+    return None if tensor is None else (tensor.dtype, tensor.data_ptr())
+
 
 class _Prepared(NamedTuple):
-    """A launch, the numbers of tokens that it is right for, and the choices and addresses that it was made for."""
+    """A launch, the numbers of tokens that it is right for, and the choices and places that it was made for."""
 
     launch: FewTokens
     tokens: frozenset[int]
-    state: list[tuple[str, int]]
+    state: State
 
     @classmethod
-    def of(cls, layers: list[FactorizedLinear], state: list[tuple[str, int]]) -> _Prepared:
+    def of(cls, layers: list[FactorizedLinear], state: State) -> _Prepared:
         executions = [layer.execution or default_execution(layer.kind) for layer in layers]
         packed = [n for n in range(FEW_TOKENS + 1) if all(each.at(n) == "packed" for each in executions)]
         factors = [_stored(layer.tensors) for layer in layers]

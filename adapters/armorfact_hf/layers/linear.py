@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from armorfact_hf.layers import operators as operators  # registers what `forwar
 from armorfact_hf.layers import plain
 from armorfact_hf.layers.execution import STRATEGIES, Execution
 from armorfact_hf.layers.format import WHOLE_DTYPES, LayerFormat
-from armorfact_hf.layers.parts import PARTS, name_of, put_empty_, scales_of, wrapper
+from armorfact_hf.layers.parts import PARTS, is_cast, name_of, put_empty_, scales_of, wrapper, wrongly_stored
 from armorfact_hf.layers.strategy import Kind, Operands
 
 OPERANDS = ("values", "positions", "left", "right", "merged", "compressed", "left_scales", "right_scales")
@@ -80,8 +80,9 @@ class FactorizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = d_out, d_in
         self.pattern = Pattern.parse(pattern)
-        self.block = None if block is None else (int(block[0]), int(block[1]))
-        whole = name_of(core_dtype, dtype), name_of(wrapper_dtype, dtype)
+        self.block = None if block is None else (block[0], block[1])
+        floating = dtype or torch.get_default_dtype()
+        whole = name_of(core_dtype, floating), name_of(wrapper_dtype, floating)
         layout = LayerFormat("FactorizedLinear", (d_out, d_in), self.pattern, self.block, None, *whole)
         held = layout.tensors | ({"bias": layout.bias} if bias else {})
         for part in PARTS:
@@ -113,13 +114,16 @@ class FactorizedLinear(nn.Module):
             core: C. left, right: A and B, both or neither; both where C is int8. bias: (d_out,) or None.
 
         Raises:
-            ValueError: A or B alone, or sizes that do not fit each other.
+            ValueError: A or B alone, sizes that do not fit each other, A or B in int8 and the other not, or scales of
+                blocks that are floating.
         """
         if (left is None) != (right is None):
             raise ValueError("expected both wrappers or neither, got one of them: the other may be blocks of ones")
         given = {"values": core.values, "positions": core.packed, "bias": bias}
         block, floating, whole = None, core.values.dtype, None
         if left is not None and right is not None:
+            if left.blocks.dtype != right.blocks.dtype:
+                raise ValueError(f"expected A and B in one dtype, got {left.blocks.dtype} and {right.blocks.dtype}")
             block, floating, whole = (left.blocks.shape[-1], right.blocks.shape[-1]), left.dtype, left.blocks.dtype
             given |= {"left": left.blocks, "left_scales": scales_of(left)}
             given |= {"right": right.blocks, "right_scales": scales_of(right)}
@@ -184,7 +188,8 @@ class FactorizedLinear(nn.Module):
         """Choose how this layer runs, in place; None goes by `default_execution`.
 
         "dense" and "semi_structured" keep a second form of the weight in memory, until the layer is moved, cast, or
-        loaded anew, which ends the choice.
+        loaded anew, which ends the choice. It is made of the factors as they are now: train them or write into them
+        with None, and choose again. Where it does not fit in memory, the choice is None.
 
         Raises:
             ValueError: a strategy that cannot run the layer where it is; the message says why.
@@ -193,11 +198,12 @@ class FactorizedLinear(nn.Module):
         for strategy in chosen:
             if (reason := strategy.refusal(self.kind)) is not None:
                 raise ValueError(reason)
-        self.merged = self.compressed = None
+        self.merged = self.compressed = self.execution = None
+        self.choice = ""
         with torch.no_grad():
-            for strategy in chosen:
-                for name, kept in strategy.prepare(self._operands()).items():
-                    setattr(self, name, kept)
+            prepared = [strategy.prepare(self._operands()) for strategy in chosen]
+        for name, kept in (item for each in prepared for item in each.items()):
+            setattr(self, name, kept)
         self.execution = execution
         self.choice = "" if execution is None else execution.text
         return self
@@ -206,23 +212,35 @@ class FactorizedLinear(nn.Module):
         """y (..., d_out) for x (..., d_in), in the dtype of x.
 
         Raises:
-            ValueError: the last size of x is not d_in, or x has another dtype than the layer outside of autocast.
+            ValueError: the last size of x is not d_in, or x is on another device than the layer, or, outside of
+                autocast, of another dtype.
         """
         dtype = self.dtype
-        if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != dtype:
-            raise ValueError(f"expected an input of {dtype}, as the layer's own, got {x.dtype}")
-        if not x.ndim or x.shape[-1] != self.in_features:
-            raise ValueError(f"expected an input (..., {self.in_features}), got {tuple(x.shape)}")
+        x = self.accepted(x, dtype)
         y = self._product(x.reshape(-1, self.in_features), dtype)
         if (bias := self.bias) is not None:
             y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def accepted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x as it is multiplied with: in autocast's dtype inside of it. ``dtype`` is the layer's own.
+
+        Raises:
+            ValueError: as `forward` does.
+        """
+        if is_cast(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != dtype:
+            raise ValueError(f"expected an input of {dtype}, as the layer's own, got {x.dtype}")
+        if not x.ndim or x.shape[-1] != self.in_features:
+            raise ValueError(f"expected an input (..., {self.in_features}), got {tuple(x.shape)}")
+        if x.device != self.values.device:
+            raise ValueError(f"expected an input on {self.values.device}, as the layer is, got {x.device}")
+        return x
+
     def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """No branch here goes by the number of tokens: the operator decides by it, in a traced graph too."""
-        if (torch.is_grad_enabled() and self._asks_for_gradients(x)) or x.dtype != dtype:
+        if x.dtype != dtype or self.passes_gradients(x):
             return plain.product(x, self._operands())
         return torch.ops.armorfact.factorized_linear(
             x,
@@ -249,7 +267,10 @@ class FactorizedLinear(nn.Module):
         held = {**self._parameters, **self._buffers}  # looking each up as an attribute takes ten times as long
         return [held.get(name) for name in OPERANDS]
 
-    def _asks_for_gradients(self, x: Tensor) -> bool:
+    def passes_gradients(self, x: Tensor) -> bool:
+        """Whether autograd will ask for any, of x or of a factor."""
+        if not torch.is_grad_enabled():
+            return False
         held = (x, self.values, self.left, self.right, self.left_scales, self.right_scales)
         return any(tensor is not None and tensor.requires_grad for tensor in held)
 
@@ -260,8 +281,12 @@ class FactorizedLinear(nn.Module):
             self.use_(None)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local: Any, strict: bool, *rest: Any
+    ) -> None:
+        *_, errors = rest
+        errors += wrongly_stored(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local, strict, *rest)
         self.use_(None)
 
     def extra_repr(self) -> str:

@@ -22,9 +22,10 @@ HAS_TRITON = find_spec("triton") is not None
 def refusal(kind: Kind) -> str | None:
     """Why there is no packed product for such a core on its device."""
     if kind.pattern != PAIR or kind.dtype not in DTYPES or kind.stored not in (kind.dtype, torch.int8):
+        between = "" if kind.stored == kind.dtype else f" between wrappers in {kind.dtype}"
         return (
             "the packed product is for 2:4 cores in 16 or 32 bits, or in int8 between such wrappers, got "
-            f"{kind.pattern} in {kind.stored}: use 'unpacked'"
+            f"{kind.pattern} in {kind.stored}{between}: use 'unpacked'"
         )
     device = kind.device.type
     if device not in ("cpu", "cuda", "meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,7 +45,35 @@ def wrapper(blocks: Tensor, scales: Tensor | None) -> BlockDiagonal:
 
 
 def scales_of(side: BlockDiagonal) -> Tensor | None:
-    """The scales of A or B, (2, channels), those of rows first; None without."""
-    if side.rows is None or side.columns is None:
+    """The scales of A or B in int8, (2, channels), those of rows first and ones for None; None for floating blocks.
+
+    Raises:
+        ValueError: scales of floating blocks.
+    """
+    given = side.rows, side.columns
+    if side.blocks.dtype.is_floating_point:
+        if given != (None, None):
+            raise ValueError("expected scales of int8 blocks only: multiply those of floating blocks in, by `scaled`")
         return None
-    return torch.stack([side.rows, side.columns]).flatten(1)
+    dtype = torch.get_default_dtype() if given == (None, None) else side.dtype
+    ones = torch.ones(side.blocks.shape[:2], dtype=dtype, device=side.blocks.device)
+    return torch.stack([ones if scales is None else scales for scales in given]).flatten(1)
+
+
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast takes x in its own dtype, as PyTorch's products do."""
+    return x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def wrongly_stored(module: nn.Module, state: Mapping[str, Any], prefix: str) -> list[str]:
+    """What is wrong with the tensors that a module is to load: whole numbers for floating ones, or the reverse.
+
+    PyTorch would cut the values to integers, most of them to 0, and say that all is well.
+    """
+    held = {part: (getattr(module, part, None), state.get(prefix + part)) for part in PARTS}
+    return [
+        f"{prefix}{part} is stored in {given.dtype}, and the module holds {own.dtype}: make it with that core_dtype"
+        f" and wrapper_dtype"
+        for part, (own, given) in held.items()
+        if own is not None and given is not None and own.is_floating_point() != given.is_floating_point()
+    ]

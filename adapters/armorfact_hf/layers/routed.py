@@ -57,7 +57,8 @@ def by_expert(
 
     Args:
         hidden_states: x, (tokens, width).
-        top_k_index, top_k_weights: e and w, (tokens, k). An index that is no expert's adds nothing.
+        top_k_index, top_k_weights: e and w, (tokens, k). An index of ``experts`` or more
+            is no expert's, and adds nothing.
         experts: how many there are.
         outputs: f, called with rows of x, those of the first expert first, and how many each has; at least one has any.
     """

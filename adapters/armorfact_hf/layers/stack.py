@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from armorfact_hf.layers import operators as operators  # registers what `Factor
 from armorfact_hf.layers import packed_experts, plain
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.parts import PARTS, put_empty_
+from armorfact_hf.layers.parts import PARTS, is_cast, put_empty_, wrongly_stored
 from armorfact_hf.layers.strategy import Kind, Operands
 
 
@@ -85,9 +85,9 @@ class FactorizedStack(nn.Module):
 
     def product(self, factors: Operands, bias: Tensor | None, x: Tensor) -> Tensor:
         """What one expert's layer makes of the rows of x."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_cast(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.dtype != factors.dtype or (torch.is_grad_enabled() and self._asks_for_gradients(x)):
+        if x.dtype != factors.dtype or self._passes_gradients(x):
             y = plain.product(x, factors)
         else:
             keep, group = self.pattern.keep, self.pattern.group
@@ -97,11 +97,10 @@ class FactorizedStack(nn.Module):
     def runs_packed(self, x: Tensor, counts: Sequence[int]) -> bool:
         """Whether rows of x, so many for each expert, are few enough to go through the packed cores at once."""
         held, dtype = self.values, self.dtype
-        if torch.is_autocast_enabled(x.device.type) or x.dtype != dtype:
+        if is_cast(x) or x.dtype != dtype or x.device != held.device:
             return False
         kind = Kind(self.layout.shape, self.pattern, dtype, held.device, held.dtype)
-        gradients = torch.is_grad_enabled() and self._asks_for_gradients(x)
-        return not gradients and packed_experts.runs(kind, counts)
+        return not self._passes_gradients(x) and packed_experts.runs(kind, counts)
 
     def layer(self, expert: int) -> FactorizedLinear:
         """One expert's layer, a copy."""
@@ -112,8 +111,16 @@ class FactorizedStack(nn.Module):
         layer.load_state_dict({part: tensor for part, tensor in held.items() if tensor is not None})
         return layer
 
-    def _asks_for_gradients(self, x: Tensor) -> bool:
-        return x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+    def _passes_gradients(self, x: Tensor) -> bool:
+        asked = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        return asked and torch.is_grad_enabled()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local: Any, strict: bool, *rest: Any
+    ) -> None:
+        *_, errors = rest
+        errors += wrongly_stored(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local, strict, *rest)
 
     def extra_repr(self) -> str:
         return f"experts={self.layout.experts}, shape={self.layout.shape}, pattern={self.pattern}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from armorfact import Core
-from armorfact_hf.layers.kernels.cpu_packed import DTYPES, unpacked_rows
+from armorfact_hf.layers.kernels.cpu_packed import DTYPES, core_with_zeros
 from armorfact_hf.layers.strategy import PAIR, Kind, Operands
 
 # Bytes of the core that are unpacked at a time: an allocator hands such a piece out again without clearing it anew.
@@ -45,5 +45,5 @@ def _rows(core: Core, first: int, end: int, dtype: torch.dtype) -> Tensor:
     """Rows first..end of a core in ``dtype``, with their zeros."""
     values, packed = core.values[first:end].to(dtype), core.packed[first:end]
     if core.pattern == PAIR and values.device.type == "cpu" and dtype in DTYPES:
-        return unpacked_rows(values, packed, 0, end - first)
+        return core_with_zeros(values, packed)
     return Core(values, packed, core.pattern, core.columns).dense()

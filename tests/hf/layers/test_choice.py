@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from armorfact import Pattern
+from armorfact_hf.layers import dense
 from armorfact_hf.layers.execution import (
     FEW_PACKED,
     PACKED,
@@ -136,3 +137,17 @@ def test_a_sparse_layer_keeps_no_dense_copy(strategy, dtype):
         layer(random_inputs(tokens, 192, dtype=dtype))
     assert sum(tensor.nbytes for tensor in tensors_of(layer)) == before
     assert max(tensor.numel() for tensor in tensors_of(layer)) < 40 * 192
+
+
+def test_a_weight_that_does_not_fit_leaves_no_choice(monkeypatch):
+    def full(operands):
+        raise MemoryError
+
+    layer, x = random_layer(), random_inputs(3, 36)
+    wanted = layer(x)
+    layer.use_(Execution.always("dense"))
+    monkeypatch.setattr(dense, "prepare", full)
+    with pytest.raises(MemoryError):
+        layer.use_(Execution.always("dense"))
+    assert layer.execution is None and layer.merged is None
+    assert torch.equal(layer(x), wanted)

@@ -258,3 +258,13 @@ def test_the_names_of_the_layers_in_a_stack():
     assert layout.members == ["mlp.experts.0.up", "mlp.experts.1.up"]
     assert layout.tensors["values"] == (2, 8, 4) and layout.bias == (2, 8)
     assert LayerFormat("q_proj", (8, 8), Pattern(2, 4), None).members == ["q_proj"]
+
+
+def test_gate_and_up_are_stored_alike():
+    up = FactorizedStack.of([cases.random_layer(bias=False)] * 2)
+    for gate in (
+        FactorizedStack.of([cases.int8_layer(bias=False)] * 2),
+        FactorizedStack.of([cases.random_layer()] * 2),
+    ):
+        with pytest.raises(ValueError, match="expected gate and up in the same dtypes"):
+            FactorizedExperts({"gate": gate, "up": up, "down": up}, Gating(Dense()))

@@ -45,6 +45,14 @@ def test_a_wrong_last_size_or_dtype_is_named():
             layer(torch.zeros(3, 36, dtype=dtype))
 
 
+def test_another_device_is_named():
+    elsewhere = FactorizedLinear(12, 36, device="meta")
+    with pytest.raises(ValueError, match="expected an input on meta, as the layer is, got cpu"):
+        elsewhere(torch.ones(2, 36))
+    with pytest.raises(ValueError, match="expected an input on cpu, as the layer is, got meta"):
+        random_layer()(torch.ones(2, 36, device="meta"))
+
+
 @pytest.mark.parametrize("strategy", ON_CPU)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armorfact import Pattern, factorize, quantize_core, quantize_wrappers
+from armorfact import BlockDiagonal, Pattern, factorize, quantize_core, quantize_wrappers
 from armorfact_hf.bench.layers import time_layers
 from armorfact_hf.layers.execution import Execution, default_execution, runnable
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.joined import JoinedLinears, refusal
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.stack import FactorizedStack
 from armorfact_hf.layers.strategy import PAIR, Kind
 from tests.hf.layers.cases import (
     DTYPES,
@@ -178,3 +179,37 @@ def test_a_bench_measures_them_and_tells_them_apart():
     assert {timing.shape for timing in timings} == {f"12x36 in 6x12{kind}" for kind in kinds}
     assert all(set(ON_CPU) <= set(timing.seconds) for timing in timings)
     assert all(runs(layer, "packed", random_inputs(1, 36)).isfinite().all() for layer in model)
+
+
+def test_whole_blocks_without_scales_have_ones():
+    layer = whole_layer(bias=False)
+    left, right = layer.wrappers
+    for rows, columns in ((None, None), (left.rows, None), (None, left.columns)):
+        bare = BlockDiagonal(left.blocks, rows, columns)
+        found = FactorizedLinear.of(layer.core, bare, right)
+        assert torch.equal(found.wrappers[0].dense(), bare.dense().float())
+        assert found.weight.abs().max() > 0
+
+
+def test_wrappers_of_two_kinds_are_refused():
+    layer = whole_layer(bias=False)
+    left, right = layer.wrappers
+    plain = BlockDiagonal(torch.ones(left.blocks.shape))
+    for pair in ((plain, right), (left, BlockDiagonal(torch.ones(right.blocks.shape)))):
+        with pytest.raises(ValueError, match="expected A and B in one dtype"):
+            FactorizedLinear.of(layer.core, *pair)
+    scaled = BlockDiagonal(plain.blocks, left.rows, left.columns)
+    with pytest.raises(ValueError, match="scales of int8 blocks only"):
+        FactorizedLinear.of(layer.core, scaled, BlockDiagonal(torch.ones(right.blocks.shape)))
+
+
+@pytest.mark.parametrize("made", [int8_layer, whole_layer])
+def test_floating_tensors_are_not_cut_to_whole_ones(made):
+    floating, whole = random_layer(bias=False), made(bias=False)
+    with pytest.raises(RuntimeError, match=r"values is stored in torch\.float32, and the module holds torch\.int8"):
+        whole.load_state_dict(floating.state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match=r"values is stored in torch\.int8, and the module holds torch\.float32"):
+        floating.load_state_dict(whole.state_dict(), strict=False)
+    stack = FactorizedStack.of([int8_layer(bias=False)] * 2)
+    with pytest.raises(RuntimeError, match=r"values is stored in torch\.float32, and the module holds torch\.int8"):
+        stack.load_state_dict(FactorizedStack.of([floating] * 2).state_dict())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from armorfact_hf.layers.execution import Execution
 from armorfact_hf.layers.joined import JoinedLinears
 from armorfact_hf.layers.linear import FactorizedLinear
-from tests.hf.layers.cases import DTYPES, ON_CPU, random_inputs, random_layer
+from tests.hf.layers.cases import DTYPES, ON_CPU, int8_layer, random_inputs, random_layer, whole_layer
 
 # Of one d_in: blocks of every kind beside each other, and rows that no vector, byte or group of four divides.
 SIZES = ((70, 72, None), (66, 72, (33, 12)), (5, 72, (1, 72)), (48, 72, (48, 24)))
@@ -72,14 +76,60 @@ def test_what_was_prepared_is_not_used_for_other_numbers_or_choices():
         assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
 
 
+@pytest.mark.parametrize("made", [random_layer, int8_layer, whole_layer])
+def test_what_was_prepared_ends_with_a_cast_or_another_factor(made):
+    layers, x = [made(bias=False, seed=seed) for seed in range(3)], random_inputs(2, 36)
+    joined = JoinedLinears(layers)
+
+    def each(x):
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+
+    with torch.no_grad():
+        assert torch.equal(joined(x), each(x))
+        layers[0].right.data = layers[0].right.flip(0).contiguous()
+        assert torch.equal(joined(x), each(x))
+        for dtype in (torch.bfloat16, torch.float16):
+            layers[1].to(dtype), layers[0].to(dtype), layers[2].to(dtype)  # not by the module that holds them
+            assert torch.equal(joined(x.to(dtype)), each(x.to(dtype)))
+
+
+def test_a_copy_takes_no_addresses_along():
+    joined, x = JoinedLinears(layers_of(torch.float32)), random_inputs(2, 72)
+    with torch.no_grad():
+        y, before = joined(x), len(pickle.dumps(JoinedLinears(layers_of(torch.float32))))
+        assert joined._prepared is not None and len(pickle.dumps(joined)) == before
+        for another in (pickle.loads(pickle.dumps(joined)), copy.deepcopy(joined)):
+            assert another._prepared is None and torch.equal(another(x), y)
+
+
+def test_inputs_are_checked_as_by_each_layer():
+    joined = JoinedLinears(layers_of(torch.float32))
+    for x in (torch.zeros(2, 71), torch.zeros(30, 74), torch.zeros(2, 4000), torch.zeros(2, 72, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="expected an input"):
+            joined(x)
+
+
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_gradients_and_autocast_pass_as_through_each_layer(tokens):
+    layers, x = layers_of(torch.float32), random_inputs(tokens, 72).requires_grad_()
+    joined, found = JoinedLinears(layers), []
+    for y in (joined(x), torch.cat([layer(x) for layer in layers], dim=-1)):
+        found.append(torch.autograd.grad(y.square().sum(), x)[0])
+    assert torch.equal(*found)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
+        assert joined(x).dtype == torch.bfloat16
+
+
 def test_a_graph_that_was_traced_once_decides_anew():
     torch._dynamo.reset()
-    joined = JoinedLinears(layers_of(torch.bfloat16))
-    compiled = torch.compile(joined, backend="eager", dynamic=True)
+    joined, counter = JoinedLinears(layers_of(torch.bfloat16)), CompileCounter()
+    compiled = torch.compile(joined, backend=counter, dynamic=True, fullgraph=True)
     with torch.no_grad():
         for tokens in (30, 3, 17):
             x = random_inputs(tokens, 72, dtype=torch.bfloat16)
             assert torch.equal(compiled(x), joined(x))
+    assert counter.frame_count == 1
 
 
 def test_what_cannot_run_as_one_is_refused():

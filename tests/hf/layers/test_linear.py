@@ -10,6 +10,7 @@ from armorfact import BlockDiagonal, factorize, wanda
 from armorfact.packed import Core
 from armorfact.pattern import Pattern
 from armorfact_hf.layers.linear import FactorizedLinear
+from tests.hf.layers.cases import random_inputs, random_layer, runs
 
 
 def random_weight(d_out=24, d_in=32):
@@ -94,3 +95,22 @@ def test_factors_that_do_not_fit_are_refused():
         FactorizedLinear.of(core, BlockDiagonal(left.blocks[:1]), right)
     with pytest.raises(ValueError, match=r"bias has shape \(1,\)"):
         FactorizedLinear.of(core, left, right, torch.zeros(1))
+
+
+def test_positions_need_not_lie_row_after_row():
+    layer = random_layer(bias=False)
+    state = layer.state_dict()
+    state["positions"] = state["positions"].T.contiguous().T
+    spread = FactorizedLinear(12, 36, block=(6, 12))
+    spread.load_state_dict(state, assign=True)
+    assert not spread.positions.is_contiguous()
+    for tokens in (2, 30):
+        for strategy in ("packed", "unpacked", "dense"):
+            x = random_inputs(tokens, 36)
+            assert torch.equal(runs(spread, strategy, x), runs(layer, strategy, x))
+
+
+def test_the_floating_dtype_may_be_named():
+    assert FactorizedLinear(12, 36, block=(6, 12), core_dtype=torch.float32).layout.core_dtype is None
+    with pytest.raises(ValueError, match="block"):
+        FactorizedLinear(12, 36, block=(6.9, 12))

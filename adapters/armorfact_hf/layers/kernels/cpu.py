@@ -323,18 +323,18 @@ def many_tokens(x, values, positions, y, rows):
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def unpack(values, positions, first, dense):
-    """Write rows of the core with their zeros.
+def unpack(values, positions, dense):
+    """Write the core with its zeros.
 
     Args:
         values: (d_out, d_in / 2), any type. positions: see `many_tokens`.
-        first: the row of the core that is written first. dense: (rows, d_in) like values, written.
+        dense: (d_out, d_in) like values, written.
     """
     rows, d_in = dense.shape
     kept, row_bytes, columns = d_in // 2, (d_in + 7) // 8, 64 // dense.itemsize
     vectors = d_in // columns * columns
     for r in prange(rows):
-        row, byte = (first + r) * kept, (first + r) * row_bytes
+        row, byte = r * kept, r * row_bytes
         for column in range(0, vectors, columns):
             mask = np.uint32(0)
             for b in range(columns // 8):
@@ -342,4 +342,4 @@ def unpack(values, positions, first, dense):
             expand(dense, r * d_in + column, values, row + column // 2, mask)
         dense[r, vectors:] = 0
         for k in range(vectors // 2, kept):
-            dense[r, _column(positions, byte, k)] = values[first + r, k]
+            dense[r, _column(positions, byte, k)] = values[r, k]

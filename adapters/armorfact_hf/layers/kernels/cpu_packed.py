@@ -105,7 +105,7 @@ def _many_tokens(x: Tensor, values: Tensor, positions: Tensor, left: Tensor | No
     rows = min(MOST_ROWS, -(-values.shape[0] // torch.get_num_threads()))
     with launching():
         kernels.many_tokens(
-            inputs.float().contiguous().numpy(), _array(values), positions.view(-1).numpy(), z.numpy(), rows
+            inputs.float().contiguous().numpy(), _array(values), positions.reshape(-1).numpy(), z.numpy(), rows
         )
     if left is None:
         return z.T.to(x.dtype).contiguous()
@@ -122,11 +122,11 @@ def launching() -> Iterator[None]:
         yield
 
 
-def unpacked_rows(values: Tensor, positions: Tensor, first: int, end: int) -> Tensor:
-    """Rows first..end of a 2:4 core with their zeros, (end - first, d_in)."""
-    panel = values.new_empty(end - first, 2 * values.shape[1])
+def core_with_zeros(values: Tensor, positions: Tensor) -> Tensor:
+    """The rows of a 2:4 core with their zeros, (rows, d_in)."""
+    panel = values.new_empty(values.shape[0], 2 * values.shape[1])
     with launching():
-        kernels.unpack(_array(values), positions.view(-1).numpy(), first, _array(panel))
+        kernels.unpack(_array(values), positions.reshape(-1).numpy(), _array(panel))
     return panel
 
 

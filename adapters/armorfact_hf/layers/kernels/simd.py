@@ -5,7 +5,7 @@ one: a value type that LLVM keeps in one AVX-512 register (two AVX, four NEON re
 that the kernels need. Arrays are addressed flat, whatever their shape, and have to be contiguous. numba knows no 16-bit
 float on a CPU: float16 comes as int16, bfloat16 as uint16. int8 is whole numbers, which are only read.
 
-numba's cache of a kernel knows the kernel's own file only: after a change here, touch `kernels.py`.
+numba's cache of a kernel knows the kernel's own file only: after a change here, remove ``kernels/__pycache__``.
 """
 
 from __future__ import annotations
