@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from armorfact import factorize
-from armorfact_hf.data.demo_text import calibration_text, held_out_text
+from armorfact_hf.data.texts import calibration_source, evaluation_source
 from armorfact_hf.model.experts import run_by_expert
 from armorfact_hf.model.moments import Statistics, recorded_inputs
 from armorfact_hf.model.structure import Layer, chosen_layers
@@ -25,6 +25,7 @@ from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.layer import shrunk
 from armorfact_hf.pruning.losses import energy
 
+TEXT = "demo:gensim-enwiki"
 WINDOW, BATCH, RARE = 128, 16, 4
 BORROWED = (0.0, 1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 
@@ -72,10 +73,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="that experts are pruned from")
     parser.add_argument("--sweeps", type=int, default=8)
     args = parser.parse_args()
-    reading = windows_of(calibration_text()[: 1 << 21])
+    reading = windows_of(calibration_source(TEXT).content[: 1 << 21])
     model = trained(reading, args.steps)
     layers = [x for x in chosen_layers(model)[0] if x.stack and x.decoder_block == 1 and not x.name.endswith(".up")]
-    elsewhere = gathered(model, layers, windows_of(held_out_text()[: 1 << 17]))
+    elsewhere = gathered(model, layers, windows_of(evaluation_source(TEXT).content[: 1 << 17]))
     few = reading[: args.tokens // WINDOW]
     print(f"tokens by expert: {sorted(gathered(model, layers, few).tokens.values())[::2]}")
     print("| n0 / d | gate | down | the rarest |\n|---|---|---|---|")

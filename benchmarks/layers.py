@@ -41,13 +41,14 @@ def _measure(layer: str, windows: int) -> tuple[np.ndarray, np.ndarray]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from armorfact_hf.data import demo_models, demo_text
+    from armorfact_hf.data import demo_models
+    from armorfact_hf.data.texts import calibration_source
     from armorfact_hf.data.tokens import tokenize
     from armorfact_hf.data.tokens import windows as cut
 
     folder = demo_models.fetch_model(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = tokenize(demo_text.calibration_text(), tokenizer)
+    tokens = tokenize(calibration_source("demo:gensim-enwiki").content, tokenizer)
     batch = cut(tokens, LENGTH, windows, bos=tokenizer.bos_token_id)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     modules = dict(model.named_modules())

@@ -6,6 +6,7 @@
     python -m benchmarks.evidence ablation --model demo:smollm2    one pass on a fixed mask, and 1 to 100 sweeps
     python -m benchmarks.evidence whole --model demo:smollm2       the ablation over whole models: perplexity
     python -m benchmarks.evidence tasks FOLDER...                  accuracy of pruned folders beside their dense model
+    python -m benchmarks.evidence texts FOLDER...                  and their divergence from it, by kind of text
 
 Every figure is kept in --out as it is found, so the same command continues a run that was stopped; with --seconds,
 proxy, weights and ablation stop by themselves (and say so with exit code 75), to share a machine.
@@ -23,6 +24,7 @@ from benchmarks.evidence.outputs import output_table
 from benchmarks.evidence.plots import write_plots
 from benchmarks.evidence.tables import correlation_table, error_table, fact_table, ratio_table
 from benchmarks.evidence.tasks import CHOICE_TASKS, task_table
+from benchmarks.evidence.texts import text_table
 from benchmarks.evidence.whole import whole_table
 
 UNFINISHED = 75
@@ -39,6 +41,9 @@ def main() -> None:
     name = model.replace(":", "-").replace("/", "-")
     if arguments.what == "tasks":
         print(task_table(arguments.folders, arguments.tasks, arguments.limit, out / "answers.json"))
+        return
+    if arguments.what == "texts":
+        print(text_table(arguments.folders, out / "texts.json"))
         return
     if arguments.what == "whole":
         print(whole_table(model, out / "whole", arguments.third))
@@ -70,8 +75,8 @@ def _show(what: str, figures: dict, plots: Path | None, name: str) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*SETS, "outputs", "whole", "tasks"])
-    parser.add_argument("folders", nargs="*", type=Path, help="for tasks: what `armorfact prune` wrote")
+    parser.add_argument("what", choices=[*SETS, "outputs", "whole", "tasks", "texts"])
+    parser.add_argument("folders", nargs="*", type=Path, help="for tasks and texts: what `armorfact prune` wrote")
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--out", type=Path, default=Path("evidence"))
     parser.add_argument("--seconds", type=float, help="stop after so long; everything measured is kept")

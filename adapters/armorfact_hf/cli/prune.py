@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from armorfact_hf.cli import tables
-from armorfact_hf.cli.options import MODEL_HELP, Device, Dtype, Texts, Windows, evaluations_of
+from armorfact_hf.cli.options import (
+    CALIBRATION,
+    MODEL_HELP,
+    CalibrationTexts,
+    Device,
+    Dtype,
+    Texts,
+    Windows,
+    evaluations_of,
+)
 from armorfact_hf.cli.terminal import errors_as_sentences, say, show, shown_progress
 from armorfact_hf.pruning import config as settings
 
@@ -73,9 +82,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
     baseline: Annotated[
         list[str], typer.Option(help=f"Losses to show beside in the report: {', '.join(settings.BASELINES)}; or none.")
     ] = list(DEFAULTS.baselines),  # noqa: B006
-    calibration: Annotated[
-        str, typer.Option(help="A file of plain text, or demo:gensim-enwiki.")
-    ] = "demo:gensim-enwiki",
+    calibration: CalibrationTexts = [CALIBRATION],  # noqa: B006
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 16,
     length: Annotated[
         int, typer.Option(min=2, help="Tokens of a window, of calibration and of perplexity alike.")
@@ -113,6 +120,8 @@ def prune(  # typer reads options from the signature: it is as long as there are
     `armorfact prune demo:smollm2 --out pruned`
 
     `armorfact prune ./llama --out pruned --include 're:.*mlp.*' --dtype bfloat16 --calibration text.txt`
+
+    `armorfact prune ./code-model --out pruned --calibration text.txt --calibration demo:python --text held-out.txt`
 
     `armorfact prune demo:smollm2 --out pruned --compare wanda,sparsegpt`
 
@@ -158,10 +167,10 @@ def prune(  # typer reads options from the signature: it is as long as there are
         )
 
 
-def _calibration(text: str, samples: int, length: int) -> Calibration:
+def _calibration(texts: list[str], samples: int, length: int) -> Calibration:
     from armorfact_hf.runs.prune_to_folder import Calibration
 
-    return Calibration(text, samples, length)
+    return Calibration(texts, samples, length)
 
 
 def _prune(

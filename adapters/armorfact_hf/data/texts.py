@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from armorfact_hf.data import demo_text
 from armorfact_hf.data.load_model import Loaded, Log
+from armorfact_hf.data.origin import DEMO
 from armorfact_hf.data.tokens import tokenize
 
 
@@ -26,27 +28,41 @@ class Text:
 
 
 def calibration_source(name: str, log: Log = print) -> Text:
-    """The text to calibrate on: a file of plain text, or "demo:gensim-enwiki" without its held-out articles.
+    """The text to calibrate on: a file of plain text, or one of `CALIBRATION` without what is held out of it.
 
     Raises:
         ValueError: an unknown name, or an empty or unreadable file.
     """
-    if name == "demo:gensim-enwiki":
-        return Text("gensim-enwiki", "four of five articles", demo_text.calibration_text(log))
-    return _text_file(name, "demo:gensim-enwiki")
+    return _source(name, CALIBRATION, log)
 
 
 def evaluation_source(name: str, log: Log = print) -> Text:
-    """The text to measure perplexity on: a file, "demo:gensim-enwiki" (held-out articles) or "demo:qasper".
+    """The text to measure perplexity on: a file, or what is held out of one of `EVALUATION`.
 
     Raises:
         ValueError: an unknown name, or an empty or unreadable file.
     """
-    if name == "demo:gensim-enwiki":
-        return Text("gensim-enwiki", "every fifth article, held out", demo_text.held_out_text(log))
-    if name == "demo:qasper":
-        return Text("qasper", "all papers", demo_text.fetch_second_domain(log))
-    return _text_file(name, "demo:gensim-enwiki, demo:qasper")
+    return _source(name, EVALUATION, log)
+
+
+Source = tuple[str, Callable[[Log], str]]  # which part of a text, and what fetches it
+CALIBRATION: dict[str, Source] = {
+    "gensim-enwiki": ("four of five articles", lambda log: demo_text.for_calibration(demo_text.fetch_articles(log))),
+    "python": ("four of five modules", lambda log: demo_text.for_calibration(demo_text.library_sources())),
+}
+EVALUATION: dict[str, Source] = {
+    "gensim-enwiki": ("every fifth article, held out", lambda log: demo_text.held_out(demo_text.fetch_articles(log))),
+    "qasper": ("all papers", lambda log: demo_text.fetch_second_domain(log)),
+    "python": ("every fifth module, held out", lambda log: demo_text.held_out(demo_text.library_sources())),
+}
+
+
+def _source(name: str, known: Mapping[str, Source], log: Log) -> Text:
+    demo = name.removeprefix(DEMO)
+    if demo != name and demo in known:
+        split, fetch = known[demo]
+        return Text(demo, split, fetch(log))
+    return _text_file(name, ", ".join(DEMO + each for each in known))
 
 
 def _text_file(name: str, known: str) -> Text:

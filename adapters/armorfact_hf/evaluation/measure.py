@@ -27,7 +27,7 @@ class Evaluation:
     """Which text perplexity is measured on, and how.
 
     Args:
-        text: a file of plain text, "demo:gensim-enwiki" or "demo:qasper".
+        text: a file of plain text, "demo:gensim-enwiki", "demo:qasper" or "demo:python".
         windows: how many at most (None is all of the text); length: tokens of each.
         stride: see `evaluate_perplexity`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,25 +35,46 @@ class Calibration:
     """Which tokens statistics are gathered from.
 
     Args:
-        text: a file of plain text, or "demo:gensim-enwiki".
-        windows: how many, spread evenly over the text, or None for all of it; length: tokens of each.
+        text: a file of plain text, "demo:gensim-enwiki" or "demo:python"; or several, which share the windows evenly.
+        windows: how many, spread evenly over each text, or None for all of it; length: tokens of each.
     """
 
-    text: str = "demo:gensim-enwiki"
+    text: str | Sequence[str] = "demo:gensim-enwiki"
     windows: int | None = 16
     length: int = 2048
+
+    @property
+    def texts(self) -> list[str]:
+        """Those of ``text``."""
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
+    @property
+    def names(self) -> str:
+        """Of the texts, without their folders."""
+        return ", ".join(Path(text.removeprefix(DEMO)).name for text in self.texts)
 
     def tokens(self, loaded: Loaded, log: Log) -> torch.Tensor:
         """(windows, length) int64; a bos heads every window if the tokenizer puts it before texts.
 
         Raises:
-            ValueError: too few tokens, or no text.
+            ValueError: no text, too few tokens in one of them, or fewer windows than texts.
         """
-        tokens = tokens_of(calibration_source(self.text, log), loaded)
-        length = loaded.window(self.length)
-        windows(tokens, length, self.windows, bos=loaded.bos)  # raises if there are too few tokens
-        every = windows(tokens, length, bos=loaded.bos)
-        return torch.from_numpy(np.stack(spread(every, self.windows)))
+        texts, length = self.texts, loaded.window(self.length)
+        if not texts or (self.windows is not None and self.windows < len(texts)):
+            raise ValueError(f"expected one text or more, and a window for each, got {len(texts)} and {self.windows}")
+        found = []
+        for place, name in enumerate(texts):
+            tokens, count = tokens_of(calibration_source(name, log), loaded), self._share(place)
+            windows(tokens, length, count, bos=loaded.bos)  # raises if there are too few tokens
+            found += spread(windows(tokens, length, bos=loaded.bos), count)
+        return torch.from_numpy(np.stack(found))
+
+    def _share(self, place: int) -> int | None:
+        """How many windows the text at a place has."""
+        if self.windows is None:
+            return None
+        first, end = (at * self.windows // len(self.texts) for at in (place, place + 1))
+        return end - first
 
 
 def prune_to_folder(
@@ -140,14 +162,14 @@ def _model_facts(loaded: Loaded, job: Job) -> ModelFacts:
 
 
 def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneReport, plan: Plan) -> Report:
-    text, (count, length) = calibration.text.removeprefix(DEMO), job.tokens.shape
+    count, length = job.tokens.shape
     blocks = {report.name: report.block for report in done.layers}
     layers = [replace(layer, block=blocks.get(layer.name, layer.block)) for layer in job.layers]
     found = replace(plan, layers=planned_layers(layers, job.config))
     return Report(
         armorfact_version=armorfact.__version__,
         model=facts,
-        calibration=CalibrationFacts(text, count, length, job.manifest["calibration"]),
+        calibration=CalibrationFacts(calibration.names, count, length, job.manifest["calibration"]),
         config=done.config,
         manifest=job.manifest,
         layers=done.layers,

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import hashlib
 import json
+import sysconfig
 from zipfile import ZipFile
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 
 from armorfact_hf.data import demo_text, wheels
 from armorfact_hf.data.demo_text import (
-    calibration_text,
     fetch_articles,
     fetch_second_domain,
-    held_out_text,
+    for_calibration,
+    held_out,
+    library_sources,
     strip_markup,
 )
+from armorfact_hf.data.texts import calibration_source, evaluation_source
 from armorfact_hf.data.tokens import tokenize, windows
 
 
@@ -86,8 +89,28 @@ def test_articles_come_in_order_without_redirects_and_are_cached(dump):
 
 
 def test_every_fifth_article_is_held_out_and_none_is_in_both(dump):
-    assert held_out_text() == "\n\n".join(article(number).strip() for number in (4, 9))
-    assert calibration_text() == "\n\n".join(article(number).strip() for number in range(12) if number not in (4, 9))
+    assert held_out(fetch_articles()) == "\n\n".join(article(number).strip() for number in (4, 9))
+    assert for_calibration(fetch_articles()) == "\n\n".join(
+        article(number).strip() for number in range(12) if number not in (4, 9)
+    )
+
+
+def test_python_brings_its_own_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(RuntimeError, match="name a file of code"):
+        library_sources()
+    for name, text in (("b.py", "b" * 2000), ("a.py", "a" * 2000), ("short.py", "c"), ("notes.txt", "d" * 2000)):
+        (tmp_path / name).write_text(text)
+    assert library_sources() == ["a" * 2000, "b" * 2000]
+    for number in range(10):
+        (tmp_path / f"module{number}.py").write_text(str(number) * 2000)
+    every = library_sources()
+    assert calibration_source("demo:python").content == "\n\n".join(every[:4] + every[5:9] + every[10:])
+    assert evaluation_source("demo:python").content == "\n\n".join([every[4], every[9]])
+
+
+def test_the_library_of_this_python_is_code():
+    assert "import" in evaluation_source("demo:python").content
 
 
 def test_papers_give_each_clean_paragraph_once(serve):

@@ -30,7 +30,7 @@ from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import BLOCKS, random_text, random_tokens
 from tests.hf.observers import Planned, Silent, Stepping
 from tests.hf.processes import begin, exit_code
-from tests.hf.runs.folders import OURS, QUICK, names, nbytes, prune, saved
+from tests.hf.runs.folders import OURS, QUICK, names, nbytes, prune, saved, silent
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -440,6 +440,25 @@ def test_a_text_that_will_not_do_is_told(content, message, refused, text_file, t
     if content is not None:
         text_file.write_bytes(content)
     refused(message, text=text_file if content is not None else tmp_path / "no-such.txt")
+
+
+def test_several_texts_share_the_windows(model_folder, text_file, tmp_path, out):
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(reversed(text_file.read_text().split())))
+    loaded = load_model(str(model_folder), log=silent)
+
+    def tokens(text, windows):
+        return Calibration(text, windows, 24).tokens(loaded, silent)
+
+    both = [str(text_file), str(other)]
+    found = tokens(both, 5)
+    assert torch.equal(found, torch.cat([tokens(both[0], 2), tokens(both[1], 3)]))
+    assert torch.equal(tokens(both, None), torch.cat([tokens(text, None) for text in both]))
+    report = prune_to_folder(str(model_folder), out, QUICK, Calibration(both, 4, 24), observer=Silent())
+    assert (report.calibration.text, report.calibration.windows) == ("text.txt, other.txt", 4)
+    for texts, windows in (([], 4), (both, 1)):
+        with pytest.raises(ValueError, match="expected one text or more, and a window for each"):
+            tokens(texts, windows)
 
 
 def test_it_imports_where_there_is_no_resource_module():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from armorfact_hf.checkpoint.folder import load_pruned, save_pruned
-from armorfact_hf.data import demo_text
 from armorfact_hf.data import tokens as cutting
 from armorfact_hf.data.load_model import load_model
+from armorfact_hf.data.texts import calibration_source, evaluation_source
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.evaluation.perplexity import evaluate_perplexity
 from armorfact_hf.pruning.config import PruneConfig
@@ -25,11 +25,13 @@ def test_smollm2_loses_less_than_by_sparsegpt(tmp_path):
     for method in ("dense", "sparsegpt", "armorfact"):
         loaded = load_model("demo:smollm2", "bfloat16", "cpu")
         model, tokenizer = loaded.model, loaded.tokenizer
-        tokens = cutting.windows(cutting.tokenize(demo_text.calibration_text()[:20_000], tokenizer), 512, 4)
+        tokens = cutting.windows(
+            cutting.tokenize(calibration_source("demo:gensim-enwiki").content[:20_000], tokenizer), 512, 4
+        )
         if method != "dense":
             report = prune_(model, tokens, OURS if method == "armorfact" else OURS.in_one_shot(method))
             assert len(report.layers) == 14
-        held_out = cutting.tokenize(demo_text.held_out_text()[:20_000], tokenizer)
+        held_out = cutting.tokenize(evaluation_source("demo:gensim-enwiki").content[:20_000], tokenizer)
         perplexity[method] = evaluate_perplexity(model, held_out, window=512, max_windows=4).value
     assert perplexity["dense"] < perplexity["armorfact"] < perplexity["sparsegpt"]
     save_pruned(model, tmp_path, tokenizer)

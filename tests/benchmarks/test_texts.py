@@ -1,0 +1,58 @@
+"""What the evidence on kinds of text is measured on, that it is the divergence by hand, and that it is kept."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from armorfact_hf.data import demo_text
+from armorfact_hf.data.load_model import load_model
+from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from benchmarks.evidence import texts
+from benchmarks.evidence.texts import divergence_table, kinds, text_table
+from tests.hf.models import random_text
+from tests.hf.observers import Silent
+from tests.hf.runs.folders import QUICK
+
+
+@pytest.fixture(autouse=True)
+def sources(monkeypatch):
+    """Random words in place of what packages carry."""
+    monkeypatch.setattr(demo_text, "fetch_articles", lambda log: [random_text(80)] * 5)
+    monkeypatch.setattr(demo_text, "fetch_second_domain", lambda log: random_text(90))
+    monkeypatch.setattr(demo_text, "library_sources", lambda: [random_text(70)] * 5)
+    questions = [{"context": "w1 w2", "choices": ["w3", "w4 w5"], "gold": gold} for gold in (0, 1, 0)]
+    monkeypatch.setattr(texts, "fetch_questions", lambda: {"piqa": questions, "lambada": questions})
+    monkeypatch.setattr(texts, "LENGTH", 16)
+
+
+def test_the_divergence_of_every_kind_is_measured_and_kept(model_folder, text_file, tmp_path):
+    out, kept = tmp_path / "out", tmp_path / "evidence" / "texts.json"
+    prune_to_folder(str(model_folder), out, QUICK, Calibration(str(text_file), 4, 24), observer=Silent())
+    dense, pruned = (load_model(str(folder), log=lambda _: None) for folder in (model_folder, out))
+    found = kinds(dense, length=16)
+    assert list(found) == ["gensim-enwiki", "qasper", "python", "piqa"]
+    assert [len(found[kind]) for kind in found] == [5, 5, 4, 3]
+    table = text_table([out], kept)
+    measured = json.loads(kept.read_text())[str(out.resolve())]
+    for kind, windows in found.items():
+        for window, value in zip(windows, measured[kind], strict=True):
+            with torch.no_grad():
+                p, q = (each.model(window[None]).logits[0].log_softmax(-1) for each in (dense, pruned))
+            assert value == pytest.approx(
+                float(functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()), rel=1e-4
+            )
+    kept.write_text(json.dumps({str(out.resolve()): {kind: [1.0, 2.0, 3.0] for kind in found}}))
+    assert "2.000 ± 0.577" in text_table([out], kept) and "2.000 ± 0.577" not in table
+
+
+def test_a_line_tells_its_share_of_the_first():
+    first, second = {"piqa": np.array([1.0, 3.0])}, {"piqa": np.array([0.5, 0.5])}
+    assert divergence_table({"a": first, "b": second}).splitlines()[2:] == [
+        "| a | 2.000 ± 1.000 |",
+        "| b | 0.500 ± 0.000, 0.25 |",
+    ]
