@@ -119,7 +119,7 @@ def _figures(run: Run, loaded: Loaded, report: Report) -> dict[str, Any]:
 
 def dense_figures(model: str, out: Path) -> list[float]:
     """The dense model's perplexities."""
-    path = out / f"dense-{model.replace(':', '-')}.json"
+    path = out / f"dense-{model.replace(':', '-').replace('/', '-')}.json"
     if not path.exists():
         loaded = load_model(model, "bfloat16")
         path.write_text(json.dumps([perplexity_of(loaded, text).perplexity for text in TEXTS]), encoding="utf-8")

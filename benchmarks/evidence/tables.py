@@ -136,7 +136,8 @@ def ratio_table(figures: Json, methods: Sequence[str], base: str = OURS, proxy: 
     for method in methods:
         ratios = {layer: _kl(figures, layer, method) / _kl(figures, layer, base) for layer in layers}
         each = [np.exp(np.mean([np.log(ratio) for layer, ratio in ratios.items() if kind(layer) == k])) for k in kinds]
-        loss = Points(figures, [method]).relative(proxy).mean()
+        points = Points(figures, [method])
+        loss = points.relative(proxy)[np.isin(points.layers, layers)].mean()
         mean_kl = np.mean([_kl(figures, layer, method) for layer in layers])
         rows.append(
             [

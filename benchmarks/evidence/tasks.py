@@ -16,8 +16,8 @@ from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.data.questions import TASKS, Question, fetch_questions
 from armorfact_hf.evaluation.tasks import choice_likelihoods
 from armorfact_hf.files import written_beside
-from armorfact_hf.report.record import Report
 from armorfact_hf.runs.compare import dense_model
+from benchmarks.evidence.folders import DENSE, key_of, reports_of
 from benchmarks.evidence.tables import table
 
 CHOICE_TASKS = tuple(task for task in TASKS if task != "lambada")  # lambada has no choices to guess from
@@ -86,19 +86,16 @@ def task_table(folders: Sequence[Path], tasks: Sequence[str], limit: int, kept: 
         kept: the file of the answers found so far; fewer questions than were asked before are their first ones.
 
     Raises:
-        ValueError: no folders, folders of different models, or an unknown task.
+        ValueError: as `reports_of` does, or an unknown task.
     """
-    reports = [Report.read(folder) for folder in folders]
-    if len({report.model.fingerprint for report in reports}) != 1:
-        raise ValueError("expected one or more folders that `armorfact prune` wrote, all of one model")
+    reports = reports_of(folders)
     if unknown := set(tasks) - set(CHOICE_TASKS):
         raise ValueError(f"expected tasks out of {', '.join(CHOICE_TASKS)}, got {', '.join(sorted(unknown))}")
     questions = {task: asked[:limit] for task, asked in fetch_questions().items() if task in tasks}
     model = reports[0].model
-    found = {"dense": _answers(kept, model.fingerprint, lambda: dense_model(reports[0]), questions)}
+    found = {DENSE: _answers(kept, model.fingerprint, lambda: dense_model(reports[0]), questions)}
     for folder in folders:
-        key = str(folder.resolve())
-        found[folder.name] = _answers(kept, key, lambda folder=folder: load_model(str(folder)), questions)
+        found[folder.name] = _answers(kept, key_of(folder), lambda folder=folder: load_model(str(folder)), questions)
     levels = {task: chance(asked) for task, asked in questions.items()}
     return f"{accuracy_table(found, levels)}\n\n{paired_table(found, levels)}"
 
@@ -116,7 +113,7 @@ def accuracy_table(found: Mapping[str, Mapping[str, Answers]], levels: Mapping[s
     for name, by in scores.items():
         mean = _with_error(mean_of([by[task] for task in counted])) if counted else "none is above chance"
         rows.append([name, *(_with_error(by[task]) for task in levels), mean])
-    counts = ", ".join(f"{task} {len(answers.gold)}" for task, answers in found["dense"].items())
+    counts = ", ".join(f"{task} {len(answers.gold)}" for task, answers in found[DENSE].items())
     left_out = [task for task in levels if task not in counted]
     note = f"Not in the mean, as the dense model is at chance: {', '.join(left_out)}." if left_out else ""
     return table(["", *levels, "mean"], rows) + f"\n\nQuestions: {counts}. {note}".rstrip()
@@ -144,7 +141,7 @@ def paired_table(found: Mapping[str, Mapping[str, Answers]], levels: Mapping[str
 
 
 def _counted(found: Mapping[str, Mapping[str, Answers]], levels: Mapping[str, float]) -> list[str]:
-    return [task for task in levels if above_chance(*score(found["dense"][task].right), levels[task])]
+    return [task for task in levels if above_chance(*score(found[DENSE][task].right), levels[task])]
 
 
 def _with_error(value: Score) -> str:

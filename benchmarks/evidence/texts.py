@@ -15,8 +15,8 @@ from armorfact_hf.data.texts import EVALUATION, evaluation_source, tokens_of
 from armorfact_hf.data.tokens import spread, tokenize, windows
 from armorfact_hf.files import written_beside
 from armorfact_hf.model.words import Speaker, WordsApart
-from armorfact_hf.report.record import Report
 from armorfact_hf.runs.compare import dense_model
+from benchmarks.evidence.folders import key_of, reports_of
 from benchmarks.evidence.tables import table
 from benchmarks.evidence.tasks import CHOICE_TASKS, Vector, score
 
@@ -32,12 +32,9 @@ def text_table(folders: Sequence[Path], kept: Path) -> str:
         folders: what `prune_to_folder` wrote. kept: the file of the figures found so far.
 
     Raises:
-        ValueError: no folders, or folders of different models.
+        ValueError: as `reports_of` does.
     """
-    reports = [Report.read(folder) for folder in folders]
-    if len({report.model.fingerprint for report in reports}) != 1:
-        raise ValueError("expected one or more folders that `armorfact prune` wrote, all of one model")
-    dense = dense_model(reports[0])
+    dense = dense_model(reports_of(folders)[0])
     texts = kinds(dense, LENGTH)
     found = {folder.name: _measured(folder, dense, texts, kept) for folder in folders}
     return divergence_table(found)
@@ -72,7 +69,7 @@ def _measured(
 ) -> dict[str, Vector]:
     """The divergence on each window, by kind of text; what does not stand in the file is measured, and kept."""
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    mine = known.setdefault(str(folder.resolve()), {})
+    mine = known.setdefault(key_of(folder), {})
     apart: WordsApart | None = None
     for kind, tokens in texts.items():
         if kind not in mine:

@@ -108,6 +108,18 @@ def test_ratios_are_geometric_means_over_the_layers():
     assert "3.000 (3.000 to 3.000) | 3.000 |" in table and "1.000 (1.000 to 1.000) | 1.000 |" in table
 
 
+def test_losses_are_means_over_the_layers_that_the_ratios_are_of():
+    figures = made_figures()
+    whole = ratio_table(figures, ["wanda", "armorfact"])
+    first, *others = figures["points"]
+    for layer in others:
+        del figures["points"][layer]["armorfact"]
+    row = ratio_table(figures, ["wanda", "armorfact"]).splitlines()[2].split(" | ")
+    point, layer = figures["points"][first]["wanda"], figures["layers"][first]
+    assert row[1] == f"{point['losses']['H'] / layer['energies']['H']:.4f}" and row[2] == f"{np.mean(point['kl']):.5f}"
+    assert row != whole.splitlines()[2].split(" | ")
+
+
 @pytest.mark.parametrize("scale", ["relative", "predicted"])
 def test_a_drawing_holds_every_point_inside_its_frame(scale):
     figures = made_figures()

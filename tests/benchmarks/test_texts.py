@@ -13,6 +13,7 @@ from armorfact_hf.data import demo_text
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from benchmarks.evidence import texts
+from benchmarks.evidence.folders import key_of, reports_of
 from benchmarks.evidence.texts import divergence_table, kinds, text_table
 from tests.hf.models import random_text
 from tests.hf.observers import Silent
@@ -38,7 +39,7 @@ def test_the_divergence_of_every_kind_is_measured_and_kept(model_folder, text_fi
     assert list(found) == ["gensim-enwiki", "qasper", "python", "piqa"]
     assert [len(found[kind]) for kind in found] == [5, 5, 4, 3]
     table = text_table([out], kept)
-    measured = json.loads(kept.read_text())[str(out.resolve())]
+    measured = json.loads(kept.read_text())[key_of(out)]
     for kind, windows in found.items():
         for window, value in zip(windows, measured[kind], strict=True):
             with torch.no_grad():
@@ -46,8 +47,24 @@ def test_the_divergence_of_every_kind_is_measured_and_kept(model_folder, text_fi
             assert value == pytest.approx(
                 float(functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()), rel=1e-4
             )
-    kept.write_text(json.dumps({str(out.resolve()): {kind: [1.0, 2.0, 3.0] for kind in found}}))
+    kept.write_text(json.dumps({key_of(out): {kind: [1.0, 2.0, 3.0] for kind in found}}))
     assert "2.000 ± 0.577" in text_table([out], kept) and "2.000 ± 0.577" not in table
+
+
+def test_folders_that_would_be_taken_for_each_other_are_refused(model_folder, text_file, tmp_path):
+    for name in ("a/pruned", "b/pruned", "dense"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        calibration = Calibration(str(text_file), 4, 24)
+        prune_to_folder(str(model_folder), tmp_path / name, QUICK, calibration, observer=Silent())
+    for names in (("a/pruned", "b/pruned"), ("a/pruned", "dense")):
+        with pytest.raises(ValueError, match="expected folders of different names"):
+            reports_of([tmp_path / name for name in names])
+    with pytest.raises(ValueError, match="expected one or more folders"):
+        reports_of([])
+    before = key_of(tmp_path / "a" / "pruned")
+    assert before == key_of(tmp_path / "b" / "pruned")
+    (tmp_path / "a" / "pruned" / "config.json").write_text("{}")
+    assert key_of(tmp_path / "a" / "pruned") != before
 
 
 def test_a_line_tells_its_share_of_the_first():

@@ -103,7 +103,7 @@ def kind_of(module: nn.Module) -> str:
     if (stacked := StackedExperts.of(module)) is not None:
         return stacked.refusal
     if any(weight.ndim == 3 for weight in module.parameters(recurse=False)):
-        return f"stacked experts of a {type(module).__name__}, which transformers runs in a way of its own"
+        return f"weights of three dimensions of a {type(module).__name__}, as of experts that run in a way of their own"
     return f"a weight of a {type(module).__name__}"
 
 

@@ -14,7 +14,9 @@ from armorfact_hf.model.moments import ROUTED, Inputs, recorded_inputs
 from armorfact_hf.model.stream import evaluating, frozen
 from armorfact_hf.model.structure import Layer
 
-NO_WAY_BACK = "a decoder block passes no gradients on to its layers, so it cannot be tuned: prune with refine=None"
+NO_WAY_BACK = "a decoder block passes no gradients on to its layers, so "
+CANNOT_BE_TUNED = f"{NO_WAY_BACK}it cannot be tuned: prune with refine=None"
+HAVE_NO_PRICES = f"{NO_WAY_BACK}they have no prices: prune with block='auto'"
 TOKENS = 32  # enough that experts, if there are any, see different ones
 
 
@@ -62,9 +64,9 @@ def _run(model: CausalLM, tokens: Tensor) -> None:
 
 @torch.enable_grad()
 def refuse_without_gradients(
-    model: nn.Module, blocks: Sequence[nn.Module], layers: Sequence[Layer], tokens: Tensor
+    model: nn.Module, blocks: Sequence[nn.Module], layers: Sequence[Layer], tokens: Tensor, refused: str
 ) -> None:
-    """Raise ValueError if no gradient comes from behind a decoder block to what its layers return.
+    """Raise ValueError, ``refused``, if no gradient comes from behind a decoder block to what its layers return.
 
     Experts are left out, as no module of their own is called; so are blocks that another one stands in for.
     """
@@ -95,7 +97,7 @@ def refuse_without_gradients(
             stack.callback(block.register_forward_hook(end(index)).remove)
         _run(model, tokens[:1, :TOKENS])
     if not all(reached.values()):
-        raise ValueError(NO_WAY_BACK)
+        raise ValueError(refused)
 
 
 def _cut_off(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -191,9 +191,9 @@ def chosen_layers(
         for name, module in _linear_layers(block)
     ]
     _check_expressions(found, include, ignore)
-    chosen, skipped = [], []
+    chosen, skipped, shared = [], [], _shared_weights(prefix, blocks)
     for layer in found:
-        if reason := _reason_to_skip(layer, include, ignore, select):
+        if reason := _others(layer, shared) or _reason_to_skip(layer, include, ignore, select):
             skipped.append(DenseLayer(layer.name, reason))
         else:
             chosen.append(layer)
@@ -204,6 +204,24 @@ def chosen_layers(
     if not chosen:
         raise ValueError("include, ignore and select leave no linear layer to prune")
     return chosen, dense
+
+
+def _shared_weights(prefix: str, blocks: Sequence[nn.Module]) -> dict[int, list[str]]:
+    """The names of each parameter of the decoder blocks, by its identity, where it has more than one."""
+    names: dict[int, list[str]] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(f"{prefix}.{index}.{name}")
+    return {parameter: found for parameter, found in names.items() if len(found) > 1}
+
+
+def _others(layer: Layer, shared: Mapping[int, list[str]]) -> str:
+    """Why a layer stays dense whose weight is another one's as well: each is pruned by what it is given."""
+    held = layer.module.stacked.module if isinstance(layer.module, ExpertLinear) else layer.module
+    for parameter in held._parameters.values():
+        if others := shared.get(id(parameter)):
+            return f"its weight has {len(others)} places, {others[0]} and {others[1]} among them"
+    return ""
 
 
 def _reason_to_skip(layer: Layer, include: Sequence[str], ignore: Sequence[str], select: Select | None) -> str:

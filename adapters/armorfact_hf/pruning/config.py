@@ -161,7 +161,7 @@ class PruneConfig:
                 f"objective='gram' and propagate='pruned', got {self.objective!r} and {self.propagate!r}"
             )
         if self.method != "armorfact":
-            compared = {"block"} if "paper" in self.baselines else set()  # which has wrappers
+            compared = {"block"} if "paper" in self.baselines and self.block != PRICED else set()  # which has wrappers
             alone = {*OF_FACTORS, *OF_MATCHING} - compared
             self._check_untouched(alone, f"method='armorfact', got method={self.method!r}")
         elif self.refine is None:

@@ -14,7 +14,13 @@ import armorfact
 from armorfact_hf.free_memory import available
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
-from armorfact_hf.model.rehearsal import refuse_routed, refuse_without_gradients, rehearse
+from armorfact_hf.model.rehearsal import (
+    CANNOT_BE_TUNED,
+    HAVE_NO_PRICES,
+    refuse_routed,
+    refuse_without_gradients,
+    rehearse,
+)
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_experts, check_model, check_states, checked_tokens
 from armorfact_hf.pruning.config import PRICED, PruneConfig
@@ -129,7 +135,7 @@ class Job:
         """Whether the work needs the head: to be pruned, or to make words."""
         return bool(self.tail) or self.config.head or bool(self.priced)
 
-    @cached_property
+    @property
     def priced(self) -> tuple[Layer, ...]:
         """The layers among which entries of wrappers are shared out by prices: the head is none of them.
 
@@ -168,8 +174,11 @@ class Job:
 
     def let_go(self, names: Collection[str]) -> None:
         """Forget the weights of layers that pruned ones have replaced: of a model in memory nothing else holds them."""
-        found = tuple(layer.weightless if layer.name in names else layer for layer in self.layers)
-        object.__setattr__(self, "layers", found)
+        self.take([layer.weightless if layer.name in names else layer for layer in self.layers])
+
+    def take(self, layers: Sequence[Layer]) -> None:
+        """Go on with the same layers in another form: a job is held by many, and none may keep weights in memory."""
+        object.__setattr__(self, "layers", tuple(layers))
 
     def leads(self, layer: Layer) -> bool:
         """Whether a layer has statistics of its own: others of its block are given the same input, and follow it."""
@@ -252,7 +261,8 @@ def make_job(
         states,
         experts_at_once,
     )
-    if job.matching is not None:
+    if job.matching is not None or job.priced:
+        refused = CANNOT_BE_TUNED if job.matching is not None else HAVE_NO_PRICES
         with weights.rehearsing():
-            refuse_without_gradients(model, blocks, layers, tokens)
+            refuse_without_gradients(model, blocks, layers, tokens, refused)
     return job

@@ -25,7 +25,7 @@ from armorfact.gauge import canonical
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.stack import master_of
 from armorfact_hf.model.experts import put_layers_
-from armorfact_hf.model.rehearsal import NO_WAY_BACK
+from armorfact_hf.model.rehearsal import CANNOT_BE_TUNED
 from armorfact_hf.pruning.aims import Aim, StateAim
 from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.schedule import FACTORS, Matching, kept_aside
@@ -161,7 +161,7 @@ def _backward(aim: Aim, window: int, step: int, device: torch.device, mixed: boo
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         output = aim.run(window)
     if not output.requires_grad:
-        raise ValueError(NO_WAY_BACK)
+        raise ValueError(CANNOT_BE_TUNED)
     distance, gradient = aim.gradient(output, window, step)
     if not math.isfinite(distance):
         return False

@@ -26,6 +26,7 @@ from torch import Tensor
 import armorfact
 from armorfact_hf.model.moments import recorded_gradients, recorded_inputs
 from armorfact_hf.model.on_disk import HEAD
+from armorfact_hf.model.rehearsal import HAVE_NO_PRICES
 from armorfact_hf.model.stream import BlockStream, starting_at_embedding
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.model.words import drawn_gradient
@@ -36,8 +37,6 @@ from armorfact_hf.pruning.layer import shrunk
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.spilled import Hidden
 from armorfact_hf.pruning.states import States
-
-NO_WAY_BACK = "a decoder block passes no gradients on to its layers, so they have no prices: prune with block='auto'"
 
 
 def prices(job: Job, progress: Progress, folder: Path | None) -> dict[str, float]:
@@ -149,7 +148,7 @@ class _Passes:
         with recorded_inputs(modules) as inputs, recorded_gradients(modules) as gradients:
             output = self.stream.run(block, self.windows[window], leaf, gradients=True)
             if not output.requires_grad:
-                raise ValueError(NO_WAY_BACK)
+                raise ValueError(HAVE_NO_PRICES)
             output.backward(self.gradients[window])
         if leaf is not None and leaf.grad is not None:
             self.gradients[window] = leaf.grad

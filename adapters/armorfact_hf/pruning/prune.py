@@ -119,6 +119,7 @@ def prune_(
     check_workers(workers)
     observer = observer or Observer()
     job = make_job(model, calibration, config, select, states=states, experts_at_once=experts_at_once)
+    check_workers(workers, job)
     if journal is None:
         return prune_job_(job, None, observer, workers)
     with Journal.open(Path(journal), job.manifest, job.config.pattern) as stored:
@@ -130,11 +131,12 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer, workers: C
     job.model.eval()
     progress, clock = Progress(observer, units(job)), Clock()
     with damping_noted(), _folder_of_states(job, journal) as folder:
-        job = _budgeted(job, journal, progress, clock, folder)
+        _share_blocks_out(job, journal, progress, clock, folder)
         with hired(workers, job, progress, folder) as those:
             run = BlockByBlock(job, journal, those, progress, clock, folder=None if workers else folder)
             reports = run.reports()
     stack_experts_(job.model)
+    job.model.eval()  # what came into it since was made for training, as all modules are
     describe_(job, reports)
     pruned = {report.name for report in reports}
     missed = [DenseLayer(x.name, "no calibration token reached it") for x in job.layers if x.name not in pruned]
@@ -142,10 +144,10 @@ def prune_job_(job: Job, journal: Journal | None, observer: Observer, workers: C
     return PruneReport(job.config, reports, dense_layers, run.clock.seconds(), tuple(run.blocks))
 
 
-def _budgeted(job: Job, journal: Journal | None, progress: Progress, clock: Clock, folder: Path | None) -> Job:
-    """The job with the blocks that its layers get by their prices, where these are asked for."""
+def _share_blocks_out(job: Job, journal: Journal | None, progress: Progress, clock: Clock, folder: Path | None) -> None:
+    """Give the layers of a job the blocks that they get by their prices, where these are asked for."""
     if not job.priced:
-        return job
+        return
     found = None if journal is None else journal.read(PRICES)
     if found is None:
         found = Finished([], 0.0, prices=prices(job, progress, folder))
@@ -154,7 +156,7 @@ def _budgeted(job: Job, journal: Journal | None, progress: Progress, clock: Cloc
     else:
         clock.earlier += found.seconds
         progress.tell(job.pricing_steps, "prices of layers are found already")
-    return replace(job, layers=tuple(shared_out(job.layers, found.prices or {}, job.config)))
+    job.take(shared_out(job.layers, found.prices or {}, job.config))
 
 
 @contextmanager

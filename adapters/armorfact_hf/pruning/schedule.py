@@ -9,7 +9,7 @@ FACTORS = ("left", "right", "values")  # the tensors of a layer that are tuned: 
 FIRST = 4  # times as many passes for the first block: what it is given is exact, and all others inherit its error
 TAIL = 0.15  # of the rate, while the last blocks are tuned together
 KEPT_ASIDE = 8  # one window in so many
-WARM_UP = 5  # steps over which the rate rises; then it falls as a cosine, to LEAST of itself
+WARM_UP = 5  # steps over which the rate rises, under a cosine that falls from the first step on, to LEAST of itself
 LEAST = 0.1
 
 
@@ -19,7 +19,7 @@ class Matching:
 
     Args:
         passes: over the windows that are not kept aside, one window a step.
-        rate: the largest learning rate, a share of each factor's `armorfact_hf.pruning.muon.unit`.
+        rate: what the learning rate stays below, a share of each factor's `armorfact_hf.pruning.muon.unit`.
     """
 
     passes: int
@@ -39,7 +39,7 @@ class Matching:
         return self.passes * (windows - len(kept_aside(windows)))
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of a step: warm-up, then a cosine."""
+        """The learning rate of a step: a cosine, times a warm-up."""
         falling = LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / steps)) / 2
         return self.rate * min(1.0, (step + 1) / WARM_UP) * falling
 

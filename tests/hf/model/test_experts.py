@@ -141,7 +141,8 @@ def test_experts_that_transformers_does_not_decorate_are_named():
     assert not any(layer.stack for layer in layers)
     experts = {layer.name: layer.reason for layer in dense if "experts" in layer.name}
     assert experts["model.layers.0.feed_forward.experts.gate_up_proj"] == (
-        "not a linear layer: stacked experts of a Llama4TextExperts, which transformers runs in a way of its own"
+        "not a linear layer: weights of three dimensions of a Llama4TextExperts, as of experts that run in a way of "
+        "their own"
     )
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from armorfact_hf.model.structure import chosen_layers, decoder_blocks, matches
-from tests.hf.models import BLOCKS, FAMILIES, INNER, WIDTH, tiny_model
+from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.prune import prune_
+from tests.hf.models import BLOCKS, FAMILIES, INNER, WIDTH, random_tokens, tiny_model
 
 LINEARS = {"phi": 6, "opt": 6, "gpt2": 4, "falcon": 4}
 
@@ -57,6 +59,26 @@ def test_include_ignore_and_select_narrow_down():
     assert reasons["model.layers.1.mlp.down_proj"] == "ignored by 'down_proj'"
     assert reasons["model.layers.0.mlp.up_proj"] == "not selected"
     assert len(layers) + len(dense) == 7 * BLOCKS
+
+
+@pytest.mark.parametrize("tied", ["module", "weight", "in one block"])
+def test_a_weight_with_several_places_stays_dense(tied):
+    model = tiny_model("llama")
+    first, last = model.model.layers[0].mlp, model.model.layers[-1].mlp
+    if tied == "module":
+        model.model.layers[-1].mlp = first
+    elif tied == "weight":
+        last.up_proj.weight = first.up_proj.weight
+    else:
+        first.gate_proj = first.up_proj
+    layers, dense = chosen_layers(model)
+    modules = [id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
+    assert dense and len({layer.name for layer in layers}) + len(dense) <= 7 * BLOCKS
+    assert all("its weight has 2 places, model.layers.0.mlp." in each.reason for each in dense)
+    assert all(modules.count(id(layer.module.weight)) == 1 for layer in layers)
+    report = prune_(model, random_tokens(4), PruneConfig(sweeps=1, tail=1))
+    assert {each.name for each in dense} <= {each.name for each in report.dense_layers}
+    assert not any(module.training for module in model.modules())
 
 
 def test_the_head_is_pruned_when_asked_for():

@@ -63,6 +63,7 @@ def test_settings_of_another_version_are_refused():
         ({"method": "wanda", "sweeps": 5, "block": 64}, ValueError, "block=64, sweeps=5 would not act: .*'armorfact'"),
         ({"method": "magnitude", "tail": 0}, ValueError, "tail=0 would not act: .*got method='magnitude'"),
         ({"method": "sparsegpt", "shrinkage": 0.5}, ValueError, "shrinkage=0.5 would not act"),
+        ({"method": "wanda", "baselines": ("paper",), "block": "priced"}, ValueError, "block='priced' would not act"),
         ({"refine": None, "rate": 0.01}, ValueError, "rate=0.01 would not act: expected refine='block'"),
         ({"include": "q_proj"}, TypeError, "tuple of strings"),
         ({"ignore": ("re:(",)}, ValueError, "not a regular expression"),

@@ -13,7 +13,7 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning import matching
 from armorfact_hf.pruning.aims import StateAim, relative_error
 from armorfact_hf.pruning.matching import match_block_
-from armorfact_hf.pruning.schedule import Matching, kept_aside
+from armorfact_hf.pruning.schedule import LEAST, WARM_UP, Matching, kept_aside
 
 QUICK = Matching(passes=4, rate=5e-3)
 
@@ -237,3 +237,11 @@ def test_a_silent_channel_makes_no_weight_infinite():
     aim = StateAim([target].__getitem__, [target])
     assert aim.weights.isfinite().all() and aim.distance(target, 0) == 0
     assert StateAim([0 * target].__getitem__, [0 * target]).distance(0 * target, 0) == 0
+
+
+def test_the_rate_rises_and_falls_below_what_was_asked_for():
+    matching = Matching(passes=3, rate=1.0)
+    rates = [matching.rate_at(step, 42) for step in range(42)]
+    assert rates[0] == pytest.approx(1 / WARM_UP) and max(rates) == rates[WARM_UP - 1]
+    assert 0.97 < max(rates) < 1 and rates[WARM_UP - 1 :] == sorted(rates[WARM_UP - 1 :], reverse=True)
+    assert LEAST < rates[-1] < LEAST + 0.01

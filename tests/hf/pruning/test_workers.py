@@ -70,6 +70,14 @@ def test_what_other_processes_cannot_do_is_refused(device, changes, way_out, mon
         check_workers(2, replace(job, weights=weights))
 
 
+def test_what_they_cannot_do_is_refused_before_there_is_a_journal(monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "find_spec", lambda name: name)
+    config = PruneConfig(block="priced", refine=None)
+    with pytest.raises(ValueError, match="leave --states out"):
+        prune_(tiny_model("llama"), random_tokens(), config, workers=2, states="disk", journal=tmp_path / "journal")
+    assert not (tmp_path / "journal").exists()
+
+
 @pytest.mark.parametrize("gpus", range(1, 6))
 @pytest.mark.parametrize("workers", range(1, 9))
 def test_every_worker_finds_its_share_of_a_gpu(workers, gpus):
