@@ -167,6 +167,9 @@ def bench_folder(
 
     describe_folder(folder)
     model = load_model(str(folder), dtype, device, log).model
-    timings = time_layers(model, tokens, progress)
+    timings = time_layers(model, tokens, progress) if _by_shape(model) else []
+    found = timings + time_experts(model, tokens)
+    if not found:
+        raise ValueError(f"{folder} holds no pruned layer: name a folder that `armorfact prune` wrote")
     write_measured(folder, model.device, model.dtype, choose(timings, allow_dense))
-    return timings + time_experts(model, tokens)
+    return found

@@ -14,8 +14,10 @@ from torch import nn
 
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.model.causal_lm import CausalLM, cache_name
-from armorfact_hf.report.record import Report
+from armorfact_hf.report.record import ModelFacts, Report
 from armorfact_hf.runs.prune_to_folder import peak_memory
+
+READINGS = 3  # of the prompt, whose median counts
 
 
 @dataclass(frozen=True)
@@ -37,28 +39,37 @@ class Throughput:
 
 
 def throughput(
-    name: str, prompt: int = 512, new: int = 64, dtype: str = "auto", device: str | None = None
+    name: str,
+    prompt: int = 512,
+    new: int = 64,
+    dtype: str = "auto",
+    device: str | None = None,
+    fingerprint: str | None = None,
 ) -> Throughput:
     """Load a model and run it: ``prompt`` random tokens at once, then ``new`` tokens one by one, greedily.
 
     Raises:
-        ValueError: see `load_model`.
+        ValueError: see `load_model`; it has another ``fingerprint``, or reads no more than ``new`` tokens.
     """
     before = peak_memory()
     loaded = load_model(name, dtype, device, lambda sentence: None)
     model = loaded.model
     vocabulary = model.get_input_embeddings().num_embeddings
-    prompt = loaded.window(prompt + new) - new
+    if fingerprint is not None and loaded.fingerprint != fingerprint:
+        raise ValueError(f"{name} is not the model that was pruned: its weights have changed since")
+    if (prompt := loaded.window(prompt + new) - new) < 1:
+        raise ValueError(f"{name} reads {prompt + new} tokens at most, {new} of which would be written: write fewer")
     tokens = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
-    _run(model, tokens[:, :16], 2)  # compiles kernels
-    reading, writing = _run(model, tokens, new)
-    memory = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else peak_memory() - before
+    _run(model, tokens, 2)  # compiles kernels
+    reading = median([_run(model, tokens, 0)[0] for _ in range(READINGS)])
+    _, writing = _run(model, tokens, new)
+    memory = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else peak_memory() - before
     return Throughput(name, prompt / reading, 1 / writing, _weights(model), memory)
 
 
 @torch.inference_mode()
 def _run(model: CausalLM, tokens: torch.Tensor, new: int) -> tuple[float, float]:
-    """Seconds to read the tokens, and median seconds of a written one."""
+    """Seconds to read the tokens, and median seconds of a written one; 0 where none is."""
     cache = cache_name(model)
     start = time.perf_counter()
     output = model(tokens, use_cache=True, logits_to_keep=1)
@@ -72,7 +83,7 @@ def _run(model: CausalLM, tokens: torch.Tensor, new: int) -> tuple[float, float]
         token = output.logits[:, -1:].argmax(-1)
         token.item()
         steps.append(time.perf_counter() - start)
-    return reading, median(steps)
+    return reading, median(steps) if steps else 0.0
 
 
 def _weights(model: nn.Module) -> int:
@@ -86,12 +97,22 @@ def end_to_end(
     """`throughput` of the dense model that a folder was pruned from, and of the pruned one, each in its own process.
 
     Raises:
-        ValueError: the folder has no report that names its dense model, or a model cannot be loaded.
+        ValueError: the folder has no report that names its dense model, this has changed, or a model cannot be loaded
+            or reads no so long prompts.
     """
-    facts = Report.read(folder).model
+    facts = dense_of(folder)
     dtype = facts.dtype if dtype == "auto" else dtype
     results = []
-    for name in (facts.name, str(folder)):
+    for name, fingerprint in ((facts.name, facts.fingerprint if dtype == facts.dtype else None), (str(folder), None)):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
-            results.append(own.submit(throughput, name, prompt, new, dtype, device).result())
+            results.append(own.submit(throughput, name, prompt, new, dtype, device, fingerprint).result())
     return results
+
+
+def dense_of(folder: Path) -> ModelFacts:
+    """The dense model that a folder was pruned from.
+
+    Raises:
+        ValueError: the folder has no report, which names it.
+    """
+    return Report.read(folder).model

@@ -12,6 +12,8 @@ from armorfact_hf.cli.options import Device, Dtype
 from armorfact_hf.cli.terminal import errors_as_sentences, say, show, shown_progress
 from armorfact_hf.observer import Step
 
+PROMPT, NEW = 512, 64
+
 
 def bench(
     folder: Annotated[Path, typer.Argument(help="A folder that `armorfact prune` wrote.")],
@@ -24,8 +26,8 @@ def bench(
     end_to_end: Annotated[
         bool, typer.Option("--end-to-end", help="Prompt and decode tokens a second and memory, dense and pruned.")
     ] = False,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, for --end-to-end.")] = 512,
-    new: Annotated[int, typer.Option(min=1, help="Tokens to write after it, for --end-to-end.")] = 64,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, for --end-to-end.")] = PROMPT,
+    new: Annotated[int, typer.Option(min=1, help="Tokens to write after it, for --end-to-end.")] = NEW,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -45,6 +47,10 @@ def bench(
 
     with errors_as_sentences():
         counts = _counts(tokens)
+        if not end_to_end and (prompt, new) != (PROMPT, NEW):
+            raise ValueError("--prompt and --new would not act: they are for --end-to-end")
+        if end_to_end:
+            throughput.dense_of(folder)  # raises before the work if it is not known
         with shown_progress() as observer:
             timings = benches.bench_folder(
                 folder,

@@ -41,6 +41,8 @@ def evaluate(
     from armorfact_hf.runs import compare
 
     with errors_as_sentences(), shown_progress() as observer:
+        if limit is not None and not tasks:
+            raise ValueError(f"--limit {limit} would not act: it is for --tasks")
         chosen = evaluations_of(text, windows, length, stride)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         found: Report | compare.Figures

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from armorfact_hf.report.record import PerplexityRecord, TaskRecord
@@ -97,7 +97,7 @@ def compared(rows: Rows) -> Table:
     """Methods beside the dense model: `armorfact_hf.runs.compare.compare`."""
     texts = list(rows[0].perplexity)
     headers = [header for text in texts for header in (f"perplexity, {text}", "x dense")]
-    table = Table("method", *headers, "mean layer loss", "MB on disk", "seconds", box=None)
+    table = _table("method", *headers, "mean layer loss", "MB on disk", "seconds")
     for row in rows:
         cells = [_number(found.get(text)) for text in texts for found in (row.perplexity, row.ratio)]
         dense = row.name == "dense"
@@ -113,9 +113,7 @@ def compared(rows: Rows) -> Table:
 
 def evaluations(records: Sequence[PerplexityRecord]) -> Table:
     """Perplexity by text and method, with all that pins it."""
-    table = Table(
-        "text", "split", "window", "stride", "bos", "tokens", "dense", "method", "perplexity", "x dense", box=None
-    )
+    table = _table("text", "split", "window", "stride", "bos", "tokens", "dense", "method", "perplexity", "x dense")
     for record in records:
         pinned = (record.text, record.split, record.window, record.stride, record.bos, record.tokens)
         for name, found in [(x.name, x.perplexity) for x in record.methods] or [("", record.dense)]:
@@ -126,7 +124,7 @@ def evaluations(records: Sequence[PerplexityRecord]) -> Table:
 
 def tasks(records: Sequence[TaskRecord]) -> Table:
     """Accuracy by task."""
-    table = Table("task", "questions", "dense", "pruned", "standard error", box=None)
+    table = _table("task", "questions", "dense", "pruned", "standard error")
     for record in records:
         pruned = "" if record.pruned is None else f"{record.pruned:.3f}"
         error = f"{record.standard_error:.3f}"
@@ -137,15 +135,16 @@ def tasks(records: Sequence[TaskRecord]) -> Table:
 def recovered(done: Any) -> str:
     """What a recovery gained."""
     by = "" if done.likeliest is None else f" (by its {done.likeliest} likeliest words)"
+    whom = "dense" if done.teacher is None else done.teacher
     return (
-        f"{done.before:.4f} nats a token from dense before, {done.after:.4f} after {done.best_step} of {done.steps} "
+        f"{done.before:.4f} nats a token from {whom} before, {done.after:.4f} after {done.best_step} of {done.steps} "
         f"steps, on {done.kept_aside} windows kept aside{by}."
     )
 
 
 def held(layers: Rows) -> Table:
     """The layers of a pruned folder: `armorfact_hf.runs.inspect.inspect_folder`."""
-    table = Table("layer", "shape", "block", "loss", "SparseGPT's", "bytes", "of dense", box=None)
+    table = _table("layer", "shape", "block", "loss", "SparseGPT's", "bytes", "of dense")
     for layer in layers:
         shape = "x".join(map(str, layer.shape if layer.experts is None else (layer.experts, *layer.shape)))
         block = "none" if layer.block is None else "x".join(map(str, layer.block))
@@ -173,7 +172,7 @@ def timings(rows: Rows) -> Table:
     """Microseconds of a layer by strategy: `armorfact_hf.bench.layers.time_layers`."""
     strategies = list(dict.fromkeys(name for row in rows for name in row.seconds if name != "dense"))
     headers = [f"{name}, µs" for name in strategies]
-    table = Table("layer", "tokens", "dense, µs", *headers, "fastest", "x dense", "wrappers", box=None)
+    table = _table("layer", "tokens", "dense, µs", *headers, "fastest", "x dense", "wrappers")
     for row in rows:
         cells = [f"{row.seconds[name] * 1e6:,.0f}" if name in row.seconds else "" for name in strategies]
         fastest = row.fastest()
@@ -210,7 +209,7 @@ def crossovers(rows: Rows, chosen: Mapping[str, Any]) -> Iterator[str]:
 
 def throughputs(rows: Rows) -> Table:
     """Whole models: `armorfact_hf.bench.models.end_to_end`."""
-    table = Table("model", "prompt, tokens/s", "decode, tokens/s", "weights, MB", "peak memory, MB", box=None)
+    table = _table("model", "prompt, tokens/s", "decode, tokens/s", "weights, MB", "peak memory, MB")
     dense = rows[0]
     for row in rows:
         table.add_row(
@@ -218,9 +217,14 @@ def throughputs(rows: Rows) -> Table:
             f"{row.prompt:,.0f} ({row.prompt / dense.prompt:.2f})",
             f"{row.decode:,.1f} ({row.decode / dense.decode:.2f})",
             f"{row.weights / 1e6:,.1f} ({row.weights / dense.weights:.3f})",
-            f"{row.memory / 1e6:,.1f} ({row.memory / dense.memory:.3f})",
+            f"{row.memory / 1e6:,.1f}" + (f" ({row.memory / dense.memory:.3f})" if dense.memory else ""),
         )
     return table
+
+
+def _table(*headers: str) -> Table:
+    """A table that breaks what is too wide for a terminal, and cuts nothing off."""
+    return Table(*(Column(header, overflow="fold") for header in headers), box=None)
 
 
 def _loss(value: float | None) -> str:

@@ -18,7 +18,13 @@ from armorfact_hf.observer import Observer, Step
 if TYPE_CHECKING:
     from armorfact_hf.pruning.plan import Plan
 
-console = Console(width=None if sys.stdout.isatty() else 140)  # tables are not broken in files
+
+def plain_console() -> Console:
+    """Takes no name that comes from a file for markup, and breaks no tables in files."""
+    return Console(width=None if sys.stdout.isatty() else 10_000, markup=False, emoji=False)
+
+
+console = plain_console()
 errors = Console(stderr=True)
 
 

@@ -21,7 +21,8 @@ from armorfact_hf.layers.format import LayerFormat
 
 WAY_OUT = (
     "serve with another tensor_parallel_size, or prune the dense model again with `armorfact prune --tensor-parallel "
-    "{ranks}` (in Python PruneConfig(tensor_parallel={ranks})), which chooses blocks that fit"
+    "{ranks}` (in Python PruneConfig(tensor_parallel={ranks})), which chooses blocks that fit; where the "
+    "checkpoint holds layers fused, they have to divide a rank's part of each of the outputs: choose them by --block"
 )
 
 

@@ -34,6 +34,11 @@ def _inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *given
 
 
 def _prepare(config: LoraConfig, model: nn.Module) -> None:
+    if names := getattr(config, "target_parameters", None):
+        raise ValueError(
+            f"the model holds pruned layers: target_parameters={list(names)} is not supported there, whose factors are "
+            "no weights to add to; name their layers in target_modules"
+        )
     config._register_custom_module({FactorizedLinear: FactorizedLora})
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == EVERYTHING:  # which PEFT takes for torch's own linear layers

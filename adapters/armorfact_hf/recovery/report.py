@@ -23,6 +23,7 @@ class Recovery:
         notes: what went wrong on the way.
         likeliest: how many of the teacher's words at each position all these divergences are of, the others taken as
             one; None is all of them.
+        teacher: the name of the model, or of what was kept of it, that all divergences are from; None is the dense one.
     """
 
     settings: RecoverySettings
@@ -37,3 +38,4 @@ class Recovery:
     seconds: float
     notes: tuple[str, ...] = ()
     likeliest: int | None = None
+    teacher: str | None = None

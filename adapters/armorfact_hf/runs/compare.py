@@ -69,6 +69,7 @@ def evaluate_folder(
     observer = Observer() if observer is None else observer
     report = Report.read(folder)
     _check_beside(report, beside)
+    _check_texts(evaluations, observer)
     if tasks:
         check_request(tasks, limit)
     dense = evaluate_dense(dense_model(report, device, observer.say), evaluations, tasks, limit, observer=observer)
@@ -88,6 +89,12 @@ def evaluate_folder(
     if not write_card(folder):
         observer.say(f"{folder / CARD} was edited by hand: it is left as it is, without the new figures.")
     return report
+
+
+def _check_texts(evaluations: Sequence[Evaluation], observer: Observer) -> None:
+    """Raise ValueError if one of the texts is not there, before work on the others."""
+    for evaluation in evaluations:
+        evaluation_source(evaluation.text, observer.say)
 
 
 def _check_beside(report: Report, beside: Sequence[Path]) -> None:
@@ -142,6 +149,9 @@ def evaluate_dense(
     if any(isinstance(module, PRUNED) for module in loaded.model.modules()):
         raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
     observer = Observer() if observer is None else observer
+    _check_texts(evaluations, observer)
+    for evaluation in evaluations:
+        check_text(loaded, evaluation)
     if tasks:
         check_request(tasks, limit)
     return Figures(
@@ -244,8 +254,7 @@ def compare(
     """
     check_workers(workers)
     observer = Observer() if observer is None else observer
-    for evaluation in evaluations:
-        evaluation_source(evaluation.text, observer.say)  # raises before the work if there is none
+    _check_texts(evaluations, observer)
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
     unchecked = list(evaluations)
     for method, folder in {**beside, config.method: out}.items():

@@ -79,7 +79,7 @@ def recover_to_folder(
         done = recover_(
             loaded.model, tokens, dense, settings, state=journal.folder, save_every=save_every, observer=observer
         )
-        report = replace(report, manifest=manifest, evaluations=(), tasks=(), recovery=done)
+        report = replace(report, manifest=manifest, evaluations=(), tasks=(), recovery=replace(done, teacher=teacher))
         finish(loaded, report, out, journal)
     return report
 

@@ -96,7 +96,9 @@ class ArmorfactQuantization(QuantizationConfig):
     def _parts(self, layer: torch.nn.Module, prefix: str) -> list[str]:
         if isinstance(layer, RoutedExperts):
             return [name for name in self.formats if name.startswith(f"{prefix}.")]
-        return part_names(prefix, self.packed_modules_mapping) if isinstance(layer, LinearBase) else [prefix]
+        if not isinstance(layer, LinearBase):
+            return [prefix]
+        return part_names(prefix, self.packed_modules_mapping, self.formats)
 
     def check_claimed(self) -> None:
         """Whether every pruned module became one of the model's layers, where this rank has the whole model.

@@ -6,13 +6,14 @@ import torch
 
 from armorfact_hf.bench import experts, timing
 from armorfact_hf.bench.experts import seconds_by_form, time_experts
-from armorfact_hf.bench.layers import choose
+from armorfact_hf.bench.layers import bench_folder, choose
+from armorfact_hf.checkpoint.folder import save_pruned
 from armorfact_hf.cli.tables import crossovers
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
 from benchmarks import expert_speed
 from benchmarks.expert_speed import random_experts
-from tests.hf.models import BLOCKS, random_tokens, tiny_model
+from tests.hf.models import BLOCKS, random_tokens, tiny_model, word_tokenizer
 
 
 def test_each_kind_of_experts_at_each_number_of_tokens(monkeypatch):
@@ -28,6 +29,16 @@ def test_each_kind_of_experts_at_each_number_of_tokens(monkeypatch):
     assert choose(found) == {}
     [sentence] = crossovers(found, {})
     assert sentence.startswith("2 of 4 experts, 64x32: ") and "chosen" not in sentence
+
+
+def test_a_folder_whose_experts_alone_are_pruned_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    model = tiny_model("mixtral")
+    prune_(model, random_tokens(), PruneConfig(method="magnitude", baselines=(), include=("re:.*experts.*",)))
+    save_pruned(model, tmp_path / "out")
+    word_tokenizer().save_pretrained(tmp_path / "out")
+    found = bench_folder(tmp_path / "out", [1], device="cpu", log=lambda _: None)
+    assert found and all("experts" in each.shape for each in found)
 
 
 def test_every_way_to_run_the_dense_experts(monkeypatch):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from armorfact_hf import Calibration, Execution, PruneConfig, load_pruned, prune_, prune_to_folder
 from armorfact_hf.bench import layers as bench
+from armorfact_hf.bench import models
 from armorfact_hf.bench import timing as clock
 from armorfact_hf.bench.layers import Timing, bench_folder, choose, crossover, time_layers
 from armorfact_hf.checkpoint.measured import (
@@ -354,6 +355,31 @@ def test_the_command_shows_whole_models(folder):
     assert min(figures) > 0 and len(figures) == 8
     ratio = float(rows[1][6].strip("()"))
     assert 0.5 < ratio < 1  # the pruned weights are smaller, the embedding is not
+
+
+def test_the_prompt_is_read_by_kernels_that_are_compiled_already(folder, monkeypatch):
+    read, run = [], models._run
+    monkeypatch.setattr(
+        models, "_run", lambda model, tokens, new: read.append(tokens.shape[1]) or run(model, tokens, new)
+    )
+    models.throughput(str(folder), 30, 2, device="cpu")
+    assert read == [30] * (2 + models.READINGS)
+
+
+def test_a_model_that_is_another_or_reads_too_little_is_told(folder):
+    with pytest.raises(ValueError, match="is not the model that was pruned"):
+        models.throughput(str(folder), 8, 2, device="cpu", fingerprint="another")
+    for new in (64, 100):
+        with pytest.raises(ValueError, match="would be written: write fewer"):
+            models.throughput(str(folder), 8, new, device="cpu")
+
+
+def test_what_would_fail_is_told_before_the_layers_are_timed(folder, monkeypatch):
+    monkeypatch.setattr(bench, "time_side_by_side", None)
+    assert "they are for --end-to-end" in armorfact("bench", folder, "--prompt", 8, code=1)
+    (folder / "report.json").unlink()
+    output = armorfact("bench", folder, "--end-to-end", code=1)
+    assert output.startswith("Error: ") and "report.json" in output and not (folder / FILE).exists()
 
 
 @pytest.mark.parametrize("tokens", ["0", "1,0", "x", "", "1,,2", "-1", "1.5", "1;2"])

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ from typer.testing import CliRunner
 
 from armorfact_hf.checkpoint.folder import stored_tensors
 from armorfact_hf.cli import commands as cli
-from armorfact_hf.cli import terminal
+from armorfact_hf.cli import tables, terminal
 from armorfact_hf.evaluation import measure
-from armorfact_hf.report.record import Report
+from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report
+from armorfact_hf.runs import compare
 from tests.hf.models import random_text
 
 PATHS = [str(Path(__file__).parents[3] / name) for name in ("", "adapters")]
 SHORT = ["--length", "24"]
-COMMANDS = ("prune", "eval", "inspect", "export")
+COMMANDS = ("prune", "eval", "inspect", "export", "recover", "teach", "bench", "push")
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +219,7 @@ def test_a_comparison_shows_texts_that_were_evaluated_earlier(model_folder, text
         (("--text", "nope.txt"), "'nope.txt' is no text file, and none of the demo texts"),
         (("--samples", "40"), "ask for fewer or shorter windows, or give more text"),
         (("--device", "nope"), "nope"),
+        (("--dry-run", "--text", "nope.txt"), "'nope.txt' is no text file, and none of the demo texts"),
     ],
 )
 def test_a_bad_option_ends_with_one_sentence_and_nothing_written(options, sentence, model_folder, text_file, out):
@@ -225,6 +228,32 @@ def test_a_bad_option_ends_with_one_sentence_and_nothing_written(options, senten
     last = output.splitlines()[-1]
     assert last.startswith("Error: ") and sentence in last and "Traceback" not in output
     assert files_below(out.parent) == before
+
+
+def test_a_limit_of_questions_without_tasks_is_refused(model_folder, text_file):
+    assert "--limit 3 would not act" in armorfact("eval", model_folder, "--text", text_file, "--limit", 3, code=1)
+
+
+def test_a_text_that_is_not_there_is_told_before_the_others_are_read(model_folder, text_file, monkeypatch):
+    monkeypatch.setattr(compare, "perplexity_of", None)
+    texts = ("--text", text_file, "--text", "nope.txt", *SHORT, "--windows", 2)
+    assert "'nope.txt' is no text file" in armorfact("eval", model_folder, *texts, code=1)
+
+
+@pytest.mark.parametrize("width", [80, 120, None])
+def test_tables_cut_nothing_off_and_take_no_name_for_markup(width, capsys, monkeypatch):
+    name = "data[/x]/wiki[old] :warning:.txt"
+    record = PerplexityRecord(1234.5678, name, "every [b]fifth", "5a" * 32, 2048, 1024, 0, 6, "evenly", 12288)
+    record = replace(record, methods=(MethodPerplexity("sparsegpt", 0.1, 123456.789),))
+    console = terminal.plain_console() if width is None else Console(width=width, markup=False, emoji=False)
+    monkeypatch.setattr(terminal, "console", console)
+    terminal.show(tables.evaluations([record]))
+    printed = capsys.readouterr().out
+    for text in (name, "every [b]fifth", "123456.789", "sparsegpt", "12288"):
+        if width is None:
+            assert text in printed
+        assert all(printed.count(letter) >= text.count(letter) for letter in text.replace(" ", ""))
+    assert "…" not in printed
 
 
 @pytest.mark.parametrize("wrong", ["prune m", "prune m --out o --windows 0", "eval m --length 1", "x"])

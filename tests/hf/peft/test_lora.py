@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -156,6 +156,14 @@ def test_a_start_that_changes_the_weight_is_refused(folder, start):
 def test_a_variant_that_is_not_tested_is_refused(folder):
     with pytest.raises(ValueError, match="q_proj is pruned: alora_invocation_tokens is not supported there"):
         peft.get_peft_model(load_pruned(folder), lora(alora_invocation_tokens=[3]))
+
+
+@pytest.mark.skipif(
+    "target_parameters" not in {field.name for field in fields(peft.LoraConfig)}, reason="this PEFT does not know them"
+)
+def test_parameters_as_targets_are_refused(folder):
+    with pytest.raises(ValueError, match=r"target_parameters=.* is not supported there"):
+        peft.get_peft_model(load_pruned(folder), lora(target_modules=[], target_parameters=["mlp.down_proj.values"]))
 
 
 def test_other_kinds_of_adapters_are_refused_by_peft(folder):

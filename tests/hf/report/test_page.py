@@ -8,6 +8,8 @@ from itertools import pairwise
 import pytest
 
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.recovery.report import Recovery
+from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.report.page import duration, render_html, size
 from armorfact_hf.report.plots import FRAME, log_axis, shortened, spread
 from armorfact_hf.report.record import Report
@@ -128,6 +130,18 @@ def test_whatever_text_is_escaped(report):
     assert {key for _, attributes in page.tags for key in attributes} <= {
         key for _, attributes in plain.tags for key in attributes
     }
+
+
+def test_what_the_losses_are_of_and_what_recovery_did(report):
+    outputs = replace(report, config=replace(report.config, target="output"))
+    assert "W are the weights, R what" in Page(render_html(report)).text
+    assert "W are the weights that give the dense model's outputs" in Page(render_html(outputs)).text
+    done = Recovery(RecoverySettings(), 9, 1, 12, 288, 0.1, 0.05, 8, ((0, 0.1), (8, 0.05)), 3.0)
+    text = Page(render_html(replace(report, recovery=done))).text
+    assert "towards what the dense model says" in text and "at step 8" in text and "Mean relative loss before" in text
+    nothing = replace(done, after=0.1, best_step=0, teacher="./another")
+    text = Page(render_html(replace(report, recovery=nothing))).text
+    assert "towards what ./another says" in text and "no step was better than the start" in text
 
 
 def test_without_evaluations_and_tasks(report):

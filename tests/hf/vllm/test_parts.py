@@ -29,6 +29,12 @@ def test_a_fused_layer_is_its_parts(prefix, expected):
     assert part_names(prefix, PACKED) == [f"model.layers.0.self_attn.{name}" for name in expected]
 
 
+def test_a_layer_that_is_stored_fused_is_one_part():
+    prefix = "model.layers.0.mlp.gate_up_proj"
+    assert part_names(prefix, PACKED, {prefix: None}) == [prefix]
+    assert len(part_names(prefix, PACKED, {"model.layers.1.mlp.gate_up_proj": None})) == 2
+
+
 def test_a_name_without_dots_is_itself():
     assert part_names("lm_head", PACKED) == ["lm_head"]
 
