@@ -11,24 +11,24 @@ inputs (the last one of a row may be shorter), each with a scale and a least num
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.evaluation.measure import perplexity_of
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fitting import fitting_layers
-from benchmarks.results import SUBSET, TEXTS, Run, dense_figures, measure
+from benchmarks.kept import kept
+from benchmarks.results import SUBSET, Run, dense_figures, measure, one_in, perplexities
 
-GROUP, BITS = 128, 4
+GROUP, BITS, EVERY = 128, 4, 3
 CORE = {"core_dtype": "int8"}
 RUNS = (
-    Run("2:4, bfloat16 core", SUBSET),
-    Run("2:4, int8 core", {**SUBSET, **CORE}),
-    Run("2:4, int8 core and wrappers", {**SUBSET, **CORE, "wrapper_dtype": "int8"}),
+    Run("2:4, bfloat16 core", SUBSET, every=EVERY),
+    Run("2:4, int8 core", {**SUBSET, **CORE}, every=EVERY),
+    Run("2:4, int8 core and wrappers", {**SUBSET, **CORE, "wrapper_dtype": "int8"}, every=EVERY),
 )
 
 
@@ -53,19 +53,19 @@ def bits_of(d_in: int, bits: int = BITS, group: int = GROUP) -> float:
     return bits + 32 * -(-d_in // group) / d_in
 
 
-def dense_int4(model: str, out: Path) -> dict[str, object]:
-    """Perplexities with the layers of the runs rounded to int4, and bits a weight; measured once."""
-    path = out / f"int4-{model.replace(':', '-')}.json"
-    if not path.exists():
-        loaded = load_model(model, "bfloat16")
-        layers, _ = fitting_layers(loaded.model, PruneConfig(**SUBSET))
-        for layer in layers:
-            layer.module.weight.data.copy_(rounded(layer.weight))
-        sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
-        bits = sum(size * bits_of(layer.shape[1]) for size, layer in zip(sizes, layers, strict=True)) / sum(sizes)
-        found = {"perplexity": [perplexity_of(loaded, text).perplexity for text in TEXTS], "bits": bits}
-        path.write_text(json.dumps(found), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+def dense_int4(model: str, out: Path) -> dict[str, Any]:
+    """Perplexities with the layers of the runs rounded to int4, and bits a weight; measured unless they are kept."""
+    return kept(out, "int4", [model, EVERY, GROUP, BITS], lambda: _dense_int4(model))
+
+
+def _dense_int4(model: str) -> dict[str, Any]:
+    loaded = load_model(model, "bfloat16")
+    layers, _ = fitting_layers(loaded.model, PruneConfig(**SUBSET, include=one_in(loaded.model, EVERY)))
+    for layer in layers:
+        layer.module.weight.data.copy_(rounded(layer.weight))
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+    bits = sum(size * bits_of(layer.shape[1]) for size, layer in zip(sizes, layers, strict=True)) / sum(sizes)
+    return {"perplexity": perplexities(loaded), "bits": bits}
 
 
 def main() -> None:
@@ -74,7 +74,6 @@ def main() -> None:
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--out", type=Path, default=Path("pruned-results"))
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     print("| the layers | bits a weight | gensim-enwiki | qasper | mean layer loss |")
     print("|---|---|---|---|---|")
     first, second = dense_figures(arguments.model, arguments.out)

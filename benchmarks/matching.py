@@ -68,7 +68,7 @@ def tuned_by(optimizer: Callable[..., Muon], tile: int) -> Iterator[None]:
 
 def tuned(model: str, block: int, config: PruneConfig, form: str) -> tuple[float, float, float]:
     """The block's error before and after, and the processor's seconds."""
-    loaded = load_model(model, "bfloat16", log=lambda _: None)
+    loaded = load_model(model, "bfloat16", "cpu", log=lambda _: None)  # whose seconds the processor's are
     tokens = Calibration().tokens(loaded, lambda _: None)
     start = time.process_time()
     with tuned_by(*FORMS[form]):

@@ -13,9 +13,9 @@ last table has the part that each kind of layer has in the sum of all prices.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import correlation, fmean, stdev
 from typing import Any
@@ -30,7 +30,8 @@ from armorfact_hf.pruning.prices import Shown, shown
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.tables import kind, table
-from benchmarks.shared.quality import one_in
+from benchmarks.kept import kept
+from benchmarks.results import one_in
 
 SWEEPS = 3
 Json = dict[str, Any]
@@ -99,14 +100,15 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--calibration", default=Calibration().text)
-    parser.add_argument("--out", type=Path, default=Path("prices.json"))
+    parser.add_argument("--out", type=Path, default=Path("pruned-results"))
     arguments = parser.parse_args(given)
-    if not arguments.out.exists():
-        calibration = Calibration(arguments.calibration, arguments.windows, arguments.length)
+    calibration = Calibration(arguments.calibration, arguments.windows, arguments.length)
+
+    def found() -> list[Json]:
         job = job_of(arguments.model, arguments.every, calibration)
-        layers = [measured(one) for one in shown(job, Progress(Observer(), 0), None)]
-        arguments.out.write_text(json.dumps(layers), encoding="utf-8")
-    layers = json.loads(arguments.out.read_text(encoding="utf-8"))
+        return [measured(one) for one in shown(job, Progress(Observer(), 0), None)]
+
+    layers = kept(arguments.out, "prices", [arguments.model, arguments.every, asdict(calibration)], found)
     print(rate_table(layers), foretold(layers), share_table(layers), sep="\n\n")
 
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from urllib.error import URLError
@@ -65,13 +65,15 @@ def served(model: str, dtype: str, length: int, eager: bool) -> Iterator[str]:
             command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            _wait(f"http://127.0.0.1:{port}", started)
+            try:
+                _wait(f"http://127.0.0.1:{port}", started)
+            except TimeoutError as error:
+                log.seek(0)
+                raise RuntimeError(f"the server of {model} did not start:\n{log.read()[-4000:]}") from error
             yield f"http://127.0.0.1:{port}"
-        except TimeoutError as error:
-            log.seek(0)
-            raise RuntimeError(f"the server of {model} did not start:\n{log.read()[-4000:]}") from error
         finally:
-            os.killpg(started.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(started.pid, signal.SIGTERM)
             started.wait()
 
 

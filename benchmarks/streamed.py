@@ -96,7 +96,9 @@ def measured_run(settings: argparse.Namespace) -> None:
 
     def prune(folder: str, out: Path, windows: int, length: int) -> int:
         """Returns the peak of the largest worker, or 0."""
-        loaded = (open_model if MODES[mode.removesuffix(BY_WORKERS)] else load_model)(folder, log=observer.say)
+        loaded = (open_model if MODES[mode.removesuffix(BY_WORKERS)] else load_model)(
+            folder, device="cpu", log=observer.say
+        )
         calibration = Calibration(f"{folder}/text.txt", windows, length)
         states = "auto" if workers else settings.states
         with watched_workers() as peaks:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -82,17 +81,14 @@ def peak_memory(size: int) -> float:
 
 
 def print_peak(size: int) -> None:
+    from armorfact_hf.runs.prune_to_folder import peak_memory as own_peak
+    from benchmarks.streamed import forget_peak
+
     factorize(np.eye(8, dtype=np.float32), block=8, max_sweeps=1)
     weight, gram = layer(size)
-    before = _resident() - weight.nbytes - gram.nbytes
+    before = forget_peak() - weight.nbytes - gram.nbytes
     factorize(weight, gram, block=BLOCK, max_sweeps=3)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print((peak - before) / (weight.nbytes + gram.nbytes))
-
-
-def _resident() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
+    print((own_peak() - before) / (weight.nbytes + gram.nbytes))
 
 
 def main() -> None:

@@ -25,9 +25,10 @@ from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.tables import kind, table
 from benchmarks.evidence.traces import block_gram
 from benchmarks.evidence.whole import factorizing
+from benchmarks.kept import kept
 from benchmarks.prices import job_of
 from benchmarks.results import dense_figures
-from benchmarks.shared.quality import kept, measure, quality_table
+from benchmarks.shared.quality import measure, quality_table
 from benchmarks.shared.sharing import Pruned, Work, pruned_by
 
 EVERY = 3
@@ -108,7 +109,6 @@ def correlations(grams: Mapping[str, Tensor]) -> dict[str, float]:
 def output_table(model: str, out: Path, calibration: Calibration | None = None) -> str:
     """A line a form, then the correlations in G; figures are kept in ``out``."""
     calibration = Calibration() if calibration is None else calibration
-    out.mkdir(parents=True, exist_ok=True)
     grams = cache(partial(output_grams, model, calibration))
     key = [model, calibration.windows, calibration.length]
 

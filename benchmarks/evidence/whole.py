@@ -15,7 +15,7 @@ from armorfact import factorize
 from armorfact_hf.pruning import layer as pruning
 from benchmarks.evidence.one_pass import OnePass
 from benchmarks.evidence.tables import table
-from benchmarks.results import EVERY_THIRD, Run, dense_figures, measure
+from benchmarks.results import Run, dense_figures, measure
 
 SWEEPS = (1, 5, 20, 100)
 
@@ -26,18 +26,21 @@ def whole_table(model: str, out: Path, third: bool = False, measure: Callable = 
     Args:
         third: prune every third decoder block only.
     """
-    common = {"baselines": (), "refine": None} | ({"include": EVERY_THIRD} if third else {})
-    runs = [Run("sparsegpt", {**common, "method": "sparsegpt"})]
-    runs += [Run(f"{count} sweeps", {**common, "sweeps": count, "rtol": 0.0}) for count in SWEEPS]
-    (out / "one-pass").mkdir(parents=True, exist_ok=True)
+    every = 3 if third else 1
+
+    def swept(label: str, sweeps: int) -> Run:
+        return Run(label, {"refine": None, "sweeps": sweeps, "rtol": 0.0}, every=every)
+
+    runs = [Run("sparsegpt", {"method": "sparsegpt"}, every=every)]
+    runs += [swept(f"{count} sweeps", count) for count in SWEEPS]
     with factorizing(solver=OnePass()):
-        once = measure(Run("one pass", {**common, "sweeps": 1, "rtol": 0.0}), model, out / "one-pass")
-    found = [once, *(measure(run, model, out) for run in runs)]
+        found = {"one pass": measure(swept("one pass", 1), model, out / "one-pass")}
+    found |= {run.label: measure(run, model, out) for run in runs}
     first, second = dense_figures(model, out)
     rows = [["dense", f"{first:.2f}", f"{second:.2f}", "", ""]]
-    for line in found:
+    for label, line in found.items():
         first, second = line["perplexity"]
-        rows.append([line["label"], f"{first:.2f}", f"{second:.2f}", f"{line['loss']:.4f}", f"{line['seconds']:.0f}"])
+        rows.append([label, f"{first:.2f}", f"{second:.2f}", f"{line['loss']:.4f}", f"{line['seconds']:.0f}"])
     return table(["run", "gensim-enwiki", "qasper", "mean layer loss", "seconds"], rows)
 
 

@@ -13,11 +13,13 @@ from armorfact_hf.pruning.config import PruneConfig
 from benchmarks.scale.costs import SHRINK, Costs, measure
 from benchmarks.scale.simulation import Run
 
+LENGTH = 2048
+
 
 def main() -> None:
     """Measure or read costs, simulate, print."""
     asked = _arguments()
-    costs = measure(asked.length) if asked.costs is None else Costs.read(asked.costs)
+    costs = measure(asked.length or LENGTH) if asked.costs is None else Costs.read(asked.costs)
     if asked.save is not None:
         costs.write(asked.save)
     _print_costs(costs)
@@ -26,12 +28,13 @@ def main() -> None:
     print("| workers | matching | windows | layers | matching | spreading | block | all blocks | times as fast |")
     print("|---|---|---|---|---|---|---|---|---|")
     for matched in (True, False):
-        alone = 0.0
-        for workers in asked.workers:
-            matching = PruneConfig().matching if matched else None
-            run = Run(costs.enlarged(asked.faster), workers, asked.windows, matching, asked.gbit * 1e9 / 8)
-            alone = alone or run.days()
-            _print_run(run, alone)
+        matching = PruneConfig().matching if matched else None
+        one, *runs = (
+            Run(costs.enlarged(asked.faster), workers, asked.windows, matching, asked.gbit * 1e9 / 8)
+            for workers in (1, *asked.workers)
+        )
+        for run in runs:
+            _print_run(run, one.days())
 
 
 def _print_costs(costs: Costs) -> None:
@@ -59,10 +62,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, help="Keep the costs in a file.")
     parser.add_argument("--workers", type=lambda text: [int(x) for x in text.split(",")], default=[1, 8, 64])
     parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--length", type=int, default=2048, help="Tokens of a window.")
+    parser.add_argument("--length", type=int, help="Tokens of a window, where costs are measured: 2048 by default.")
     parser.add_argument("--gbit", type=float, default=10.0, help="Of each machine's line, in either direction.")
     parser.add_argument("--faster", type=float, default=1.0, help="Workers so many times as fast as measured.")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.costs is not None and asked.length is not None:
+        parser.error("--length would not act: the windows are those of --costs")
+    return asked
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence.tables import table
+from benchmarks.kept import chosen
 from benchmarks.results import dense_figures
 from benchmarks.shared.quality import FORMS, loss_table, measured, quality_table
 from benchmarks.shared.speed import GROUPS, HEADER, speed_row
@@ -27,15 +28,14 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=["perplexity", "speed"])
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--every", type=int, default=3, help="one decoder block in so many is pruned")
-    parser.add_argument("--forms", default=",".join(FORMS), help="some of them, separated by commas")
+    parser.add_argument("--forms", default="", help="some of them, separated by commas; all by default")
     parser.add_argument("--out", type=Path, default=Path("pruned-results"))
     arguments = parser.parse_args(given)
     if arguments.what == "speed":
         print(table(HEADER, [speed_row(name) for name in GROUPS]))
         return
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    forms = list(dict.fromkeys(["one each", *chosen(arguments.forms, list(FORMS))]))
     dense = dense_figures(arguments.model, arguments.out)
-    forms = ["one each", *(form for form in FORMS if form in arguments.forms.split(",") and form != "one each")]
     found = {form: measured(arguments.model, form, arguments.every, arguments.out) for form in forms}
     print(quality_table(found, dense), loss_table(found), sep="\n\n")
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
 
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.evaluation.measure import perplexity_of
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.strategy import PAIR
-from armorfact_hf.model.structure import decoder_blocks
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.prune import PruneReport, prune_
 from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.tables import table
-from benchmarks.results import TEXTS
+from benchmarks.kept import kept
+from benchmarks.results import one_in, perplexities
 from benchmarks.shared.sharing import Sharing, shared_right
 
 FORMS = {
@@ -49,14 +44,6 @@ def measured(
     return kept(out, "shared", key, lambda: measure(model, every, calibration, shared_right(FORMS[form]), refine))
 
 
-def kept(out: Path, name: str, key: Sequence[Any], found: Callable[[], Any]) -> Any:
-    """What stands in a file of ``out`` under a name and key, found out first where there is none."""
-    path = out / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    if not path.exists():
-        path.write_text(json.dumps(found()), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def measure(
     model: str, every: int, calibration: Calibration, inside: AbstractContextManager, refine: str | None = None
 ) -> dict[str, Any]:
@@ -65,14 +52,7 @@ def measure(
     config = PruneConfig(include=one_in(loaded.model, every), sweeps=10, refine=refine, baselines=())
     with inside:
         report = prune_(loaded.model, calibration.tokens(loaded, print), config)
-    return figures(report) | {"perplexity": [perplexity_of(loaded, text).perplexity for text in TEXTS]}
-
-
-def one_in(model: nn.Module, every: int) -> tuple[str, ...]:
-    """What `PruneConfig` includes for the layers of one decoder block in so many."""
-    prefix, blocks = decoder_blocks(model)
-    chosen = "|".join(map(str, range(0, len(blocks), every)))
-    return (f"re:{prefix}\\.({chosen})\\.",)
+    return figures(report) | {"perplexity": perplexities(loaded)}
 
 
 def figures(report: PruneReport) -> dict[str, Any]:

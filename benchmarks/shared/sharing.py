@@ -94,7 +94,7 @@ def relative_weights(weights: Sequence[Tensor], gram: Tensor) -> Tensor:
     """The importance of every row by which a sum of losses is the mean of relative ones: (d_out of all,) float32."""
     energies = torch.tensor([energy(weight, gram) for weight in weights], dtype=torch.float64)
     each = energies.mean() / energies
-    return each.repeat_interleave(torch.tensor([len(weight) for weight in weights])).float()
+    return each.repeat_interleave(torch.tensor([len(weight) for weight in weights])).float().to(gram.device)
 
 
 def parts(result: Result, rows: Sequence[int]) -> Iterator[tuple[Core, BlockDiagonal, BlockDiagonal]]:

@@ -9,9 +9,9 @@ from armorfact_hf import PruneConfig
 from armorfact_hf.evaluation.measure import Evaluation
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.runs.prune_to_folder import Calibration
+from benchmarks import results
 from benchmarks.evidence import outputs
 from benchmarks.evidence.outputs import Form, output_gram, output_grams, output_table, weighing
-from benchmarks.shared import quality
 from tests.hf.models import random_tokens, tiny_model
 
 
@@ -60,7 +60,7 @@ def test_only_layers_of_the_kinds_asked_for_are_weighed():
 
 def test_the_table_is_measured_once(model_folder, text_file, tmp_path, monkeypatch):
     text = Evaluation(str(text_file), 1, 16)
-    monkeypatch.setattr(quality, "TEXTS", [text, text])
+    monkeypatch.setattr(results, "TEXTS", [text, text])
     monkeypatch.setattr(outputs, "dense_figures", lambda model, out: [1.0, 1.0])
     calibration = Calibration(str(text_file), 2, 16)
     table = output_table(str(model_folder), tmp_path, calibration)

@@ -31,10 +31,12 @@ def test_prices_in_proportion_are_foretold():
 
 def test_the_command_measures_once(model_folder, text_file, tmp_path, monkeypatch, capsys):
     given = ["--model", str(model_folder), "--every", "2", "--windows", "2", "--length", "16"]
-    given += ["--calibration", str(text_file), "--out", str(tmp_path / "prices.json")]
+    given += ["--calibration", str(text_file), "--out", str(tmp_path)]
     prices.main(given)
     printed = capsys.readouterr().out
     assert "down_proj" in printed and "correlation" in printed
     monkeypatch.setattr(prices, "measured", None)
     prices.main(given)
     assert capsys.readouterr().out == printed
+    with pytest.raises(TypeError):  # of other windows nothing is kept
+        prices.main([*given, "--windows", "3"])

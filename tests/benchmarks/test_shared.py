@@ -13,6 +13,7 @@ from armorfact_hf.pruning.losses import energy
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.workers import in_process
 from armorfact_hf.runs.prune_to_folder import Calibration
+from benchmarks import results
 from benchmarks.shared import __main__ as command
 from benchmarks.shared import quality, speed
 from benchmarks.shared.sharing import Sharing, common_block, parts, relative_weights, shared_right
@@ -97,7 +98,7 @@ def test_even_blocks_leave_every_layer_its_b():
 
 
 def test_the_command_prints_both_tables_and_measures_once(model_folder, text_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quality, "TEXTS", [Evaluation(str(text_file), windows=1, length=16)] * 2)
+    monkeypatch.setattr(results, "TEXTS", [Evaluation(str(text_file), windows=1, length=16)] * 2)
     monkeypatch.setattr(command, "dense_figures", lambda *_: [50.0, 60.0])
     monkeypatch.setattr(quality, "Calibration", lambda: Calibration(str(text_file), windows=2, length=16))
     given = ["perplexity", "--model", str(model_folder), "--out", str(tmp_path), "--forms", "shared wide"]

@@ -28,6 +28,7 @@ from benchmarks.evidence.tables import (
 )
 from benchmarks.evidence.tasks import Answers, above_chance, accuracy_table, chance, mean_of, paired_table, score
 from benchmarks.evidence.whole import factorizing, whole_table
+from benchmarks.kept import kept
 from tests.hf.models import tiny_model
 
 NAMES = list(METHODS)
@@ -189,9 +190,9 @@ def test_the_ablation_of_whole_models_is_of_layers_alone(tmp_path):
     def measured(run, model, out):
         solvers.append(getattr(pruning.factorize, "keywords", {}).get("solver"))
         settings.append(run.settings)
-        return {"label": run.label, "perplexity": [10.0, 20.0], "loss": 0.5, "seconds": 7.0}
+        return {"perplexity": [10.0, 20.0], "loss": 0.5, "seconds": 7.0}
 
-    (tmp_path / "dense-tiny.json").write_text("[1.0, 2.0]")
+    kept(tmp_path, "dense", "tiny", lambda: [1.0, 2.0])
     lines = whole_table("tiny", tmp_path, measure=measured).splitlines()
     assert lines[2:5] == [
         "| dense | 1.00 | 2.00 |  |  |",
@@ -199,7 +200,7 @@ def test_the_ablation_of_whole_models_is_of_layers_alone(tmp_path):
         "| sparsegpt | 10.00 | 20.00 | 0.5000 | 7 |",
     ]
     assert solvers == [OnePass(), None, None, None, None, None]
-    assert all(PruneConfig(**each).refine is None for each in settings)
+    assert all(PruneConfig(**each).matching is None for each in settings)
     assert [each["sweeps"] for each in settings if "sweeps" in each] == [1, 1, 5, 20, 100]
 
 
