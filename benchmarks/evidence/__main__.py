@@ -40,10 +40,10 @@ def main() -> None:
     out, model = arguments.out, arguments.model
     name = model.replace(":", "-").replace("/", "-")
     if arguments.what == "tasks":
-        print(task_table(arguments.folders, arguments.tasks, arguments.limit, out / "answers.json"))
+        print(task_table(arguments.folders, arguments.tasks, arguments.limit, out))
         return
     if arguments.what == "texts":
-        print(text_table(arguments.folders, out / "texts.json"))
+        print(text_table(arguments.folders, out))
         return
     if arguments.what == "whole":
         print(whole_table(model, out / "whole", arguments.third))

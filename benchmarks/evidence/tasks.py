@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,14 @@ from numpy.typing import NDArray
 from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.data.questions import TASKS, Question, fetch_questions
 from armorfact_hf.evaluation.tasks import choice_likelihoods
-from armorfact_hf.files import written_beside
 from armorfact_hf.runs.compare import dense_model
 from benchmarks.evidence.folders import DENSE, key_of, reports_of
 from benchmarks.evidence.tables import table
+from benchmarks.kept import kept
 
 CHOICE_TASKS = tuple(task for task in TASKS if task != "lambada")  # lambada has no choices to guess from
 ERRORS_ABOVE = 2.0
-PIECE = 250  # questions asked at a time, and kept
+PIECE = 250  # questions asked at a time, whose answers are kept together
 Vector = NDArray[np.float64]
 Score = tuple[float, float]  # a mean over questions, and its standard error
 
@@ -78,12 +77,12 @@ def mean_of(scores: Sequence[Score]) -> Score:
     return sum(a for a, _ in scores) / count, math.sqrt(sum(e * e for _, e in scores)) / count
 
 
-def task_table(folders: Sequence[Path], tasks: Sequence[str], limit: int, kept: Path) -> str:
+def task_table(folders: Sequence[Path], tasks: Sequence[str], limit: int, out: Path) -> str:
     """The tables of what pruned folders and their dense model answer.
 
     Args:
         folders: what `prune_to_folder` wrote. tasks: out of `CHOICE_TASKS`. limit: questions a task.
-        kept: the file of the answers found so far; fewer questions than were asked before are their first ones.
+        out: the folder where answers are kept, piece by piece.
 
     Raises:
         ValueError: as `reports_of` does, or an unknown task.
@@ -93,9 +92,9 @@ def task_table(folders: Sequence[Path], tasks: Sequence[str], limit: int, kept: 
         raise ValueError(f"expected tasks out of {', '.join(CHOICE_TASKS)}, got {', '.join(sorted(unknown))}")
     questions = {task: asked[:limit] for task, asked in fetch_questions().items() if task in tasks}
     model = reports[0].model
-    found = {DENSE: _answers(kept, model.fingerprint, lambda: dense_model(reports[0]), questions)}
+    found = {DENSE: _answers(out, model.fingerprint, lambda: dense_model(reports[0]), questions)}
     for folder in folders:
-        found[folder.name] = _answers(kept, key_of(folder), lambda folder=folder: load_model(str(folder)), questions)
+        found[folder.name] = _answers(out, key_of(folder), lambda folder=folder: load_model(str(folder)), questions)
     levels = {task: chance(asked) for task, asked in questions.items()}
     return f"{accuracy_table(found, levels)}\n\n{paired_table(found, levels)}"
 
@@ -149,25 +148,21 @@ def _with_error(value: Score) -> str:
 
 
 def _answers(
-    kept: Path, key: str, load: Callable[[], Loaded], questions: Mapping[str, Sequence[Question]]
+    out: Path, key: str, load: Callable[[], Loaded], questions: Mapping[str, Sequence[Question]]
 ) -> dict[str, Answers]:
-    """A model's answers by task; those that do not stand in the file are asked for, and kept piece by piece."""
-    loaded: Loaded | None = None
-    for task, asked in questions.items():
-        for first in range(len(_read(kept).get(key, {}).get(task, [])), len(asked), PIECE):
-            loaded = loaded or load()
-            found = choice_likelihoods(loaded.model, loaded.tokenizer, asked[first : first + PIECE])
-            known = _read(kept)  # anew: another process may have added to it
-            known.setdefault(key, {}).setdefault(task, []).extend(found)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with written_beside(kept) as draft:
-                draft.write_text(json.dumps(known), encoding="utf-8")
-    known = _read(kept)[key]
-    return {
-        task: Answers(known[task][: len(asked)], [question["gold"] for question in asked])
-        for task, asked in questions.items()
-    }
+    """A model's answers by task; pieces that are not in a file of ``out`` are asked for."""
+    model: Loaded | None = None
 
+    def asked(piece: Sequence[Question]) -> list[list[float]]:
+        nonlocal model
+        model = model or load()
+        return choice_likelihoods(model.model, model.tokenizer, piece)
 
-def _read(kept: Path) -> dict[str, dict[str, list[list[float]]]]:
-    return json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    found = {}
+    for task, all_of in questions.items():
+        likelihoods = []
+        for first in range(0, len(all_of), PIECE):
+            piece = all_of[first : first + PIECE]
+            likelihoods += kept(out, "answers", [key, task, first, len(piece)], partial(asked, piece))
+        found[task] = Answers(likelihoods, [question["gold"] for question in all_of])
+    return found

@@ -188,19 +188,19 @@ def _prune(
     workers: str | None,
     dry_run: bool,
 ) -> None:
-    from armorfact_hf.data.texts import evaluation_source
+    from armorfact_hf.data.texts import check_name
     from armorfact_hf.pruning.plan import plan_job
     from armorfact_hf.pruning.workers.choice import check_workers
     from armorfact_hf.runs.compare import compare
     from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
 
     check_workers(workers)
-    for evaluation in evaluations:
-        evaluation_source(evaluation.text)
     for method in methods:
         settings.PruneConfig(method=method)
     if dry_run:
         with shown_progress() as observer:
+            for evaluation in evaluations:
+                check_name(evaluation.text)
             if methods:
                 observer.say(f"The plan is of {config.method} alone, without {', '.join(methods)}.")
             loaded = load_to_prune(

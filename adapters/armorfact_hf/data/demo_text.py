@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -57,17 +58,30 @@ def fetch_second_domain(log: Log = _log) -> str:
     return "\n\n".join(_cached("qasper.json", PAPERS, PAPERS_SHA256, read_papers, log))
 
 
-def library_sources() -> list[str]:
-    """The modules of Python's standard library that are a file each, by name; short ones are left out.
+def library_sources() -> dict[str, str]:
+    """The modules of Python's standard library that are a file each, by name; short and generated ones are left out.
 
     Raises:
         RuntimeError: this Python keeps its library elsewhere than in files.
     """
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    sources = [path.read_text(encoding="utf-8") for path in files]
-    if not (found := [source for source in sources if len(source) >= SHORTEST_ARTICLE]):
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("[!_]*.py"))
+    sources = {path.name: path.read_text(encoding="utf-8") for path in files}
+    if not (found := {name: source for name, source in sources.items() if len(source) >= SHORTEST_ARTICLE}):
         raise RuntimeError("this Python has no sources of its standard library: name a file of code")
     return found
+
+
+def library_text(held_out: bool) -> str:
+    """Modules of `library_sources`, joined by blank lines; which are held out, about every fifth, goes by their names.
+
+    So a module that is held out is so in every version of Python, whatever other modules this has.
+    """
+    chosen = {
+        name: source
+        for name, source in library_sources().items()
+        if held_out == (zlib.crc32(name.encode()) % HELD_OUT_EVERY == 0)
+    }
+    return "\n\n".join(chosen.values())
 
 
 def for_calibration(texts: Sequence[str]) -> str:

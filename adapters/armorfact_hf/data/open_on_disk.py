@@ -24,7 +24,7 @@ from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.conversions import Conversion, saved_tensors
 from armorfact_hf.model.on_disk import HEAD, IN_MEMORY, Key, NotStreamable, OnDisk, Piece
-from armorfact_hf.model.structure import decoder_blocks
+from armorfact_hf.model.structure import decoder_blocks, shared_weights
 
 
 def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
@@ -43,7 +43,10 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
         empty = _empty(folder)
     made = made_tensors(empty, files)
     StoredTensors.of(empty, files, made)  # names what is missing, before anything is read
-    prefix, _ = decoder_blocks(empty)
+    prefix, blocks = decoder_blocks(empty)
+    if shared := shared_weights(prefix, blocks):
+        [name, other, *_] = next(iter(shared.values()))
+        raise NotStreamable(f"{name} is {other} as well, and blocks are read one at a time: {IN_MEMORY}")
     head = _own_head(empty)
     with _without_hooks():
         model: Any = AutoModelForCausalLM.from_pretrained(

@@ -28,33 +28,39 @@ class Text:
 
 
 def calibration_source(name: str, log: Log = print) -> Text:
-    """The text to calibrate on: a file of plain text, or one of `CALIBRATION` without what is held out of it.
+    """The text to calibrate on: a file of plain text, or one of `TO_CALIBRATE` without what is held out of it.
 
     Raises:
         ValueError: an unknown name, or an empty or unreadable file.
     """
-    return _source(name, CALIBRATION, log)
+    return _source(name, TO_CALIBRATE, log)
 
 
 def evaluation_source(name: str, log: Log = print) -> Text:
-    """The text to measure perplexity on: a file, or what is held out of one of `EVALUATION`.
+    """The text to measure perplexity on: a file, or what is held out of one of `TO_MEASURE`.
 
     Raises:
         ValueError: an unknown name, or an empty or unreadable file.
     """
-    return _source(name, EVALUATION, log)
+    return _source(name, TO_MEASURE, log)
 
 
 Source = tuple[str, Callable[[Log], str]]  # which part of a text, and what fetches it
-CALIBRATION: dict[str, Source] = {
+TO_CALIBRATE: dict[str, Source] = {
     "gensim-enwiki": ("four of five articles", lambda log: demo_text.for_calibration(demo_text.fetch_articles(log))),
-    "python": ("four of five modules", lambda log: demo_text.for_calibration(demo_text.library_sources())),
+    "python": ("four of five modules", lambda log: demo_text.library_text(held_out=False)),
 }
-EVALUATION: dict[str, Source] = {
+TO_MEASURE: dict[str, Source] = {
     "gensim-enwiki": ("every fifth article, held out", lambda log: demo_text.held_out(demo_text.fetch_articles(log))),
     "qasper": ("all papers", lambda log: demo_text.fetch_second_domain(log)),
-    "python": ("every fifth module, held out", lambda log: demo_text.held_out(demo_text.library_sources())),
+    "python": ("about every fifth module, held out", lambda log: demo_text.library_text(held_out=True)),
 }
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError if there is no text of that name to measure on; nothing is fetched."""
+    if not (name.startswith(DEMO) and name.removeprefix(DEMO) in TO_MEASURE):
+        _source(name, TO_MEASURE, lambda _: None)
 
 
 def _source(name: str, known: Mapping[str, Source], log: Log) -> Text:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import armorfact
-from armorfact_hf.data.load_model import Loaded
+from armorfact_hf.data.load_model import Loaded, Log
 from armorfact_hf.data.texts import Text, evaluation_source, tokens_of
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.evaluation.perplexity import evaluate_perplexity, starts_of
@@ -61,13 +61,13 @@ class MeasuredPerplexity:
     perplexity: float
 
 
-def check_text(loaded: Loaded, evaluation: Evaluation) -> None:
-    """Make sure that a text can be measured on.
+def check_text(loaded: Loaded, evaluation: Evaluation, log: Log) -> None:
+    """Make sure that a text can be measured on; it is fetched.
 
     Raises:
         ValueError: no such text, too little of it, or a window or stride that cannot be.
     """
-    tokens = tokens_of(evaluation_source(evaluation.text, lambda _: None), loaded)
+    tokens = tokens_of(evaluation_source(evaluation.text, log), loaded)
     length = loaded.window(evaluation.length) - (loaded.bos is not None)
     starts_of(torch.from_numpy(tokens), length, evaluation.stride, evaluation.windows)
 

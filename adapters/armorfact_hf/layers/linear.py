@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import index
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class FactorizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = d_out, d_in
         self.pattern = Pattern.parse(pattern)
-        self.block = None if block is None else (block[0], block[1])
+        self.block = None if block is None else (index(block[0]), index(block[1]))
         floating = dtype or torch.get_default_dtype()
         whole = name_of(core_dtype, floating), name_of(wrapper_dtype, floating)
         layout = LayerFormat("FactorizedLinear", (d_out, d_in), self.pattern, self.block, None, *whole)
@@ -285,7 +286,9 @@ class FactorizedLinear(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local: Any, strict: bool, *rest: Any
     ) -> None:
         *_, errors = rest
-        errors += wrongly_stored(self, state_dict, prefix)
+        if wrong := wrongly_stored(self, state_dict, prefix):
+            errors += wrong
+            return
         super()._load_from_state_dict(state_dict, prefix, local, strict, *rest)
         self.use_(None)
 

@@ -72,8 +72,7 @@ def wrongly_stored(module: nn.Module, state: Mapping[str, Any], prefix: str) -> 
     """
     held = {part: (getattr(module, part, None), state.get(prefix + part)) for part in PARTS}
     return [
-        f"{prefix}{part} is stored in {given.dtype}, and the module holds {own.dtype}: make it with that core_dtype"
-        f" and wrapper_dtype"
+        f"{prefix}{part} is stored in {given.dtype}, and the module holds {own.dtype}: make one that is stored so"
         for part, (own, given) in held.items()
         if own is not None and given is not None and own.is_floating_point() != given.is_floating_point()
     ]

@@ -112,14 +112,17 @@ class FactorizedStack(nn.Module):
         return layer
 
     def _passes_gradients(self, x: Tensor) -> bool:
-        asked = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-        return asked and torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local: Any, strict: bool, *rest: Any
     ) -> None:
         *_, errors = rest
-        errors += wrongly_stored(self, state_dict, prefix)
+        if wrong := wrongly_stored(self, state_dict, prefix):
+            errors += wrong
+            return
         super()._load_from_state_dict(state_dict, prefix, local, strict, *rest)
 
     def extra_repr(self) -> str:

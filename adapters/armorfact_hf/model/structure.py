@@ -191,7 +191,7 @@ def chosen_layers(
         for name, module in _linear_layers(block)
     ]
     _check_expressions(found, include, ignore)
-    chosen, skipped, shared = [], [], _shared_weights(prefix, blocks)
+    chosen, skipped, shared = [], [], shared_weights(prefix, blocks)
     for layer in found:
         if reason := _others(layer, shared) or _reason_to_skip(layer, include, ignore, select):
             skipped.append(DenseLayer(layer.name, reason))
@@ -202,11 +202,12 @@ def chosen_layers(
     if head:
         chosen.append(_head(model))
     if not chosen:
-        raise ValueError("include, ignore and select leave no linear layer to prune")
+        first = f": {skipped[0].name}: {skipped[0].reason}" if skipped else ""
+        raise ValueError(f"include, ignore and select leave no linear layer to prune{first}")
     return chosen, dense
 
 
-def _shared_weights(prefix: str, blocks: Sequence[nn.Module]) -> dict[int, list[str]]:
+def shared_weights(prefix: str, blocks: Sequence[nn.Module]) -> dict[int, list[str]]:
     """The names of each parameter of the decoder blocks, by its identity, where it has more than one."""
     names: dict[int, list[str]] = {}
     for index, block in enumerate(blocks):
@@ -266,7 +267,7 @@ def _other_weights(prefix: str, blocks: Sequence[nn.Module]) -> list[DenseLayer]
 
 def _linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D | ExpertLinear]]:
     """The linear layers of a decoder block by name, those of stacked experts among them."""
-    for name, module in block.named_modules():
+    for name, module in block.named_modules(remove_duplicate=False):
         if is_linear(module):
             yield name, module
         elif (stacked := StackedExperts.whole(module)) is not None:

@@ -63,7 +63,6 @@ def _card(folder: Path) -> ModelCard:
         report=report,
         perplexities=[] if report is None else _perplexities(report),
         tasks=[] if report is None else [task for task in report.tasks if task.pruned is not None],
-        teacher=_teacher(report),
         calibration="" if report is None else Path(report.calibration.text).name,
         bytes=sum(path.stat().st_size for path in shards(folder)),
         settings=", ".join(f"{name} {_setting(value)}" for name, value in description.prune.items()),
@@ -111,12 +110,6 @@ def _perplexities(report: Report) -> list[tuple[PerplexityRecord, float]]:
     """The records of texts that this folder was measured on, with its own perplexity there."""
     own = report.config.method
     return [(record, x.perplexity) for record in report.evaluations for x in record.methods if x.name == own]
-
-
-def _teacher(report: Report | None) -> str:
-    """Whose words a model was recovered towards, without its folder."""
-    named = None if report is None or report.recovery is None else report.recovery.teacher
-    return "the dense model" if named is None else Path(named).name
 
 
 def _setting(value: Any) -> str:

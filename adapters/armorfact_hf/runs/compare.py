@@ -9,7 +9,7 @@ from pathlib import Path
 from armorfact_hf.checkpoint.folder import stored_tensors
 from armorfact_hf.data.load_model import Loaded, Log, load_model
 from armorfact_hf.data.origin import CARD
-from armorfact_hf.data.texts import evaluation_source
+from armorfact_hf.data.texts import check_name
 from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, check_text, perplexity_of
 from armorfact_hf.evaluation.tasks import TaskScore, check_request, evaluate_tasks
 from armorfact_hf.layers.stack import PRUNED
@@ -69,7 +69,8 @@ def evaluate_folder(
     observer = Observer() if observer is None else observer
     report = Report.read(folder)
     _check_beside(report, beside)
-    _check_texts(evaluations, observer)
+    for evaluation in evaluations:
+        check_name(evaluation.text)
     if tasks:
         check_request(tasks, limit)
     dense = evaluate_dense(dense_model(report, device, observer.say), evaluations, tasks, limit, observer=observer)
@@ -89,12 +90,6 @@ def evaluate_folder(
     if not write_card(folder):
         observer.say(f"{folder / CARD} was edited by hand: it is left as it is, without the new figures.")
     return report
-
-
-def _check_texts(evaluations: Sequence[Evaluation], observer: Observer) -> None:
-    """Raise ValueError if one of the texts is not there, before work on the others."""
-    for evaluation in evaluations:
-        evaluation_source(evaluation.text, observer.say)
 
 
 def _check_beside(report: Report, beside: Sequence[Path]) -> None:
@@ -149,9 +144,8 @@ def evaluate_dense(
     if any(isinstance(module, PRUNED) for module in loaded.model.modules()):
         raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
     observer = Observer() if observer is None else observer
-    _check_texts(evaluations, observer)
     for evaluation in evaluations:
-        check_text(loaded, evaluation)
+        check_text(loaded, evaluation, observer.say)
     if tasks:
         check_request(tasks, limit)
     return Figures(
@@ -254,7 +248,8 @@ def compare(
     """
     check_workers(workers)
     observer = Observer() if observer is None else observer
-    _check_texts(evaluations, observer)
+    for evaluation in evaluations:
+        check_name(evaluation.text)
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
     unchecked = list(evaluations)
     for method, folder in {**beside, config.method: out}.items():
@@ -265,7 +260,7 @@ def compare(
             model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer, workers=workers
         )
         while unchecked:  # with the first model that is there, for its tokenizer
-            check_text(loaded, unchecked.pop(0))
+            check_text(loaded, unchecked.pop(0), observer.say)
         select = None
         if folder != out:
             chosen, select = _the_same_layers(loaded, config, chosen)

@@ -163,9 +163,7 @@ def _model_facts(loaded: Loaded, job: Job) -> ModelFacts:
 
 def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneReport, plan: Plan) -> Report:
     count, length = job.tokens.shape
-    blocks = {report.name: report.block for report in done.layers}
-    layers = [replace(layer, block=blocks.get(layer.name, layer.block)) for layer in job.layers]
-    found = replace(plan, layers=planned_layers(layers, job.config))
+    found = replace(plan, layers=planned_layers(job.layers, job.config))
     return Report(
         armorfact_version=armorfact.__version__,
         model=facts,

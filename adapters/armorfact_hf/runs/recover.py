@@ -79,7 +79,9 @@ def recover_to_folder(
         done = recover_(
             loaded.model, tokens, dense, settings, state=journal.folder, save_every=save_every, observer=observer
         )
-        report = replace(report, manifest=manifest, evaluations=(), tasks=(), recovery=replace(done, teacher=teacher))
+        report = replace(
+            report, manifest=manifest, evaluations=(), tasks=(), recovery=replace(done, teacher=_shown(teacher))
+        )
         finish(loaded, report, out, journal)
     return report
 
@@ -109,6 +111,11 @@ def _teacher(report: Report, name: str | None, device: str | None, observer: Obs
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def _shown(teacher: str | None) -> str | None:
+    """A teacher's name, of a folder without what it is in."""
+    return Path(teacher).name if teacher is not None and Path(teacher).exists() else teacher
 
 
 def _needed(model: nn.Module) -> int:

@@ -7,18 +7,19 @@ from collections.abc import Collection, Mapping, Sequence
 SHARDS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of its fused attention projection
 
 
-def part_names(prefix: str, packed: Mapping[str, Sequence[str]], stored: Collection[str] = ()) -> list[str]:
+def part_names(prefix: str, packed: Mapping[str, Sequence[str]], pruned: Collection[str] = ()) -> list[str]:
     """The modules of a checkpoint that the layer of that name consists of, in their order.
 
     Args:
         packed: for the last part of a fused layer's name, those of the modules that are fused.
-        stored: names in the checkpoint. One that is fused there, as GLM-4's, is no parts, whatever ``packed`` says.
+        pruned: the names of pruned modules. One that the checkpoint holds fused, as GLM-4's, is no parts, whatever
+            ``packed`` says.
 
     >>> part_names("model.layers.0.mlp.gate_up_proj", {"gate_up_proj": ["gate_proj", "up_proj"]})
     ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
     """
     stem, dot, last = prefix.rpartition(".")
-    if prefix in stored:
+    if prefix in pruned:
         return [prefix]
     return [f"{stem}{dot}{name}" for name in packed.get(last, [last])]
 

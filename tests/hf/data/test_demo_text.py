@@ -95,18 +95,24 @@ def test_every_fifth_article_is_held_out_and_none_is_in_both(dump):
     )
 
 
-def test_python_brings_its_own_library(monkeypatch, tmp_path):
+def test_python_brings_its_own_library_and_names_decide_what_is_held_out(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(RuntimeError, match="name a file of code"):
         library_sources()
-    for name, text in (("b.py", "b" * 2000), ("a.py", "a" * 2000), ("short.py", "c"), ("notes.txt", "d" * 2000)):
-        (tmp_path / name).write_text(text)
-    assert library_sources() == ["a" * 2000, "b" * 2000]
-    for number in range(10):
-        (tmp_path / f"module{number}.py").write_text(str(number) * 2000)
-    every = library_sources()
-    assert calibration_source("demo:python").content == "\n\n".join(every[:4] + every[5:9] + every[10:])
-    assert evaluation_source("demo:python").content == "\n\n".join([every[4], every[9]])
+    for name in ("b.py", "a.py", "notes.txt", "_made.py", *(f"module{number}.py" for number in range(40))):
+        (tmp_path / name).write_text(name * 600)
+    (tmp_path / "short.py").write_text("c")
+    assert list(library_sources())[:2] == ["a.py", "b.py"] and len(library_sources()) == 42
+
+    def parts():
+        sources = (evaluation_source, calibration_source)
+        return [set(source("demo:python").content.split("\n\n")) for source in sources]
+
+    read, kept = parts()
+    assert not read & kept and read | kept == set(library_sources().values()) and 4 <= len(read) <= 14
+    gone = next(path for path in sorted(tmp_path.glob("module*.py")) if path.read_text() in kept)
+    gone.unlink()
+    assert parts() == [read, kept - {gone.name * 600}]
 
 
 def test_the_library_of_this_python_is_code():

@@ -206,8 +206,10 @@ def test_wrappers_of_two_kinds_are_refused():
 @pytest.mark.parametrize("made", [int8_layer, whole_layer])
 def test_floating_tensors_are_not_cut_to_whole_ones(made):
     floating, whole = random_layer(bias=False), made(bias=False)
+    before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"values is stored in torch\.float32, and the module holds torch\.int8"):
         whole.load_state_dict(floating.state_dict(), strict=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole.state_dict().items())
     with pytest.raises(RuntimeError, match=r"values is stored in torch\.int8, and the module holds torch\.float32"):
         floating.load_state_dict(whole.state_dict(), strict=False)
     stack = FactorizedStack.of([int8_layer(bias=False)] * 2)

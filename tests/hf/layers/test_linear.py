@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -112,5 +113,6 @@ def test_positions_need_not_lie_row_after_row():
 
 def test_the_floating_dtype_may_be_named():
     assert FactorizedLinear(12, 36, block=(6, 12), core_dtype=torch.float32).layout.core_dtype is None
-    with pytest.raises(ValueError, match="block"):
+    assert FactorizedLinear(12, 36, block=(np.int64(6), np.int64(12))).block == (6, 12)
+    with pytest.raises(TypeError, match="float"):
         FactorizedLinear(12, 36, block=(6.9, 12))

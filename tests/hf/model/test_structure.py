@@ -71,13 +71,17 @@ def test_a_weight_with_several_places_stays_dense(tied):
         last.up_proj.weight = first.up_proj.weight
     else:
         first.gate_proj = first.up_proj
+    names = {
+        "module": [f"{n}.mlp.{each}" for n in (0, BLOCKS - 1) for each in ("gate_proj", "up_proj", "down_proj")],
+        "weight": [f"{n}.mlp.up_proj" for n in (0, BLOCKS - 1)],
+        "in one block": ["0.mlp.gate_proj", "0.mlp.up_proj"],
+    }[tied]
     layers, dense = chosen_layers(model)
-    modules = [id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
-    assert dense and len({layer.name for layer in layers}) + len(dense) <= 7 * BLOCKS
+    assert sorted(each.name for each in dense) == sorted(f"model.layers.{name}" for name in names)
     assert all("its weight has 2 places, model.layers.0.mlp." in each.reason for each in dense)
-    assert all(modules.count(id(layer.module.weight)) == 1 for layer in layers)
+    assert len(layers) == 7 * BLOCKS - len(names)
     report = prune_(model, random_tokens(4), PruneConfig(sweeps=1, tail=1))
-    assert {each.name for each in dense} <= {each.name for each in report.dense_layers}
+    assert report.dense_layers == tuple(dense)
     assert not any(module.training for module in model.modules())
 
 
@@ -93,8 +97,12 @@ def test_an_expression_that_matches_nothing_lists_the_names(where):
 
 
 def test_nothing_left_to_prune_is_told():
-    with pytest.raises(ValueError, match="leave no linear layer"):
+    with pytest.raises(ValueError, match=r"leave no linear layer.*: model\.layers\.0\..*: ignored by 're:\.\*'"):
         chosen_layers(tiny_model("llama"), ignore=("re:.*",))
+    model = tiny_model("llama")
+    model.model.layers = nn.ModuleList([model.model.layers[0]] * 3)
+    with pytest.raises(ValueError, match="its weight has 3 places"):
+        chosen_layers(model)
 
 
 def test_a_model_without_blocks_is_told():

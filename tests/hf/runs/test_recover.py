@@ -116,10 +116,9 @@ def test_pruning_does_not_take_a_recovered_folder_for_its_own(folder, out, text_
 def test_another_teacher_is_taken_by_name(folder, out, text_file, tmp_path):
     other = saved("gpt2", tmp_path / "other", seed=1, initializer_range=0.1)
     recovery = recover(folder, out, text_file, teacher=str(other)).recovery
-    assert recovery.before > 0.2 and recovery.teacher == str(other)  # of its own it is 0.05 away
-    assert "what other says" not in (out / "README.md").read_text()
+    assert recovery.before > 0.2 and recovery.teacher == "other"  # of its own it is 0.05 away
     assert "its divergence from other on text" in (out / "README.md").read_text()
-    assert f"towards what {other} says" in " ".join((out / "report.html").read_text().split())
+    assert "towards what other says" in " ".join((out / "report.html").read_text().split())
 
 
 # Killed runs

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ZambaConfig, ZambaForCausalLM
 
+from armorfact_hf.checkpoint.folder import load_pruned
 from armorfact_hf.data.load_model import load_model, open_model
 from armorfact_hf.model.on_disk import NotStreamable, OnDisk
 from armorfact_hf.pruning import fingerprint
@@ -184,6 +186,20 @@ def test_what_transformers_cannot_make_of_shapes_is_refused(tmp_path):
     changed(model, lambda tensors: tensors.pop(EXPERT))
     with pytest.raises(NotStreamable, match=r"cannot make .*1\.mlp\.experts\.gate_up_proj .*--no-stream"):
         open_model(str(model), log=silent)
+
+
+def test_weights_that_blocks_share_are_pruned_around_in_memory_alone(tmp_path, text_file, out):
+    sizes = {"hidden_size": 32, "attention_hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6}
+    mamba = {"n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+    model = tmp_path / "zamba"
+    ZambaForCausalLM(ZambaConfig(vocab_size=96, **sizes, **mamba, **heads)).save_pretrained(model)
+    word_tokenizer().save_pretrained(model)
+    with pytest.raises(NotStreamable, match=r"shared_transf.* is .*shared_transf.* as well.*--no-stream"):
+        open_model(str(model), log=silent)
+    report = prune(model, out, text_file)
+    assert report.layers and not any("shared_transf" in layer.name for layer in report.layers)
+    assert load_pruned(out) is not None
 
 
 # Killed, and continued
