@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from operator import index
 from typing import Any
 
@@ -14,13 +14,13 @@ from armorfact_hf.layers import operators as operators  # registers what `forwar
 from armorfact_hf.layers import plain
 from armorfact_hf.layers.execution import STRATEGIES, Execution
 from armorfact_hf.layers.format import WHOLE_DTYPES, LayerFormat
-from armorfact_hf.layers.parts import PARTS, is_cast, name_of, put_empty_, scales_of, wrapper, wrongly_stored
+from armorfact_hf.layers.parts import PARTS, StoredParts, is_cast, name_of, put_empty_, scales_of, wrapper
 from armorfact_hf.layers.strategy import Kind, Operands
 
 OPERANDS = ("values", "positions", "left", "right", "merged", "compressed", "left_scales", "right_scales")
 
 
-class FactorizedLinear(nn.Module):
+class FactorizedLinear(StoredParts):
     """y = x (A C B)' + bias, applied as A (C (B x)); how C is multiplied with is chosen by the number of tokens.
 
     Every tensor is named as it is saved: ``values`` and ``positions`` hold the core C (`armorfact.Core`), ``left`` and
@@ -282,14 +282,8 @@ class FactorizedLinear(nn.Module):
             self.use_(None)
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local: Any, strict: bool, *rest: Any
-    ) -> None:
-        *_, errors = rest
-        if wrong := wrongly_stored(self, state_dict, prefix):
-            errors += wrong
-            return
-        super()._load_from_state_dict(state_dict, prefix, local, strict, *rest)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self.use_(None)
 
     def extra_repr(self) -> str:

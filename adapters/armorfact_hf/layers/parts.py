@@ -65,14 +65,22 @@ def is_cast(x: Tensor) -> bool:
     return x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def wrongly_stored(module: nn.Module, state: Mapping[str, Any], prefix: str) -> list[str]:
-    """What is wrong with the tensors that a module is to load: whole numbers for floating ones, or the reverse.
+class StoredParts(nn.Module):
+    """A module of `PARTS`, which loads whole numbers for whole numbers and floating ones for floating ones.
 
-    PyTorch would cut the values to integers, most of them to 0, and say that all is well.
+    PyTorch would cut values to integers, most of them to 0, and say that all is well.
     """
-    held = {part: (getattr(module, part, None), state.get(prefix + part)) for part in PARTS}
-    return [
-        f"{prefix}{part} is stored in {given.dtype}, and the module holds {own.dtype}: make one that is stored so"
-        for part, (own, given) in held.items()
-        if own is not None and given is not None and own.is_floating_point() != given.is_floating_point()
-    ]
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local: Any, strict: bool, *rest: Any
+    ) -> None:
+        held = {part: (getattr(self, part, None), state_dict.get(prefix + part)) for part in PARTS}
+        wrong = [
+            f"{prefix}{part} is stored in {given.dtype}, and the module holds {own.dtype}: make one that is stored so"
+            for part, (own, given) in held.items()
+            if own is not None and given is not None and own.is_floating_point() != given.is_floating_point()
+        ]
+        *_, errors = rest
+        errors += wrong
+        if not wrong:
+            super()._load_from_state_dict(state_dict, prefix, local, strict, *rest)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from armorfact import Pattern
 from armorfact_hf.layers import operators as operators  # registers what `FactorizedStack.product` calls
 from armorfact_hf.layers import packed_experts, plain
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.parts import PARTS, is_cast, put_empty_, wrongly_stored
+from armorfact_hf.layers.parts import PARTS, StoredParts, is_cast, put_empty_
 from armorfact_hf.layers.strategy import Kind, Operands
 
 
-class FactorizedStack(nn.Module):
+class FactorizedStack(StoredParts):
     """Linear layers of one shape, one for each expert, each stored as A C B; see `FactorizedLinear`.
 
     Args:
@@ -115,15 +115,6 @@ class FactorizedStack(nn.Module):
         if not torch.is_grad_enabled():
             return False
         return x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local: Any, strict: bool, *rest: Any
-    ) -> None:
-        *_, errors = rest
-        if wrong := wrongly_stored(self, state_dict, prefix):
-            errors += wrong
-            return
-        super()._load_from_state_dict(state_dict, prefix, local, strict, *rest)
 
     def extra_repr(self) -> str:
         return f"experts={self.layout.experts}, shape={self.layout.shape}, pattern={self.pattern}"
