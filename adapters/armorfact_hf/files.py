@@ -119,8 +119,10 @@ def check_room(folder: Path, needed: int, begun: Path | None = None) -> None:
 
     Raises:
         PermissionError: nothing can be written there.
-        OSError: the disk has less room.
+        OSError: the disk has less room, ``folder`` is a link to nothing, or ``begun`` is on another disk.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise NotADirectoryError(f"cannot write to {folder}: it is a link to {folder.readlink()}, which is not there")
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"cannot write to {folder}: {existing} is a file; name another folder")
@@ -129,6 +131,8 @@ def check_room(folder: Path, needed: int, begun: Path | None = None) -> None:
             pass
     except PermissionError as error:
         raise PermissionError(f"cannot write to {folder}: {existing} is not writable; name another folder") from error
+    if begun is not None and begun.exists() and begun.stat().st_dev != existing.stat().st_dev:
+        raise OSError(f"{begun} is on another disk than {existing}, where {folder} is to be: name another folder")
     free = shutil.disk_usage(existing).free
     if free + _bytes_below(begun) < needed:
         raise OSError(

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")
+CONTROL_GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Of versions 2 and 1: the limit, what is taken, and what of that is files that the system gives back when it has to.
+FILES = {2: ("memory.max", "memory.current", "inactive_file")}
+FILES[1] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can be had now: of the GPU, or of this machine or the control group that the process is in."""
+    """Bytes that can be had now: of the GPU, or of this machine and the control groups that the process is in."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # asks for a module that not every system has
 
     free: int = psutil.virtual_memory().available
+    return min([free, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What is left below the limit of each control group that has one."""
+    for version, group in _groups():
+        most, taken, files = FILES[version]
+        try:
+            limit, used = (int((group / name).read_text()) for name in (most, taken))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            yield limit - used + int(stat.get(files, 0))
+        except (OSError, ValueError):  # it is not limited, or not to be seen from a container
+            continue
+
+
+def _groups() -> Iterator[tuple[int, Path]]:
+    """The version and the folder of the process's group and of all that it is in."""
     try:
-        most, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        return min(free, most - used)
-    except (OSError, ValueError):  # there is none, or it is not limited
-        return free
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version, root = (1, CONTROL_GROUPS / "memory") if controllers else (2, CONTROL_GROUPS)
+        inside = Path(path.lstrip("/"))
+        yield from ((version, root / each) for each in (inside, *inside.parents))

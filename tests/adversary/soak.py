@@ -22,7 +22,7 @@ class Soak:
     seconds: float
     seed: int = 0
     found: Counter[str] = field(default_factory=Counter)
-    began: float = field(default_factory=time.monotonic)
+    began: float | None = None  # with the first try
 
     @classmethod
     def long(cls, name: str, count: int) -> Soak:
@@ -32,6 +32,7 @@ class Soak:
 
     def seeds(self) -> Iterator[int]:
         """A seed for each try, until count or time is used up."""
+        self.began = time.monotonic()
         for number in range(self.count):
             if time.monotonic() - self.began > self.seconds:
                 return
@@ -39,6 +40,7 @@ class Soak:
 
     def close(self, *zeros: str) -> None:
         """Print the line of the table; what is in ``zeros`` must not have happened."""
+        assert self.began is not None and self.found, f"{self.name}: nothing was tried"
         cells = [*self.found.items(), *((zero, 0) for zero in zeros if zero not in self.found)]
         counts = " | ".join(f"{what} {number:,}" for what, number in cells)
         line = f"| {self.name} | {counts} | seconds {time.monotonic() - self.began:,.0f} | seed {self.seed} |"

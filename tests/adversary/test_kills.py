@@ -58,12 +58,13 @@ class Adversary:
         if process.exitcode is None:
             os.kill(process.pid, how)
             self.soak.found["kills survived"] += 1
-        exit_code(process)
+        if exit_code(process) is None:
+            self.stuck(self.work / "says")
 
     def damage(self) -> None:
         """Flip a bit of the journal; it has to be told, and deleting what is named has to be the way out."""
         journal = self.work / "out.journal"
-        files = [path for path in sorted(journal.glob("block-*.safetensors")) if not superseded(path)]
+        files = [path for path in sorted(journal.glob("*.safetensors")) if not superseded(path)]
         if not files or (self.work / "out").exists():  # nothing needs the journal of a finished folder
             return
         path = self.source.choice(files)

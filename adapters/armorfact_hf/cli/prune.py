@@ -211,6 +211,7 @@ def _prune(
                 dtype=dtype,
                 device=device,
                 observer=observer,
+                states=states,
                 workers=workers,
             )
             job = job_of(loaded, config, calibration, observer, states=states)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,9 +130,10 @@ def _remembered(key: Mapping[str, object], measure: Callable[[], MeasuredPerplex
     if path.exists():
         return _read(path)
     found = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as draft:
-        draft.write_text(json.dumps({"key": key, "found": to_json(found)}), encoding="utf-8")
+    with suppress(OSError):  # it is measured again then
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(path) as draft:
+            draft.write_text(json.dumps({"key": key, "found": to_json(found)}), encoding="utf-8")
     return found
 
 

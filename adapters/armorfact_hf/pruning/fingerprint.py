@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,9 +85,10 @@ def disk_fingerprint(weights: OnDisk) -> str:
     kept = _read(path)
     if kept is None or (kept.files, kept.dtype) != (files, dtype):
         kept = _Kept(files, dtype, {name: _digest(name, weights.read(name)) for name in weights.model.state_dict()})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(path) as draft:
-            draft.write_text(json.dumps(to_json(kept)), encoding="utf-8")
+        with suppress(OSError):  # it is read again then
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_beside(path) as draft:
+                draft.write_text(json.dumps(to_json(kept)), encoding="utf-8")
     return fingerprint_of(kept.digests)
 
 

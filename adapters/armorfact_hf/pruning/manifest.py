@@ -48,14 +48,18 @@ def refuse_foreign(folder: Path, what: str) -> None:
     Raises:
         DifferentRun: it holds something else.
     """
-    try:
-        held = list(folder.iterdir())
-    except FileNotFoundError:  # or taken away by its writer a moment ago
-        return
+    foreign = _foreign_to(folder)
     if (folder / MANIFEST).exists():
         return
-    if not all(path.name in (LOCK, WRITER) or is_draft(path) for path in held):
+    if foreign & _foreign_to(folder):  # and not what its writer took away between these lines, manifest and all
         raise DifferentRun(f"{folder} exists and holds no {what}: name another, or remove it")
+
+
+def _foreign_to(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir() if path.name not in (LOCK, WRITER) and not is_draft(path)}
+    except FileNotFoundError:
+        return set()
 
 
 def read_manifest(folder: Path) -> Mapping[str, Any]:

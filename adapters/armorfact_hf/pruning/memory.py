@@ -60,10 +60,10 @@ def memory_of(
         pruned=pruned_bytes(job),
         states=max(
             job.window_bytes * (3 if spilled else len(job.tokens) * (job.copies_of_states + again)),
-            0 if spilled else _priced_bytes(job),
+            0 if spilled else priced_bytes(job),
         ),
         statistics=_statistics_bytes(job, spilled, experts),
-        work=max(_solving_bytes(job) + _shown_bytes(job), _tuning_bytes(job)),
+        work=max(pricing_work(job), _tuning_bytes(job)),
     )
 
 
@@ -160,7 +160,12 @@ def waiting_bytes(job: Job, experts: int | None) -> int:
         return 0
     again = len(job.tail) * len(job.tokens) * job.window_bytes
     pruning = job.states_bytes + (statistics_bytes(job, job.tail) if experts is None else again)
-    return max(pruning, _priced_bytes(job))
+    return max(pruning, priced_bytes(job))
+
+
+def pricing_work(job: Job) -> int:
+    """Of the largest factorizations, with what a decoder block shows beside them while prices are found."""
+    return _solving_bytes(job) + _shown_bytes(job)
 
 
 def _shown_bytes(job: Job) -> int:
@@ -169,7 +174,7 @@ def _shown_bytes(job: Job) -> int:
     return _largest(job, job.priced, lambda layer: tokens * sum(layer.shape) * layer.weight.element_size())
 
 
-def _priced_bytes(job: Job) -> int:
+def priced_bytes(job: Job) -> int:
     """Of the states before every decoder block, while prices are found."""
     return len(job.blocks) * job.priced_tokens.numel() * (job.window_bytes // job.tokens.shape[1])
 

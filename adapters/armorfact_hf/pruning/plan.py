@@ -22,10 +22,11 @@ from armorfact_hf.pruning.memory import (
     experts_at_once,
     memory_of,
     model_bytes,
+    priced_bytes,
     unrounded_bytes,
     waiting_bytes,
 )
-from armorfact_hf.pruning.workers.choice import Choice, count_of
+from armorfact_hf.pruning.workers.choice import Choice, count_here
 from armorfact_hf.pruning.workers.spread import Spread, spread_of
 
 
@@ -151,10 +152,10 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
         measure: estimate the time, by running one window through the first decoder block and pruning one of its layers.
         workers: see `prune_`; the time is that of one process anyhow.
     """
-    spread = None if workers is None else spread_of(job, count_of(workers))
+    spread = None if workers is None else spread_of(job, count_here(workers, job.weights.device))
     experts = experts_at_once(job) if spread is None else None
     layers = planned_layers(job.layers, job.config)
-    waiting = waiting_bytes(job, experts) if spread is None else 0
+    waiting = waiting_bytes(job, experts) if spread is None else priced_bytes(job) * job.spilled
     return Plan(
         layers=layers,
         dense_layers=job.dense_layers,

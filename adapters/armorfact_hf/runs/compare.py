@@ -257,7 +257,15 @@ def compare(
         # What the others would be compared with on every layer stands in the report of the chosen method already.
         chosen = config if folder == out else config.in_one_shot(method)
         loaded = load_to_prune(
-            model, chosen, calibration, stream=stream, dtype=dtype, device=device, observer=observer, workers=workers
+            model,
+            chosen,
+            calibration,
+            stream=stream,
+            dtype=dtype,
+            device=device,
+            observer=observer,
+            states=states,
+            workers=workers,
         )
         while unchecked:  # with the first model that is there, for its tokenizer
             check_text(loaded, unchecked.pop(0), observer.say)

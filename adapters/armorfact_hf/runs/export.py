@@ -7,7 +7,7 @@ from pathlib import Path
 from armorfact_hf.checkpoint.dense import to_dense_
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.data.load_model import Log, load_model
-from armorfact_hf.files import check_room, written_whole
+from armorfact_hf.files import check_room, workshop
 
 
 def export_dense(folder: Path, out: Path, log: Log = print) -> None:
@@ -23,6 +23,10 @@ def export_dense(folder: Path, out: Path, log: Log = print) -> None:
     loaded = load_model(str(folder), device="cpu", log=log)
     model = to_dense_(loaded.model)
     check_room(out, sum(parameter.nbytes for parameter in model.parameters()))
-    with written_whole(out) as draft:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with workshop(out.parent, out.name) as draft:
         model.save_pretrained(draft)
         loaded.tokenizer.save_pretrained(draft)
+        if out.exists():
+            raise FileExistsError(f"{out} was made by somebody else meanwhile: name a new folder")
+        draft.rename(out)

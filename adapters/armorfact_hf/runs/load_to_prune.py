@@ -11,9 +11,9 @@ from armorfact_hf.model.on_disk import NotStreamable
 from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.memory import memory_of
-from armorfact_hf.pruning.workers.choice import Choice, count_of
+from armorfact_hf.pruning.job import SPILL_ABOVE, Job, make_job
+from armorfact_hf.pruning.memory import memory_of, model_bytes
+from armorfact_hf.pruning.workers.choice import Choice, count_here
 from armorfact_hf.pruning.workers.spread import spread_of
 
 if TYPE_CHECKING:
@@ -31,13 +31,14 @@ def load_to_prune(
     dtype: str = "auto",
     device: str | None = None,
     observer: Observer,
+    states: str = "auto",
     workers: Choice = None,
 ) -> Loaded:
     """The model of that name, for `prune_to_folder`.
 
     Args:
         model, dtype, device: see `load_model`.
-        config, calibration, workers: what memory goes by.
+        config, calibration, states, workers: what memory goes by.
         stream: True opens it on disk, False loads it into memory. None does what there is memory for; a name on the hub
             is loaded then.
 
@@ -51,7 +52,7 @@ def load_to_prune(
         return load_model(model, dtype, device, observer.say)
     try:
         opened = open_model(model, dtype, device, observer.say)
-        if stream or not _fits(opened, config, calibration, observer, workers):
+        if stream or not _fits(job_of(opened, config, calibration, observer, states=states), observer, workers):
             return opened
     except NotStreamable:
         if stream:
@@ -79,19 +80,22 @@ def fits_whole(loaded: Loaded) -> bool:
 
 
 def _large(model: str, device: str | None, workers: Choice) -> bool:
-    copies = 1 if workers is None else 1 + (count_of(workers) or 1)
-    folder, place = Path(model), device_of(device)
+    place = device_of(device)
+    copies = 1 if workers is None else 1 + (count_here(workers, place) or 1)
+    folder = Path(model)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if model and folder.is_dir() else 0
     return copies * stored > CLOSER_LOOK * available(place)
 
 
-def _fits(
-    opened: Loaded, config: PruneConfig | None, calibration: Calibration, observer: Observer, workers: Choice
-) -> bool:
-    job = job_of(opened, config, calibration, observer)
-    apart = workers is not None
-    needed = (spread_of(job, count_of(workers), streamed=False) if apart else memory_of(job, streamed=False)).peak
-    free = available(job.weights.device)
+def _fits(job: Job, observer: Observer, workers: Choice) -> bool:
+    """Whether a job on a model on disk would fit into memory with all of the model there."""
+    device, free = job.weights.device, available(job.weights.device)
+    if workers is None:
+        left = free - model_bytes(job)  # by which the job in memory will decide where states wait
+        spilled = job.states == "disk" or (job.states == "auto" and job.states_bytes > SPILL_ABOVE * left)
+        needed = memory_of(job, streamed=False, spilled=spilled).peak
+    else:
+        needed = spread_of(job, count_here(workers, device), streamed=False).peak
     if needed > free:
         observer.say(
             f"In memory this would take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: decoder blocks are read "

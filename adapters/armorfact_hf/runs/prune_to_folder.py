@@ -117,7 +117,9 @@ def prune_to_folder(
     check_workers(workers)
     loaded = model
     if isinstance(loaded, str):
-        loaded = load_to_prune(loaded, config, calibration, stream=stream, observer=observer, workers=workers)
+        loaded = load_to_prune(
+            loaded, config, calibration, stream=stream, observer=observer, states=states, workers=workers
+        )
     job = job_of(loaded, config, calibration, observer, select, states)
     check_workers(workers, job)
     if out.exists():
@@ -183,7 +185,11 @@ def peak_memory(process: int | str = "self") -> int:
     if status.exists():  # what getrusage says there counts what the process was forked from
         [line] = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    import resource  # Windows has none
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
 
+        return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

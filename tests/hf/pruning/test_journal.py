@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from armorfact_hf.pruning import journal as journals
+from armorfact_hf.pruning import manifest
 from armorfact_hf.pruning.entry import Finished
 from armorfact_hf.pruning.journal import PRICES, Journal, layer_key, remove_leftover
-from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.pruning.manifest import DifferentRun, refuse_foreign
 from tests.hf.pruning.entries import MANIFEST, finished, same
 
 
@@ -166,3 +167,12 @@ def test_prices_are_kept_exactly_and_a_damaged_file_of_them_is_named(journal):
     path.write_bytes(path.read_bytes().replace(b"1e-09", b"1e-08"))
     with pytest.raises(ValueError, match=r"is damaged \(.*\); delete that one file, and prices are found again"):
         journal.read(PRICES)
+
+
+def test_a_folder_that_its_writer_takes_away_meanwhile_is_nobodys(tmp_path, monkeypatch):
+    listed = iter([{"block-0000.safetensors"}, set()])
+    monkeypatch.setattr(manifest, "_foreign_to", lambda folder: next(listed))
+    refuse_foreign(tmp_path, "journal")
+    listed = iter([{"theirs"}, {"theirs"}])
+    with pytest.raises(DifferentRun, match="holds no journal"):
+        refuse_foreign(tmp_path, "journal")

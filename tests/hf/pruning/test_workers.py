@@ -136,7 +136,7 @@ def test_a_worker_holds_the_block_that_it_is_at(model_folder):
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_the_plan_counts_every_process(model_folder):
+def test_the_plan_counts_every_process(model_folder, monkeypatch):
     jobs = {}
     for stream in (False, True):
         found = loaded(model_folder, stream)
@@ -149,7 +149,15 @@ def test_the_plan_counts_every_process(model_folder):
     assert plan_job(jobs[True], measure=False, workers=3).peak_bytes == (
         streamed.peak_bytes + streamed.spread.worker.peak
     )
-    assert plan_job(jobs[True], measure=False, workers="ray").spread.workers == 1
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7 * torch.get_num_threads())
+    assert plan_job(jobs[True], measure=False, workers="ray").spread.workers == 7  # as many as the cores allow
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert plan_job(jobs[True], measure=False, workers="ray").spread.workers == 1  # a cluster says how many
+    priced = PruneConfig(tail=1, block="priced")
+    job = make_job(jobs[False].model, random_tokens(), priced)
+    leader = plan_job(job, measure=False, workers=2).spread.leader
+    assert leader.states > 0 and leader.work > whole.spread.leader.work  # which finds the prices by itself
     told = " ".join(plan_lines(streamed))
     assert "Memory of each worker, at most" in told and "Ray's object store" in told
 

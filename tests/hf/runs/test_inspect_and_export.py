@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
+from armorfact_hf.runs import export as exporting
 from armorfact_hf.runs.export import export_dense
 from armorfact_hf.runs.inspect import inspect_folder
 from tests.hf.models import random_tokens, tiny_model
@@ -74,6 +75,15 @@ def test_an_exported_folder_is_an_ordinary_model_of_the_same_logits(family, head
 
 def config_of(folder: Path) -> dict:
     return {key: value for key, value in AutoConfig.from_pretrained(folder).to_dict().items() if key != "_name_or_path"}
+
+
+def test_an_export_that_somebody_was_faster_than_is_told(model_folder, text_file, out, tmp_path, monkeypatch):
+    prune(model_folder, out, text_file)
+    dense = tmp_path / "dense"
+    monkeypatch.setattr(exporting, "check_room", lambda *_: dense.mkdir())
+    with pytest.raises(FileExistsError, match="made by somebody else meanwhile"):
+        export_dense(out, dense, silent)
+    assert names(dense) == set() and not any(name.endswith(".part") for name in names(tmp_path))
 
 
 def test_an_export_takes_the_place_of_nothing(model_folder, text_file, out, tmp_path):

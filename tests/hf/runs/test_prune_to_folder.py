@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +21,13 @@ from transformers import AutoTokenizer
 from armorfact_hf import files
 from armorfact_hf.checkpoint.folder import load_pruned
 from armorfact_hf.data.load_model import load_model
+from armorfact_hf.evaluation.measure import Evaluation
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import prune_to_folder as workflow
+from armorfact_hf.runs.compare import evaluate_folder
 from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
 from tests.hf.models import BLOCKS, random_text, random_tokens
@@ -459,6 +462,40 @@ def test_several_texts_share_the_windows(model_folder, text_file, tmp_path, out)
     for texts, windows in (([], 4), (both, 1)):
         with pytest.raises(ValueError, match="expected one text or more, and a window for each"):
             tokens(texts, windows)
+
+
+def test_a_cache_that_cannot_be_written_loses_no_more_than_time(model_folder, text_file, out, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ARMORFACT_CACHE", str(tmp_path / "file" / "cache"))
+    prune(model_folder, out, text_file, stream=True)
+    report = evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], observer=Silent())
+    assert report.evaluations
+
+
+def test_a_place_that_cannot_be_renamed_to_is_told_before_the_work(model_folder, text_file, out, tmp_path, monkeypatch):
+    monkeypatch.setattr(workflow, "prune_job_", None)
+    out.symlink_to(tmp_path / "not mounted")
+    with pytest.raises(NotADirectoryError, match=r"is a link to .*not mounted, which is not there"):
+        prune(model_folder, out, text_file)
+    out.unlink()
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second disk")
+    with TemporaryDirectory(dir=shared) as elsewhere:
+        out.with_name(f"{out.name}.journal").symlink_to(elsewhere)
+        with pytest.raises(OSError, match="is on another disk than"):
+            prune(model_folder, out, text_file)
+
+
+def test_the_peak_of_memory_where_there_is_no_resource_module(monkeypatch):
+    peak = workflow.peak_memory()
+    assert peak > 1e6
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert abs(workflow.peak_memory() - peak) < peak
+    monkeypatch.setitem(sys.modules, "resource", None)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=123))
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
+    assert workflow.peak_memory() == 123
 
 
 def test_it_imports_where_there_is_no_resource_module():

@@ -17,10 +17,11 @@ from armorfact_hf.checkpoint.folder import load_pruned
 from armorfact_hf.data.load_model import load_model, open_model
 from armorfact_hf.model.on_disk import NotStreamable, OnDisk
 from armorfact_hf.pruning import fingerprint
+from armorfact_hf.pruning import job as jobs
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fingerprint import model_fingerprint
 from armorfact_hf.pruning.manifest import DifferentRun
-from armorfact_hf.pruning.memory import memory_of
+from armorfact_hf.pruning.memory import memory_of, model_bytes
 from armorfact_hf.pruning.plan import plan_job
 from armorfact_hf.pruning.workers import in_process
 from armorfact_hf.report.record import Report
@@ -309,6 +310,24 @@ def test_what_does_not_fit_into_memory_is_opened_on_disk(free, on_disk, model_fo
     found = load_to_prune(str(model_folder), QUICK, Calibration(str(text_file), 4, 24), observer=observer)
     assert isinstance(found.weights, OnDisk) == on_disk
     assert on_disk == any("decoder blocks are read from disk one at a time" in sentence for sentence in told)
+
+
+@pytest.mark.parametrize("states", ["auto", "memory", "disk"])
+def test_what_is_loaded_into_memory_fits_with_its_states(states, model_folder, text_file, monkeypatch):
+    """At every amount of free memory around what the run takes, the run that follows is the one that was counted."""
+    calibration = Calibration(str(text_file), 16, 24)
+    whole = job_of(load_model(str(model_folder), log=silent), MATCHED, calibration, Silent(), states=states)
+    taken, weights = memory_of(whole, spilled=states == "disk").peak, model_bytes(whole)
+    chosen = set()
+    for free in range(taken // 2, 2 * taken, taken // 12):
+        monkeypatch.setattr(choosing, "available", lambda device, free=free: free)
+        found = load_to_prune(str(model_folder), MATCHED, calibration, observer=Silent(), states=states)
+        chosen.add(isinstance(found.weights, OnDisk))
+        if not isinstance(found.weights, OnDisk):
+            monkeypatch.setattr(jobs, "available", lambda device, free=free: free - weights)
+            job = job_of(found, MATCHED, calibration, Silent(), states=states)
+            assert memory_of(job).peak <= free
+    assert chosen == {True, False}
 
 
 def test_every_worker_takes_memory_of_its_own(model_folder, text_file, monkeypatch):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.workers.in_process import InProcess
 from armorfact_hf.pruning.workers.protocol import Workers
 
-RAY = "ray"
+RAY, ADDRESS = "ray", "RAY_ADDRESS"
 Choice = str | int | None
 
 
@@ -54,6 +57,15 @@ def _stays_here(job: Job) -> str:
 def count_of(choice: Choice) -> int | None:
     """How many workers that is; None where a cluster says it."""
     return None if choice in (None, RAY) else int(choice)
+
+
+def count_here(choice: Choice, device: torch.device) -> int | None:
+    """How many workers this machine will have, before they are hired; None where a cluster says it, or of none."""
+    if choice != RAY or ADDRESS in os.environ:
+        return count_of(choice)
+    if device.type == "cuda":
+        return torch.cuda.device_count()
+    return max((os.cpu_count() or 1) // torch.get_num_threads(), 1)
 
 
 def gpu_share(workers: int, gpus: int) -> float:

@@ -14,10 +14,9 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from armorfact_hf.pruning.workers.choice import gpu_share
+from armorfact_hf.pruning.workers.choice import ADDRESS, gpu_share
 
 RETRIES = 10  # of a task that was killed, and starts of a worker: what dies so often dies of itself
-ADDRESS = "RAY_ADDRESS"
 
 
 @dataclass(frozen=True)

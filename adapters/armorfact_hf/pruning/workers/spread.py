@@ -13,6 +13,8 @@ from armorfact_hf.pruning.memory import (
     memory_of,
     model_bytes,
     moments_bytes,
+    priced_bytes,
+    pricing_work,
     pruned_bytes,
     statistics_bytes,
 )
@@ -49,14 +51,15 @@ def spread_of(job: Job, workers: int | None, streamed: bool | None = None) -> Sp
     streamed = isinstance(job.weights, OnDisk) if streamed is None else streamed
     alone, sent = memory_of(job, streamed=streamed, spilled=True), 0 if streamed else model_bytes(job)
     making = job.weights.making if isinstance(job.weights, OnDisk) else 0
+    priced = pricing_work(job) if job.priced else 0  # prices are found before there are workers
     inputs = max(_inputs_bytes(job, block) for block in {layer.decoder_block for layer in job.layers})
     # A model travels as bytes, which the sender holds twice, and who receives them while they become tensors.
     leader = Memory(
         weights=alone.weights,
         pruned=alone.pruned,
-        states=0,
+        states=0 if job.spilled else priced_bytes(job),
         statistics=0,
-        work=max(making, 2 * sent, 2 * max(layer.weight.nbytes for layer in job.layers)),
+        work=max(making, 2 * sent, 2 * max(layer.weight.nbytes for layer in job.layers), priced),
     )
     worker = Memory(
         weights=alone.weights,
