@@ -5,21 +5,14 @@ python -m benchmarks.first_sweep
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from statistics import median
 
 from armorfact import factorize, sparsegpt
 from benchmarks import layers
+from benchmarks.sweep import seconds
 
 LAYERS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj"]
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -28,13 +21,13 @@ def main() -> None:
     for name in LAYERS:
         weight, gram = layers.load(f"model.layers.8.{name}")
         factorize(weight, gram, block=128, max_sweeps=1)  # compiles, and warms the caches
-        seconds = median(_seconds(partial(sparsegpt, weight, gram)) for _ in range(5))
+        alone = median(seconds(partial(sparsegpt, weight, gram)) for _ in range(5))
         result = factorize(weight, gram, block=128, max_sweeps=30, rtol=0)
         half = next(s for s in result.history if s.loss < result.initial_loss / 2)
         relative = result.initial_loss / result.weight_loss
         print(
-            f"| {name} | {weight.shape[0]}x{weight.shape[1]} | {seconds:.3f} | {relative:.4f} "
-            f"| {half.number} | {1 + half.seconds / seconds:.1f} | {result.relative_loss:.4f} |"
+            f"| {name} | {weight.shape[0]}x{weight.shape[1]} | {alone:.3f} | {relative:.4f} "
+            f"| {half.number} | {1 + half.seconds / alone:.1f} | {result.relative_loss:.4f} |"
         )
 
 

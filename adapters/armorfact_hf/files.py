@@ -34,6 +34,14 @@ def written_beside(target: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def remember(path: Path, text: str) -> None:
+    """Write a file of a cache, or none where that cannot be: what it holds is found out again then."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(path) as draft:
+            draft.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def workshop(folder: Path, name: str) -> Iterator[Path]:
     """A path of that name in a scratch folder of its own inside of ``folder``, which is removed in the end."""

@@ -9,8 +9,10 @@ import torch
 
 CONTROL_GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Of versions 2 and 1: the limit, what is taken, and what of that is files that the system gives back when it has to.
-FILES = {2: ("memory.max", "memory.current", "inactive_file")}
-FILES[1] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+FILES = {
+    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def available(device: torch.device) -> int:

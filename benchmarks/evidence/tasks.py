@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -151,12 +151,10 @@ def _answers(
     out: Path, key: str, load: Callable[[], Loaded], questions: Mapping[str, Sequence[Question]]
 ) -> dict[str, Answers]:
     """A model's answers by task; pieces that are not in a file of ``out`` are asked for."""
-    model: Loaded | None = None
+    once = cache(load)
 
     def asked(piece: Sequence[Question]) -> list[list[float]]:
-        nonlocal model
-        model = model or load()
-        return choice_likelihoods(model.model, model.tokenizer, piece)
+        return choice_likelihoods(once().model, once().tokenizer, piece)
 
     found = {}
     for task, all_of in questions.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +67,10 @@ def kinds(loaded: Loaded, length: int) -> dict[str, list[Tensor]]:
 
 def _measured(folder: Path, dense: Loaded, texts: Mapping[str, Sequence[Tensor]], out: Path) -> dict[str, Vector]:
     """The divergence on each window, by kind of text; what is in no file of ``out`` is measured."""
-    apart: WordsApart | None = None
+    apart = cache(lambda: WordsApart(Speaker(load_model(str(folder)).model), Speaker(dense.model)))
 
     def measured(tokens: Sequence[Tensor]) -> list[float]:
-        nonlocal apart
-        apart = apart or WordsApart(Speaker(load_model(str(folder)).model), Speaker(dense.model))
-        return [_divergence(apart, window) for window in tokens]
+        return [_divergence(apart(), window) for window in tokens]
 
     return {
         kind: np.array(kept(out, "texts", [key_of(folder), [w.tolist() for w in tokens]], partial(measured, tokens)))

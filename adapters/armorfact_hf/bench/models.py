@@ -15,6 +15,7 @@ from torch import nn
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.model.causal_lm import CausalLM, cache_name
 from armorfact_hf.report.record import ModelFacts, Report
+from armorfact_hf.runs.compare import refuse_changed
 from armorfact_hf.runs.prune_to_folder import peak_memory
 
 READINGS = 3  # of the prompt, whose median counts
@@ -55,8 +56,8 @@ def throughput(
     loaded = load_model(name, dtype, device, lambda sentence: None)
     model = loaded.model
     vocabulary = model.get_input_embeddings().num_embeddings
-    if fingerprint is not None and loaded.fingerprint != fingerprint:
-        raise ValueError(f"{name} is not the model that was pruned: its weights have changed since")
+    if fingerprint is not None:
+        refuse_changed(loaded, fingerprint)
     if (prompt := loaded.window(prompt + new) - new) < 1:
         raise ValueError(f"{name} reads {prompt + new} tokens at most, {new} of which would be written: write fewer")
     tokens = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from armorfact_hf.data.load_model import Loaded, Log
 from armorfact_hf.data.texts import Text, evaluation_source, tokens_of
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.evaluation.perplexity import evaluate_perplexity, starts_of
-from armorfact_hf.files import written_beside
+from armorfact_hf.files import remember
 from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning.fingerprint import config_fingerprint, tokens_fingerprint
 from armorfact_hf.typed_json import from_json, to_json
@@ -130,10 +129,7 @@ def _remembered(key: Mapping[str, object], measure: Callable[[], MeasuredPerplex
     if path.exists():
         return _read(path)
     found = measure()
-    with suppress(OSError):  # it is measured again then
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(path) as draft:
-            draft.write_text(json.dumps({"key": key, "found": to_json(found)}), encoding="utf-8")
+    remember(path, json.dumps({"key": key, "found": to_json(found)}))
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.checkpoint.description import digests, tensor_digest
-from armorfact_hf.files import written_beside
+from armorfact_hf.files import remember
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.typed_json import from_json, to_json
@@ -85,10 +84,7 @@ def disk_fingerprint(weights: OnDisk) -> str:
     kept = _read(path)
     if kept is None or (kept.files, kept.dtype) != (files, dtype):
         kept = _Kept(files, dtype, {name: _digest(name, weights.read(name)) for name in weights.model.state_dict()})
-        with suppress(OSError):  # it is read again then
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with written_beside(path) as draft:
-                draft.write_text(json.dumps(to_json(kept)), encoding="utf-8")
+        remember(path, json.dumps(to_json(kept)))
     return fingerprint_of(kept.digests)
 
 

@@ -90,10 +90,12 @@ class Job:
     @cached_property
     def spilled(self) -> bool:
         """Whether states wait on disk."""
-        if self.states == "auto":
-            large = self.states_bytes > SPILL_ABOVE * available(self.weights.device)
-            return large or isinstance(self.weights, OnDisk)
-        return self.states == "disk"
+        streamed = self.states == "auto" and isinstance(self.weights, OnDisk)
+        return streamed or self.spills(available(self.weights.device))
+
+    def spills(self, free: int) -> bool:
+        """Whether states of a model in memory wait on disk where so many bytes are free beside it."""
+        return self.states_bytes > SPILL_ABOVE * free if self.states == "auto" else self.states == "disk"
 
     @property
     def follows_pruned(self) -> bool:

@@ -40,9 +40,14 @@ def dense_model(report: Report, device: str | None = None, log: Log = print) -> 
     """
     facts = report.model
     loaded = load_model(facts.name, dtype=facts.dtype, device=device, log=log)
-    if loaded.fingerprint != facts.fingerprint:
-        raise ValueError(f"{facts.name} is not the model that was pruned: its weights have changed since")
+    refuse_changed(loaded, facts.fingerprint)
     return loaded
+
+
+def refuse_changed(loaded: Loaded, fingerprint: str) -> None:
+    """Raise ValueError if a dense model is no longer the one of that fingerprint, which was pruned."""
+    if loaded.fingerprint != fingerprint:
+        raise ValueError(f"{loaded.name} is not the model that was pruned: its weights have changed since")
 
 
 def evaluate_folder(

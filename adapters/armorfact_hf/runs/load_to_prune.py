@@ -11,7 +11,7 @@ from armorfact_hf.model.on_disk import NotStreamable
 from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.job import SPILL_ABOVE, Job, make_job
+from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.memory import memory_of, model_bytes
 from armorfact_hf.pruning.workers.choice import Choice, count_here
 from armorfact_hf.pruning.workers.spread import spread_of
@@ -91,9 +91,7 @@ def _fits(job: Job, observer: Observer, workers: Choice) -> bool:
     """Whether a job on a model on disk would fit into memory with all of the model there."""
     device, free = job.weights.device, available(job.weights.device)
     if workers is None:
-        left = free - model_bytes(job)  # by which the job in memory will decide where states wait
-        spilled = job.states == "disk" or (job.states == "auto" and job.states_bytes > SPILL_ABOVE * left)
-        needed = memory_of(job, streamed=False, spilled=spilled).peak
+        needed = memory_of(job, streamed=False, spilled=job.spills(free - model_bytes(job))).peak
     else:
         needed = spread_of(job, count_here(workers, device), streamed=False).peak
     if needed > free:
