@@ -48,8 +48,8 @@ def split_grid(matrix: Array, rows: int, columns: int) -> Array:
 def join_grid(grid: Array) -> Array:
     """The inverse of `split_grid`."""
     xp = arrays.namespace(grid)
-    across, down, rows, columns = grid.shape
-    return xp.reshape(xp.permute_dims(grid, (0, 2, 1, 3)), (across * rows, down * columns))
+    down, across, rows, columns = grid.shape
+    return xp.reshape(xp.permute_dims(grid, (0, 2, 1, 3)), (down * rows, across * columns))
 
 
 def left_product(blocks: Array, matrix: Array) -> Array:

@@ -18,7 +18,8 @@ class Progress:
 
     Args:
         sweep: sweeps done; max_sweeps: the most there will be.
-        loss: the best loss so far; relative_loss: the same over the loss of the zero matrix.
+        loss: the best loss so far, as in the history of a `Result`; relative_loss: the same over the loss of the zero
+            matrix.
         seconds: since the solver started.
     """
 

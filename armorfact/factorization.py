@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from armorfact import arrays, driver, sizes, validate
 from armorfact.driver import Budget, Progress
 from armorfact.gauge import canonical
@@ -65,7 +63,7 @@ def factorize(
             (d_out / block_out, block_out, block_out), a positive definite matrix for each block of
             A, or its diagonal (d_out,), which is ``row_weight``.
         max_sweeps, rtol: the solver's own defaults if None.
-        time_limit: seconds after which no further sweep starts.
+        time_limit: seconds of the solver after which no further sweep starts; it makes one sweep at least.
         callback: called with a `Progress` after every sweep; a true return value stops the run.
         seed: of the solvers that draw at random.
 
@@ -98,18 +96,19 @@ def factorize(
     budget = Budget.of(algorithm, max_sweeps, rtol, time_limit)
     seed = validate.seed(seed)
     validate.init(init, weight, pattern, (block_out, block_in), tuple(METHODS))
-    stated = Statement.of(
-        weight,
-        XXt,
-        pattern,
-        (block_out, block_in),
-        normalize=normalize,
-        row_weight=row_weight,
-        output_gram=output_gram,
-    )
-    objective, problem = stated.objective, stated.problem
-    # What overflows is not finite, and what is not finite is never accepted.
-    with np.errstate(over="ignore", invalid="ignore"):
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of a Progress, got {callback!r}")
+    with arrays.plain_arithmetic(weight):
+        stated = Statement.of(
+            weight,
+            XXt,
+            pattern,
+            (block_out, block_in),
+            normalize=normalize,
+            row_weight=row_weight,
+            output_gram=output_gram,
+        )
+        objective, problem = stated.objective, stated.problem
         start, notes = _start(init, stated)
         begun = objective.scaling.into(start)
         run = driver.run(algorithm, problem, begun, budget, seed, callback, objective.units.loss)

@@ -81,9 +81,13 @@ class Core:
         """Pack a matrix (d_out, d_in) that obeys the pattern.
 
         Raises:
-            ValueError: a group holds more than N non-zeros.
+            ValueError: no matrix, or empty; columns that groups do not divide; a group with more than N non-zeros.
         """
         xp = arrays.namespace(matrix)
+        if matrix.ndim != 2 or 0 in matrix.shape or matrix.shape[1] % pattern.group:
+            raise ValueError(
+                f"expected a non-empty matrix with a multiple of {pattern.group} columns, got {tuple(matrix.shape)}"
+            )
         # A panel of rows at a time: places in groups are sorted as numbers of 64 bits.
         panels = [_kept(matrix[rows, :], pattern) for rows in arrays.panels(matrix.shape[0])]
         values, packed = (xp.concat(parts, axis=0) for parts in zip(*panels, strict=True))

@@ -75,7 +75,7 @@ class Pattern:
 
     @property
     def index_bits(self) -> int:
-        """Bits that store one position: 1, 2 or 4, so that no position straddles two bytes."""
+        """Bits that store one position: 1, 2, 4 or 8, so that no position straddles two bytes."""
         return next(bits for bits in (1, 2, 4, 8) if self.group <= 1 << bits)
 
     def top_mask(self, score: Array) -> Array:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from armorfact import arrays, driver, validate
 from armorfact.driver import Budget, Progress
 from armorfact.factorization import better
@@ -75,12 +73,11 @@ def quantize_core(
     solver = Wrappers()
     budget = Budget.of(solver, max_sweeps, rtol, time_limit)
     blocks = left.blocks.shape[-1], right.blocks.shape[-1]
-    stated = Statement.of(
-        weight, XXt, core.pattern, blocks, normalize=normalize, row_weight=row_weight, output_gram=output_gram
-    )
-    dtype, objective = left.blocks.dtype, stated.objective
-    # What overflows is not finite, and what is not finite is never accepted.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with arrays.plain_arithmetic(weight):
+        stated = Statement.of(
+            weight, XXt, core.pattern, blocks, normalize=normalize, row_weight=row_weight, output_gram=output_gram
+        )
+        dtype, objective = left.blocks.dtype, stated.objective
         given = _into(objective, Factors(left.blocks, core.dense(dtype), right.blocks))
         if not given.finite():
             raise ValueError(f"the factorization leaves the range of {dtype} at the size of W: scale one of them")

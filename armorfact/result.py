@@ -62,7 +62,7 @@ class BlockDiagonal:
         arrays.check_operand(x, self.shape[1])
         xp = arrays.namespace(x, self.blocks)
         flat = xp.reshape(x, (-1, x.shape[-1]))
-        product = blocks.right_product(flat, arrays.transpose(self.scaled()))
+        product = blocks.right_product(flat, arrays.transpose(self.scaled(x.dtype)))
         return xp.reshape(product, x.shape)
 
     @property
@@ -84,8 +84,9 @@ class Result:
         loss: of this factorization.
         initial_loss: of the initialization, rounded to the same dtype.
         weight_loss: of the zero matrix, tr(W H W').
-        history: the accepted sweeps, sweep 0 being the start; their losses, the solver's own before
-            its factors are rounded to the dtype of W, never rise.
+        history: the accepted sweeps, sweep 0 being the start; their losses never rise. They are the solver's own,
+            before its factors are rounded to the dtype of W, and in an H of too few tokens with the floor that
+            keeps it definite.
         status: why the run ended: a sentence, and as ``status.ending`` an `Ending`.
         original_nbytes: bytes of W.
     """

@@ -13,6 +13,7 @@ class Ending(Enum):
     SWEEP_LIMIT = "sweep limit"
     TIME_LIMIT = "time limit"
     CALLBACK = "stopped by the callback"
+    ROUNDED = "rounded"
 
 
 class Status(str):

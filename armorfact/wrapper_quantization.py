@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from armorfact import arrays, blocks, validate
 from armorfact.objective import Objective
 from armorfact.packed import Core
@@ -64,11 +62,11 @@ def quantize_wrappers(
     validate.fits((left, core, right), weight)
     validate.whole(core)
     sizes = left.blocks.shape[-1], right.blocks.shape[-1]
-    stated = Statement.of(
-        weight, XXt, core.pattern, sizes, normalize=normalize, row_weight=row_weight, output_gram=output_gram
-    )
-    objective, dtype = stated.objective, left.blocks.dtype
-    with np.errstate(over="ignore", invalid="ignore"):
+    with arrays.plain_arithmetic(weight):
+        stated = Statement.of(
+            weight, XXt, core.pattern, sizes, normalize=normalize, row_weight=row_weight, output_gram=output_gram
+        )
+        objective, dtype = stated.objective, left.blocks.dtype
         plain = round_plainly(left.blocks, dtype), core, round_plainly(right.blocks, dtype)
         solved = _solved(stated, core, left.blocks, right.blocks)
         losses = [_loss(objective, found) for found in (plain, solved)]
@@ -79,7 +77,7 @@ def quantize_wrappers(
         objective.units.loss(max(x, 0.0)) for x in (losses[best], losses[0], weight_loss)
     )
     told = ("A and B rounded to nearest", "A and B rounded in turn, C after each")[best]
-    status = Status(Ending.SOLVED, told)
+    status = Status(Ending.ROUNDED, told)
     return Result(left, core, right, loss, initial_loss, weight_loss, (), status, arrays.nbytes(weight))
 
 

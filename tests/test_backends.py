@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from armorfact import factorize, nowag, sparsegpt, wanda
+from armorfact import arrays, factorize, nowag, quantize_core, sparsegpt, wanda
 from tests.conftest import gram_matrix
 
 CONVERSIONS = [torch.tensor, array_api_strict.asarray]
@@ -73,6 +73,48 @@ def test_torch_dtypes_come_back_and_the_loss_is_that_of_the_rounded_factors(dtyp
     residual = parameter.detach().double() - result.factors.astype(torch.float64).dense()
     assert result.loss == pytest.approx(float(torch.sum(residual @ gram.float().double() * residual)), rel=1e-5)
     assert result.loss <= result.initial_loss
+
+
+class Labelled(torch.Tensor):
+    """A class of a user's own."""
+
+
+def test_a_tensor_of_a_class_derived_from_torchs_is_one_of_torch():
+    weight, gram = (torch.tensor(x) for x in inputs())
+    result = factorize(weight.as_subclass(Labelled), gram, block=8, max_sweeps=2)
+    assert result.loss == factorize(weight, gram, block=8, max_sweeps=2).loss
+
+
+def test_autocast_around_it_changes_no_bit():
+    weight, gram = (torch.tensor(x, dtype=torch.float32) for x in inputs())
+    expected, pruned = factorize(weight, gram, block=8, max_sweeps=3), sparsegpt(weight, gram)
+    whole = quantize_core(expected, weight, gram)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = factorize(weight, gram, block=8, max_sweeps=3)
+        assert torch.equal(sparsegpt(weight, gram), pruned)
+        assert quantize_core(found, weight, gram).loss == whole.loss
+    assert found.loss == expected.loss and torch.equal(found.core.values, expected.core.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_result_is_applied_to_inputs_of_another_dtype(dtype):
+    weight, gram = (torch.tensor(x, dtype=torch.float32) for x in inputs())
+    result = factorize(weight, gram, block=8, max_sweeps=2)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = result.apply(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), x.float() @ result.dense().T, rtol=5e-2, atol=5e-2)
+
+
+def test_running_out_of_memory_is_not_taken_for_a_matrix_without_a_factor(monkeypatch):
+    weight, gram = (torch.tensor(x) for x in inputs())
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(arrays.namespace(weight).linalg, "cholesky", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        sparsegpt(weight, gram)
 
 
 @pytest.mark.gpu

@@ -51,6 +51,7 @@ CASES = {
     "mask not boolean": ((WEIGHT,), {"init": np.ones((8, 16))}, TypeError, "must be boolean"),
     "mask too full": ((WEIGHT,), {"init": np.ones((8, 16), dtype=bool)}, ValueError, "allows 2"),
     "mask of a wrong shape": ((WEIGHT,), {"init": np.zeros((4, 16), dtype=bool)}, ValueError, "shape of W"),
+    "callback that cannot be called": ((WEIGHT,), {"callback": 3}, TypeError, "function of a Progress"),
     "unknown solver": ((WEIGHT,), {"solver": "magic"}, ValueError, "exact"),
     "solver class": ((WEIGHT,), {"solver": Exact}, TypeError, "call the class"),
     "not a solver": ((WEIGHT,), {"solver": object()}, TypeError, "lacks"),

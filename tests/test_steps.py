@@ -15,9 +15,9 @@ from armorfact.solvers.gradient import core_gradient_step, left_gradient_step, r
 from armorfact.steps import core as core_module
 from armorfact.steps import damping
 from armorfact.steps.core import best_group, core_step, core_step_naive, group_grams, support_inverses
-from armorfact.steps.left import left_step, left_step_naive
+from armorfact.steps.left import LeftProducts, left_step, left_step_naive
 from armorfact.steps.right import right_step, right_step_naive
-from armorfact.steps.smoothness import core_smoothness
+from armorfact.steps.smoothness import core_smoothness, left_smoothness, right_smoothness
 from tests.conftest import KINDS, random_factors, random_problem
 
 problems = st.builds(
@@ -114,7 +114,7 @@ def test_the_group_step_is_the_global_optimum_over_supports_and_values(seed, pat
 
 @given(problems, st.integers(0, 99))
 def test_one_over_beta_steps_obey_the_descent_lemma(problem, seed):
-    """L(x - g / beta) <= L(x) - ||g||^2 / (2 beta), for the core, whose constant is one number."""
+    """L(x - g / beta) <= L(x) - ||g||^2 / (2 beta): for C, all blocks of A, and each of B in turn."""
     factors = random_factors(problem, seed)
     gradient = gradients(problem, factors)[1]
     beta = core_smoothness(problem, factors)
@@ -122,9 +122,31 @@ def test_one_over_beta_steps_obey_the_descent_lemma(problem, seed):
     bound = problem.loss(factors) - (np.sum(gradient**2) / (2 * beta) if beta else 0)
     assert not_above(problem.loss(stepped), bound, problem)
     left, residual_gram = left_gradient_step(problem, factors)
-    assert not_above(problem.loss(left), problem.loss(factors), problem)
+    inner_gram = LeftProducts(problem, factors).gram
+    gained = lowered(gradients(problem, factors)[0], left_smoothness(inner_gram))
+    assert not_above(problem.loss(left), problem.loss(factors) - gained, problem)
     right, _ = right_gradient_step(problem, left, residual_gram)
-    assert not_above(problem.loss(right), problem.loss(left), problem)
+    before = left
+    for j in range(len(left.right)):
+        after = before.replace(right=np.concatenate([right.right[: j + 1], left.right[j + 1 :]]))
+        beta = right_smoothness(*right_grams(problem, left, j))
+        gained = lowered(gradients(problem, before)[2][j][None], beta[None])
+        assert not_above(problem.loss(after), problem.loss(before) - gained, problem)
+        before = after
+
+
+def lowered(gradient, beta):
+    """||g||^2 / (2 beta) of each block, together."""
+    squares = np.sum(gradient**2, axis=(-2, -1))
+    return float(np.sum(squares[beta > 0] / (2 * beta[beta > 0])))
+
+
+def right_grams(problem, factors, j):
+    """G_j' G_j with G_j = A C_j, and H_jj."""
+    columns = slice(j * problem.block_in, (j + 1) * problem.block_in)
+    outer = (blocks.dense(factors.left) @ factors.core)[:, columns]
+    whole = problem.gram.multiply(np.eye(problem.weight.shape[1]))
+    return outer.T @ outer, whole[columns, columns]
 
 
 @given(plain_problems, st.integers(0, 99))
@@ -135,6 +157,14 @@ def test_the_smoothness_constant_bounds_the_curvature(problem, seed):
     along = Factors(factors.left, direction, factors.right).dense()
     curvature = 2 * problem.gram.inner(along)
     assert curvature <= core_smoothness(problem, zero) * np.sum(direction**2) * (1 + 1e-9)
+    left = np.random.default_rng(seed).standard_normal(factors.left.shape)
+    curvature = 2 * problem.gram.inner(Factors(left, factors.core, factors.right).dense())
+    bound = np.sum(left_smoothness(LeftProducts(problem, factors).gram) * np.sum(left**2, axis=(-2, -1)))
+    assert curvature <= bound * (1 + 1e-9)
+    j, right = seed % len(factors.right), np.zeros_like(factors.right)
+    right[j] = np.random.default_rng(seed).standard_normal(right[j].shape)
+    curvature = 2 * problem.gram.inner(Factors(factors.left, factors.core, right).dense())
+    assert curvature <= right_smoothness(*right_grams(problem, factors, j)) * np.sum(right**2) * (1 + 1e-9)
 
 
 @given(plain_problems, st.integers(0, 99))

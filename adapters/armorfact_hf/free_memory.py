@@ -15,6 +15,11 @@ FILES = {
 }
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left: of a CPU, PyTorch says it by a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def available(device: torch.device) -> int:
     """Bytes that can be had now: of the GPU, or of this machine and the control groups that the process is in."""
     if device.type == "cuda":

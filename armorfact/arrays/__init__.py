@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import array_api_compat
@@ -21,8 +22,9 @@ PANEL = 256  # rows that are copied at a time
 
 
 def is_array(value: Any) -> bool:
-    """Whether ``value`` is an array of a library that array-api-compat knows."""
-    return array_api_compat.is_array_api_obj(value)
+    """Whether ``value`` is an array of a library that array-api-compat knows, and that can be written to."""
+    fixed = array_api_compat.is_jax_array(value) or array_api_compat.is_dask_array(value)
+    return array_api_compat.is_array_api_obj(value) and not fixed
 
 
 def integer(value: Any, name: str) -> int:
@@ -55,7 +57,21 @@ def device(array: Array) -> Any:
 
 def library(array: Array) -> str:
     """The name of the library an array came from, for messages."""
-    return type(array).__module__.partition(".")[0]
+    return namespace(array).__name__.rpartition(".")[2]
+
+
+@contextmanager
+def plain_arithmetic(array: Array) -> Iterator[None]:
+    """Products in the arrays' own precision, also within Torch's autocast, and no warning of what overflows.
+
+    That is not finite, and what is not finite is never accepted.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if array_api_compat.is_torch_array(array):
+            with namespace(array).autocast(array.device.type, enabled=False):
+                yield
+        else:
+            yield
 
 
 def detached(array: Array) -> Array:
@@ -99,6 +115,11 @@ def float64(array: Array) -> Array:
 def epsilon(array: Array) -> float:
     """Machine epsilon of the array's dtype."""
     return float(namespace(array).finfo(array.dtype).eps)
+
+
+def smallest(array: Array) -> float:
+    """The smallest positive number of the array's dtype."""
+    return float(namespace(array).finfo(array.dtype).smallest_normal) * epsilon(array)
 
 
 def total(array: Array) -> float:
@@ -164,9 +185,11 @@ def transpose(array: Array) -> Array:
 
 
 def norms(array: Array, axis: int) -> Array:
-    """The 2-norms along an axis, as divisors: one where all entries are zero."""
+    """The 2-norms along an axis, as divisors: one where all entries are zero. Squares stay in range."""
     xp = namespace(array)
-    found = xp.linalg.vector_norm(array, axis=axis)
+    size = xp.max(xp.abs(array), axis=axis, keepdims=True)
+    size = xp.where(size > 0, size, xp.ones_like(size))
+    found = xp.linalg.vector_norm(array / size, axis=axis) * xp.squeeze(size, axis=axis)
     return xp.where(found > 0, found, xp.ones_like(found))
 
 
@@ -201,7 +224,7 @@ def cholesky(matrix: Array, overwrite: bool = False) -> Array | None:
     place = {"out": matrix} if overwrite and array_api_compat.is_torch_array(matrix) else {}
     try:
         factor = xp.linalg.cholesky(matrix, **place)
-    except (np.linalg.LinAlgError, RuntimeError):  # Torch's LinAlgError is a RuntimeError
+    except getattr(xp.linalg, "LinAlgError", np.linalg.LinAlgError):
         return None
     # CuPy reports failure as NaN instead of raising. From wherever it begins, it reaches the diagonal.
     return factor if bool(xp.all(xp.isfinite(xp.linalg.diagonal(factor)))) else None

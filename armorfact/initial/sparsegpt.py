@@ -57,7 +57,7 @@ def sparsegpt(
         the range of the dtype keeps the weights that Wanda keeps, as they are.
 
     Raises:
-        TypeError, ValueError: as `armorfact.factorize`.
+        TypeError, ValueError: as `armorfact.factorize`, but for an H with negative eigenvalues, which is damped.
     """
     pattern = Pattern.parse(pattern)
     if not 0 <= damping < float("inf"):
@@ -65,7 +65,9 @@ def sparsegpt(
     weight = validate.weight(weight, pattern)
     gram, _ = validate.gram(XXt, weight)
     scaled, exponent = validate.scaled(weight)
-    pruned, _ = within_range(prune(scaled, gram, pattern, damping), scaled, gram, pattern, (exponent, weight.dtype))
+    with arrays.plain_arithmetic(weight):
+        pruned = prune(scaled, gram, pattern, damping)
+        pruned, _ = within_range(pruned, scaled, gram, pattern, (exponent, weight.dtype))
     return arrays.rounded(arrays.times_two_to(pruned, exponent), weight.dtype)
 
 

@@ -26,7 +26,7 @@ def wanda(weight: Array, XXt: Array | None, *, pattern: str | Pattern = "2:4") -
         The pruned weight; same shape, dtype and device.
 
     Raises:
-        TypeError, ValueError: as `armorfact.factorize`.
+        TypeError, ValueError: as `armorfact.factorize`; of H the diagonal alone is looked at for its sign.
     """
     pattern = Pattern.parse(pattern)
     weight = validate.weight(weight, pattern)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from armorfact import arrays
@@ -51,7 +52,8 @@ def gram(value: Any, weight: Array) -> tuple[Gram, int]:
         return DiagonalGram(converted), exponent
     of_an_entry = 10 * max(arrays.epsilon(array), arrays.epsilon(converted))
     _symmetric(converted, min(rounding_of(array, converted), max(of_an_entry, FINE)))
-    return FullGram(converted), exponent
+    least = max(math.ldexp(arrays.smallest(array), -exponent), arrays.smallest(converted))
+    return FullGram(_without_lost_channels(converted, least)), exponent
 
 
 def as_given(value: Any, gram: Gram) -> Gram:
@@ -60,18 +62,33 @@ def as_given(value: Any, gram: Gram) -> Gram:
 
 
 def _symmetric(matrix: Array, tolerance: float) -> None:
-    xp = arrays.namespace(matrix)
-    scale, alive = unit_scale(matrix)
+    scale, _ = unit_scale(matrix)
     for part in arrays.panels(matrix.shape[0]):
         rows = matrix[part, :] * scale[part][:, None] * scale[None, :]
         columns = matrix[:, part] * scale[:, None] * scale[part][None, :]
         if arrays.largest(rows - arrays.transpose(columns)) > tolerance:
             raise ValueError("XXt is not symmetric; compute it as X @ X.T, or pass (XXt + XXt.T) / 2")
-    if bool(xp.any((matrix != 0) & ~(alive[:, None] & alive[None, :]))):
+
+
+def _without_lost_channels(matrix: Array, least: float) -> Array:
+    """H without what is left of channels whose energy rounding has made zero.
+
+    Args:
+        least: the smallest energy that would not have been. What such a channel may have in common with another one is
+            bounded by it, since H_ij^2 <= H_ii H_jj.
+    """
+    xp = arrays.namespace(matrix)
+    diagonal = xp.linalg.diagonal(matrix)
+    lost = diagonal == 0
+    if not bool(xp.any(lost)):
+        return matrix
+    energy = xp.where(lost, xp.full_like(diagonal, least), diagonal)
+    if bool(xp.any(lost[:, None] & (xp.abs(matrix) > least**0.5 * energy**0.5))):
         raise ValueError(
             "XXt is not positive semidefinite: a channel with zero energy on the diagonal is "
             "correlated with another one"
         )
+    return xp.where(lost[:, None] | lost[None, :], xp.zeros_like(matrix), matrix)
 
 
 def output_gram(value: Any, row_weight: Any, weight: Array, block_out: int) -> tuple[Array | None, int]:

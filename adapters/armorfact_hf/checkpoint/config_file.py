@@ -10,6 +10,8 @@ from armorfact_hf.checkpoint.contents import AGAIN
 from armorfact_hf.layers.format import shown
 
 CONFIG = "config.json"
+# By which transformers would read other files than those that are looked at here, one of them perhaps a pickle.
+REDIRECTIONS = ("transformers_weights", "configuration_files")
 DEEPEST = 64  # objects and lists inside each other: far beyond every model's, and far below what Python can recurse
 
 
@@ -17,8 +19,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in a model's config.json.
 
     Raises:
-        ValueError: the file cannot be read, is no JSON object, is nested too deeply, or holds a key twice; the message
-            names file and key.
+        ValueError: the file cannot be read, is no JSON object, is nested too deeply, holds a key twice, or sends
+            transformers to other files; the message names file and key.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
@@ -29,6 +31,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged (it is nested too deeply): {AGAIN}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from error
+    for key in REDIRECTIONS:
+        if key in found:
+            raise ValueError(f"{path}: {key} names other files to load, which armorfact does not look at: take it out")
     return found
 
 

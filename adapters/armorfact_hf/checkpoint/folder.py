@@ -23,12 +23,14 @@ from armorfact_hf.checkpoint.config_file import CONFIG, read_config
 from armorfact_hf.checkpoint.description import Description, NotPruned
 from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.checkpoint.shards import shards
+from armorfact_hf.free_memory import ran_out
 from armorfact_hf.model.causal_lm import CausalLM
 
 DAMAGE = (
     *(SafetensorError, StrictDataclassError, OSError, RecursionError),
-    *(LookupError, TypeError, AttributeError, ArithmeticError),
+    *(LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError),
 )  # what reading broken JSON, or settings that mean nothing, leads to inside of transformers
+ADAPTER = "adapter_config.json"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -37,8 +39,14 @@ def describe_folder(folder: Path) -> Description:
 
     Raises:
         NotPruned: there are none.
-        ValueError: it was written by another version of the format, or is malformed.
+        ValueError: it was written by another version of the format, is malformed, or holds an adapter, which
+            transformers would put into the model from files that are not looked at here.
     """
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"{folder} holds an adapter beside the model ({ADAPTER}): keep it in a folder of its own, and load it by "
+            "PEFT"
+        )
     if not (folder / CONFIG).is_file():
         raise NotPruned(
             f"{folder} is no folder of a model (it has no config.json): name one that `armorfact prune` wrote"
@@ -131,6 +139,8 @@ def _damage_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
+        if ran_out(error):
+            raise
         raise ValueError(
             f"cannot load {folder} ({type(error).__name__}: {error}): copy or download it again"
         ) from error

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from armorfact_hf.files import written_beside
+from armorfact_hf.free_memory import ran_out
 from armorfact_hf.layers.execution import Execution
 from armorfact_hf.layers.linear import FactorizedLinear
 
@@ -65,12 +66,12 @@ def write_measured(folder: Path, device: torch.device, dtype: torch.dtype, choic
         OSError: nothing can be written there.
     """
     path = folder / FILE
+    kept = {shape: [list(pair) for pair in execution.choices] for shape, execution in choices.items()}
     try:
         devices = _read(path)
+        devices.setdefault(device_name(device), {})[_name(dtype)] = kept
     except DAMAGE:
-        devices = {}
-    kept = {shape: [list(pair) for pair in execution.choices] for shape, execution in choices.items()}
-    devices.setdefault(device_name(device), {})[_name(dtype)] = kept
+        devices = {device_name(device): {_name(dtype): kept}}
     with written_beside(path) as draft:
         draft.write_text(json.dumps({"version": VERSION, "devices": devices}, indent=1), encoding="utf-8")
     return path
@@ -95,7 +96,9 @@ def use_measured_(model: nn.Module, folder: Path) -> nn.Module:
             execution = found[layer.values.device, layer.dtype].get(shape_key(layer))
             if execution is not None:
                 layer.use_(execution)
-    except DAMAGE as error:
+    except (*DAMAGE, RuntimeError) as error:
+        if not isinstance(error, DAMAGE) and not ran_out(error):
+            raise
         warnings.warn(f"{folder / FILE} is not used ({error}); `armorfact bench` writes it anew", stacklevel=2)
         for layer in layers:
             layer.use_(None)

@@ -80,13 +80,14 @@ class ArmorfactQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: CausalLM, checkpoint_files: Sequence[str] | None = None, dtype: Any = None, **_: Any
     ) -> nn.Module:
-        description = self.quantization_config.description
+        description, shapes = self.quantization_config.description, {}
         if checkpoint_files:
             if (config := Path(checkpoint_files[0]).parent / CONFIG).is_file():
                 read_config(config)  # refuses what transformers reads past, such as a key that is there twice
             with torch.device("cpu"):  # transformers builds the model on the meta device, which holds no numbers
-                verify([Path(name) for name in checkpoint_files], description)
+                shapes = verify([Path(name) for name in checkpoint_files], description).shapes
         put_layers_(model, description.modules.values(), dtype)
+        _check_shapes(model, shapes)
         return model
 
     def _process_model_after_weight_loading(self, model: CausalLM, **_: Any) -> nn.Module:
@@ -113,6 +114,16 @@ class ArmorfactQuantizer(HfQuantizer):
         from armorfact_hf.checkpoint.dense import to_dense_  # imports transformers' models, which import this module
 
         return to_dense_(model).to(dtype)
+
+
+def _check_shapes(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Before transformers makes room for them: a config may ask for more than there is."""
+    for name, tensor in model.state_dict().items():
+        if name in stored and tuple(tensor.shape) != stored[name]:
+            raise ValueError(
+                f"tensor {name} has the shape {list(stored[name])}, and config.json asks for {list(tensor.shape)}: "
+                "copy or download the folder again"
+            )
 
 
 def put_digests_(model: CausalLM, sha256: dict[str, str]) -> None:

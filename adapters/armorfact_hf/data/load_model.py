@@ -14,7 +14,14 @@ from transformers.utils import cached_file
 
 from armorfact_hf.checkpoint.config_file import CONFIG
 from armorfact_hf.checkpoint.description import NotPruned
-from armorfact_hf.checkpoint.folder import describe_folder, foreign_code_told, load_pruned, local_folder, stored_tensors
+from armorfact_hf.checkpoint.folder import (
+    ADAPTER,
+    describe_folder,
+    foreign_code_told,
+    load_pruned,
+    local_folder,
+    stored_tensors,
+)
 from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
 from armorfact_hf.data.open_on_disk import open_on_disk
 from armorfact_hf.data.origin import DEMO
@@ -161,6 +168,7 @@ def check_files(folder: Path) -> None:
 def _model(where: str, dtype: str, place: torch.device) -> nn.Module:
     try:
         config = cached_file(where, CONFIG)  # in the folder, or where the hub's files are kept
+        cached_file(where, ADAPTER, _raise_exceptions_for_missing_entries=False)  # is refused where there is one
         try:
             describe_folder(Path(config).parent if config else Path(where))
         except NotPruned:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armorfact_hf.free_memory import ran_out
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.moments import ROUTED, Inputs, recorded_inputs
 from armorfact_hf.model.stream import evaluating, frozen
@@ -16,6 +17,10 @@ from armorfact_hf.model.structure import Layer
 
 NO_WAY_BACK = "a decoder block passes no gradients on to its layers, so "
 CANNOT_BE_TUNED = f"{NO_WAY_BACK}it cannot be tuned: prune with refine=None"
+HEAD_CUTS_OFF = (
+    "the model's head passes no gradients on to the last decoder blocks, so they cannot be tuned together: prune with "
+    "tail=0 (--tail 0), or load the head's weights in float32 or bfloat16"
+)
 HAVE_NO_PRICES = f"{NO_WAY_BACK}they have no prices: prune with block='auto'"
 TOKENS = 32  # enough that experts, if there are any, see different ones
 
@@ -53,9 +58,9 @@ def rehearse(model: nn.Module, blocks: Sequence[nn.Module], layers: Sequence[Lay
 def _run(model: CausalLM, tokens: Tensor) -> None:
     try:
         model(input_ids=tokens.to(model.device), use_cache=False)
-    except torch.OutOfMemoryError:
-        raise
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if ran_out(error):
+            raise
         raise ValueError(
             f"{type(model).__name__} cannot be run on tokens ({type(error).__name__}: {error}): expected a causal "
             "language model whose weights are all on one device and fit each other in dtype"
@@ -64,18 +69,30 @@ def _run(model: CausalLM, tokens: Tensor) -> None:
 
 @torch.enable_grad()
 def refuse_without_gradients(
-    model: nn.Module, blocks: Sequence[nn.Module], layers: Sequence[Layer], tokens: Tensor, refused: str
+    model: CausalLM,
+    blocks: Sequence[nn.Module],
+    layers: Sequence[Layer],
+    tokens: Tensor,
+    refused: str,
+    through_head: bool = False,
 ) -> None:
-    """Raise ValueError, ``refused``, if no gradient comes from behind a decoder block to what its layers return.
+    """Raise ValueError if gradients do not come as far as they have to.
 
     Experts are left out, as no module of their own is called; so are blocks that another one stands in for.
+
+    Args:
+        refused: what is said if none comes from behind a decoder block to what its layers return.
+        through_head: they have to come from the words to what the last decoder block returns, too.
     """
     reached: dict[int, bool] = {}
+    words = len(blocks)
 
     def begin(index: int) -> Callable:
-        def leads_back(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        def leads_back(_: nn.Module, __: Any, output: Any) -> Any:
             reached[index] = False
-            return output.detach().requires_grad_().clone()  # a block may go on in place
+            first, *others = output if isinstance(output, tuple) else (output,)
+            cut = first.detach().requires_grad_().clone()  # what follows may go on in place
+            return (cut, *others) if isinstance(output, tuple) else cut
 
         return leads_back
 
@@ -95,7 +112,12 @@ def refuse_without_gradients(
         for index, block in enumerate(blocks):
             stack.callback(block.register_forward_pre_hook(_cut_off, with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(end(index)).remove)
+        if through_head:
+            stack.callback(blocks[-1].register_forward_hook(begin(words)).remove)
+            stack.callback(model.get_output_embeddings().register_forward_hook(end(words)).remove)
         _run(model, tokens[:1, :TOKENS])
+    if not reached.pop(words, True):
+        raise ValueError(HEAD_CUTS_OFF)
     if not all(reached.values()):
         raise ValueError(refused)
 

@@ -21,6 +21,10 @@ from armorfact_hf.model.structure import decoder_blocks
 
 # Positions whose logits stand in memory at a time: with 262k words in the vocabulary, 0.07 GB in bfloat16.
 POSITIONS_AT_ONCE = 128
+HEAD_CUTS_OFF = (
+    "no gradient comes through the model's head (some quantized layers pass none on): load its weights in float32 or "
+    "bfloat16"
+)
 # Logarithms of probabilities that are made of them at a time: 4 MB, which stay in the processor's cache, and which the
 # allocator has at hand. Of whole positions; larger tensors are new pages from the system each time.
 LOGARITHMS_AT_ONCE = 2**20
@@ -162,6 +166,8 @@ class WordsApart:
             piece = states[:, part].detach().requires_grad_()
             with torch.autocast(self.student.model.device.type, torch.bfloat16):
                 logits = self.student.logits(window[part], piece).values
+            if not logits.requires_grad:
+                raise ValueError(HEAD_CUTS_OFF)
             found, gradient = _at_logits(logits.detach(), self.teacher.told(window, part, taught), count)
             logits.backward(gradient)
             gradients[:, part] = cast(Tensor, piece.grad)

@@ -266,5 +266,5 @@ def make_job(
     if job.matching is not None or job.priced:
         refused = CANNOT_BE_TUNED if job.matching is not None else HAVE_NO_PRICES
         with weights.rehearsing():
-            refuse_without_gradients(model, blocks, layers, tokens, refused)
+            refuse_without_gradients(model, blocks, layers, tokens, refused, through_head=bool(job.tail))
     return job

@@ -22,6 +22,7 @@ from torch import nn
 
 from armorfact import BlockDiagonal, Core, Factors
 from armorfact.gauge import canonical
+from armorfact_hf.free_memory import ran_out
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.stack import master_of
 from armorfact_hf.model.experts import put_layers_
@@ -148,9 +149,9 @@ def _runs_mixed(aim: Aim) -> bool:
     try:
         with torch.autocast(aim.run(window).device.type, torch.bfloat16):
             aim.run(window)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+    except RuntimeError as error:
+        if ran_out(error):
+            raise
         return False
     return True
 

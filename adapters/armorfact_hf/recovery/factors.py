@@ -86,13 +86,15 @@ def trained_factors(model: nn.Module, parts: Sequence[str]) -> Iterator[TrainedF
     However the context ends, the model has its own layers back, and runs them as it did before.
     """
     ways = {module: module.execution for module in model.modules() if isinstance(module, FactorizedLinear)}
-    for layer in ways:
-        layer.use_(None)  # no second form of a weight that is going to change
-    with frozen(model):
-        factors = TrainedFactors(model, parts)
-        try:
-            yield factors
-        finally:
-            factors.finish_()
-            for layer, way in ways.items():
-                layer.use_(way)
+    try:
+        for layer in ways:
+            layer.use_(None)  # no second form of a weight that is going to change
+        with frozen(model):
+            factors = TrainedFactors(model, parts)
+            try:
+                yield factors
+            finally:
+                factors.finish_()
+    finally:
+        for layer, way in ways.items():
+            layer.use_(way)

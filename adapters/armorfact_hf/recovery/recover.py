@@ -14,7 +14,7 @@ import armorfact
 from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.checks import checked_tokens
-from armorfact_hf.pruning.fingerprint import model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.manifest import flat_manifest
 from armorfact_hf.recovery.divergence import Divergence
@@ -22,7 +22,7 @@ from armorfact_hf.recovery.factors import trained_factors
 from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.recovery.run import Run
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
-from armorfact_hf.recovery.stored_teacher import StoredTeacher
+from armorfact_hf.recovery.stored_teacher import StoredTeacher, check_teacher
 from armorfact_hf.recovery.trainable import refuse_integers
 
 AnyTeacher = nn.Module | StoredTeacher
@@ -69,8 +69,7 @@ def recover_(
         DifferentRun: the folder belongs to other arguments. InUse: another process writes to it. DiskFull: in mid-run.
     """
     settings, observer = settings or RecoverySettings(), observer or Observer()
-    if type(save_every) is not int or save_every < 1:
-        raise ValueError(f"save_every must be a whole number of at least 1, got {save_every!r}")
+    check_save_every(save_every)
     tokens = checked_request(model, calibration, teacher, settings)
     model.eval()
     if isinstance(teacher, nn.Module):
@@ -83,6 +82,12 @@ def recover_(
         divergence = Divergence(model, teacher, settings.gradient_checkpointing)
         done = Run(tokens, settings, divergence, factors, journal, save_every, observer).to_the_end()
     return replace(done, likeliest=teacher.likeliest) if isinstance(teacher, StoredTeacher) else done
+
+
+def check_save_every(steps: int) -> None:
+    """Raise ValueError if that is no number of steps."""
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"save_every must be a whole number of at least 1, got {steps!r}")
 
 
 def checked_request(model: nn.Module, calibration: Any, teacher: AnyTeacher, settings: RecoverySettings) -> Tensor:
@@ -107,8 +112,10 @@ def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
     if settings.train == "wrappers" and all(layer.left is None for layer in layers):
         raise ValueError("no pruned layer has wrappers, which train='wrappers' asks for: take train='factors'")
     refuse_integers(model, settings.train)
-    if isinstance(teacher, nn.Module) and any(isinstance(module, PRUNED) for module in teacher.modules()):
-        raise ValueError("the teacher is pruned: give the dense model, loaded beside the pruned one")
+    if isinstance(teacher, nn.Module):
+        check_teacher(teacher)
+        if any(isinstance(module, PRUNED) for module in teacher.modules()):
+            raise ValueError("the teacher is pruned: give the dense model, loaded beside the pruned one")
     sizes = [_vocabulary(x) for x in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"expected a teacher with the model's vocabulary of {sizes[0]}, got one of {sizes[1]}")
@@ -140,6 +147,8 @@ def manifest_of(model: nn.Module, teacher: AnyTeacher, tokens: Tensor, settings:
         given,
         armorfact=armorfact.__version__,
         pruned=model_fingerprint(model),
+        pruned_config=config_fingerprint(model),
         teacher=teacher.fingerprint if isinstance(teacher, StoredTeacher) else model_fingerprint(teacher),
+        teacher_config=None if isinstance(teacher, StoredTeacher) else config_fingerprint(teacher),
         calibration=tokens_fingerprint(tokens),
     )

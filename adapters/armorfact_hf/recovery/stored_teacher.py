@@ -21,7 +21,7 @@ from armorfact_hf.model.words import POSITIONS_AT_ONCE, Speaker
 from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
 from armorfact_hf.pruning.entry import DAMAGE
-from armorfact_hf.pruning.fingerprint import model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.lock import lock, unlock
 from armorfact_hf.pruning.manifest import (
     MANIFEST,
@@ -55,6 +55,9 @@ class StoredTeacher:
         manifest = read_manifest(self.folder)
         if KIND not in manifest:
             raise ValueError(f"{self.folder} belongs to another run: `armorfact teach` writes the words of a teacher")
+        for name in ("vocabulary", KIND):
+            if type(manifest.get(name)) is not int:
+                raise ValueError(f"{self.folder / MANIFEST} is damaged: write the words again with `armorfact teach`")
         self.vocabulary, self.likeliest = int(manifest["vocabulary"]), int(manifest[KIND])
         self.fingerprint = digest_of(manifest)
 
@@ -93,11 +96,22 @@ class StoredTeacher:
             with safe_open(path, "pt") as stored:
                 if stored.metadata()["teacher"] != self.fingerprint:
                     raise ValueError("it is of another teacher")
-                return Likeliest.from_tensors(*(stored.get_tensor(name) for name in ("words", "logs", "rest")))
+                words, logs, rest = (stored.get_tensor(name) for name in ("words", "logs", "rest"))
+                self._check(words, logs, rest, len(window))
+                return Likeliest.from_tensors(words, logs, rest)
         except DAMAGE as error:
             raise ValueError(
                 f"{path} is damaged ({error}); delete that one file, and `armorfact teach` writes it again"
             ) from error
+
+    def _check(self, words: Tensor, logs: Tensor, rest: Tensor, length: int) -> None:
+        shapes = [tuple(tensor.shape) for tensor in (words, logs, rest)]
+        if shapes != [(length, self.likeliest), (length, self.likeliest), (length,)]:
+            raise ValueError(f"expected {self.likeliest} words at each of {length} positions, got shapes {shapes}")
+        if words.is_floating_point() or words.min() < 0 or words.max() >= self.vocabulary:
+            raise ValueError(f"it holds words that are not among the {self.vocabulary} of the vocabulary")
+        if not (logs.isfinite().all() and rest.isfinite().all()):
+            raise ValueError("it holds probabilities that are NaN or zero")
 
     def told(self, window: Tensor, part: slice, taught: Likeliest) -> Likeliest:
         """See `Teacher`: divergences are of the likeliest words and all others together, never above the whole ones."""
@@ -121,6 +135,15 @@ class StoredTeacher:
 
     def _path(self, window: Tensor) -> Path:
         return self.folder / f"{tokens_fingerprint(window.cpu())}.safetensors"
+
+
+def check_teacher(model: nn.Module) -> None:
+    """Raise ValueError if a dense model cannot teach because some of it is not in memory."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "tensors of the teacher are on the meta device (offloaded): load it whole, or let `armorfact teach` write "
+            "its words down on a machine that holds it"
+        )
 
 
 def missing_windows(folder: Path, tokens: Tensor) -> int:
@@ -154,6 +177,7 @@ def store_teacher(
     """
     folder, observer = Path(folder), observer or Observer()
     refuse_pruned(model)
+    check_teacher(model)
     speaker, tokens = Speaker(model.eval()), checked_tokens(model, tokens)
     if not 1 <= likeliest <= speaker.vocabulary:
         raise ValueError(f"expected 1 to {speaker.vocabulary} likeliest words, got {likeliest}")
@@ -175,6 +199,7 @@ def _begun(folder: Path, speaker: Speaker, likeliest: int) -> StoredTeacher:
     """The folder, of this teacher and without what kills left half written; for the writer."""
     manifest = {
         "teacher": model_fingerprint(speaker.model),
+        "teacher_config": config_fingerprint(speaker.model),
         KIND: likeliest,
         "vocabulary": speaker.vocabulary,
         "armorfact": armorfact.__version__,

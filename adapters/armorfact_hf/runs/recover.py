@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import nn
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
+from armorfact_hf.free_memory import available
 from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.journal import Journal, remove_leftover
 from armorfact_hf.pruning.manifest import DifferentRun, check_same
-from armorfact_hf.recovery.recover import AnyTeacher, checked_request, manifest_of, recover_
-from armorfact_hf.recovery.settings import RecoverySettings
+from armorfact_hf.recovery.recover import AnyTeacher, check_save_every, checked_request, manifest_of, recover_
+from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
 from armorfact_hf.recovery.stored_teacher import StoredTeacher
 from armorfact_hf.report.record import FILE, Report
 from armorfact_hf.runs.compare import dense_model
@@ -62,11 +64,13 @@ def recover_to_folder(
             in mid-run; what was kept last is still there.
     """
     settings, observer = settings or RecoverySettings(), observer or Observer()
+    check_save_every(save_every)
     if out.exists() and not (out / FILE).exists():
         raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
     describe_folder(folder)
     report = Report.read(folder)
     loaded = load_model(str(folder), device=device, log=observer.say)
+    _check_memory(loaded.model, settings, teacher)
     dense = _teacher(report, teacher, device, observer)
     tokens = checked_request(loaded.model, calibration.tokens(loaded, observer.say), dense, settings)
     manifest = manifest_of(loaded.model, dense, tokens, settings)
@@ -111,6 +115,33 @@ def _teacher(report: Report, name: str | None, device: str | None, observer: Obs
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def _check_memory(model: Any, settings: RecoverySettings, teacher: str | None) -> None:
+    """Raise ValueError if there is no room beside the pruned model for what a recovery holds from beginning to end.
+
+    That is the dense model, and of each trained number the factor, its gradient, its momentum, the one before and the
+    best. What the blocks keep of a window comes on top.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PRUNED)]
+    parts = [getattr(layer, name) for layer in layers for name in TRAINED[settings.train]]
+    needed = sum(part.nbytes + 4 * part.numel() * max(part.itemsize, 4) for part in parts if part is not None)
+    ways = "train wrappers alone (--train wrappers)"
+    if teacher is None or not StoredTeacher.found_in(teacher):
+        needed += torch.bfloat16.itemsize * _dense_numbers(model, layers)
+        ways += ", or let `armorfact teach` write the dense model's words down and name their folder (--teacher)"
+    free = available(model.device)
+    if needed > free:
+        raise ValueError(
+            f"recovery takes {needed / 1e9:.1f} GB beside the pruned model, and {free / 1e9:.1f} GB are free: {ways}"
+        )
+
+
+def _dense_numbers(model: Any, layers: Sequence[Any]) -> int:
+    """How many numbers the dense model has."""
+    factors = {parameter for layer in layers for parameter in layer.parameters()}
+    others = sum(parameter.numel() for parameter in model.parameters() if parameter not in factors)
+    return others + sum((layer.layout.experts or 1) * math.prod(layer.layout.shape) for layer in layers)
 
 
 def _shown(teacher: str | None) -> str | None:

@@ -112,6 +112,46 @@ def test_a_config_that_is_nested_too_deeply_is_refused_in_a_sentence(folder, doo
         DOORS[door](folder)
 
 
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("transformers_weights", "other.safetensors"), ("configuration_files", ["config.5.0.0.json"])],
+)
+def test_a_config_that_sends_transformers_to_other_files_is_refused(folder, door, key, value):
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.5.0.0.json").write_text(json.dumps(found))
+    (folder / "config.json").write_text(json.dumps(found | {key: value}))
+    with pytest.raises(ValueError, match=f"{key} names other files to load"):
+        DOORS[door](folder)
+
+
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "from_pretrained"])
+def test_an_adapter_in_the_folder_is_refused(folder, door):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"holds an adapter beside the model .adapter_config\.json."):
+        DOORS[door](folder)
+
+
+@pytest.mark.parametrize("redirection", ["transformers_weights", "configuration_files"])
+def test_a_dense_model_that_sends_transformers_to_other_files_is_refused(tmp_path, redirection):
+    tiny_model("llama").save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(found | {redirection: "adapter_model.bin"}))
+    with pytest.raises(ValueError, match=f"{redirection} names other files to load"):
+        load_model(str(tmp_path), log=lambda sentence: None)
+
+
+@pytest.mark.parametrize("door", ["load_pruned", "from_pretrained", "load_model"])
+def test_sizes_that_the_files_do_not_have_are_refused_before_there_is_room_for_them(folder, door):
+    """On the meta device a model of any size is built; only what the files hold is made."""
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(found | {"vocab_size": 10**12}))
+    with pytest.raises(ValueError, match=r"has the shape \[\d+, \d+\], and config\.json asks for \[1000000000000, "):
+        DOORS[door](folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a": ' + b"9" * 5000 + b"}"])
 def test_what_is_no_object_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)

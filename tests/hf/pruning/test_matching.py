@@ -13,6 +13,7 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning import matching
 from armorfact_hf.pruning.aims import StateAim, relative_error
 from armorfact_hf.pruning.matching import match_block_
+from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.schedule import LEAST, WARM_UP, Matching, kept_aside
 
 QUICK = Matching(passes=4, rate=5e-3)
@@ -164,6 +165,32 @@ def test_a_step_that_is_not_finite_is_undone_at_half_the_rate(block_and_targets,
     assert report.kept
     assert report.notes == ("step 5 of matching was not finite: the one before was undone, and the rate halved",)
     assert all(tensor.isfinite().all() for layer in tuned.values() for tensor in layer.parameters())
+
+
+def test_what_led_to_a_step_that_is_not_finite_is_forgotten(block_and_targets, states, monkeypatch):
+    """The factors are those of two steps before, and smaller steps follow."""
+    block, layers, targets = block_and_targets
+    runs, seen, rates = run(block, states, layers), [], []
+
+    class Watched(Muon):
+        def zero_gradients_(self):
+            seen.append({name: parameter.detach().clone() for name, parameter in self.parameters.items()})
+            super().zero_gradients_()
+
+        def step_(self, rate):
+            rates.append(rate)
+            super().step_(rate)
+
+        @property
+        def finite(self):
+            return super().finite and len(seen) != 5  # the distance is finite, and its gradient is not
+
+    monkeypatch.setattr(matching, "Muon", Watched)
+    match_block_(block, layers, StateAim(runs, targets), QUICK, 0)
+    assert all(torch.equal(tensor, seen[3][name]) for name, tensor in seen[5].items())
+    assert not all(torch.equal(tensor, seen[3][name]) for name, tensor in seen[4].items())
+    steps = QUICK.steps(len(targets))
+    assert rates == [QUICK.rate_at(k, steps) / (2 if k > 4 else 1) for k in range(steps) if k != 4]
 
 
 def test_a_block_that_is_never_finite_is_left_as_it_was(block_and_targets, states):

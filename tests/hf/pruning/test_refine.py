@@ -178,3 +178,14 @@ def test_a_block_that_passes_no_gradients_is_told_before_any_work(tmp_path):
         prune_(model, random_tokens(), PruneConfig(**QUICK), journal=tmp_path / "journal")
     assert not (tmp_path / "journal").exists()
     assert len(prune_(model, random_tokens(), PruneConfig(**QUICK, refine=None)).layers) == 7 * BLOCKS
+
+
+@pytest.mark.parametrize("cut", ["lm_head", "model.norm"])
+def test_a_head_that_passes_no_gradients_is_told_before_any_work(tmp_path, cut):
+    model = tiny_model("llama")
+    module = model.get_submodule(cut)
+    module.forward = torch.no_grad()(module.forward)
+    with pytest.raises(ValueError, match=r"head passes no gradients on .* tail=0 \(--tail 0\)"):
+        prune_(model, random_tokens(), PruneConfig(**QUICK), journal=tmp_path / "journal")
+    assert not (tmp_path / "journal").exists()
+    assert prune_(model, random_tokens(), PruneConfig(**QUICK | {"tail": 0})).blocks

@@ -123,6 +123,14 @@ def test_a_model_that_cuts_gradients_off_is_told():
         Divergence(student, dense_model()).backward(WINDOW)
 
 
+def test_a_head_that_cuts_gradients_off_is_told():
+    student = pruned_model()
+    trained(student)
+    student.lm_head.register_forward_hook(lambda _, __, output: output.detach())
+    with pytest.raises(ValueError, match="no gradient comes through the model's head"):
+        Divergence(student, dense_model()).backward(WINDOW)
+
+
 class Products(TorchDispatchMode):
     """Counts the operations called inside, by name."""
 

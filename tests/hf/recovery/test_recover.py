@@ -255,6 +255,11 @@ def test_a_run_that_is_interrupted_leaves_the_best_of_it():
 # The folder of a run
 
 
+def computing_otherwise(model: nn.Module) -> nn.Module:
+    model.config.layer_norm_epsilon = 1e-2
+    return model
+
+
 @pytest.fixture
 def state(tmp_path):
     """The folder of a run that was interrupted after 12 steps."""
@@ -271,8 +276,10 @@ def state(tmp_path):
         ({"tokens": random_tokens(16, seed=4)}, "calibration: "),
         ({"teacher": tiny_model("gpt2", seed=1)}, "teacher: "),
         ({"model": pruned_model(sweeps=2)}, "pruned: "),
+        ({"teacher": computing_otherwise(dense_model())}, "teacher_config: "),
+        ({"model": computing_otherwise(pruned_model())}, "pruned_config: "),
     ],
-    ids=["settings", "tokens", "teacher", "model"],
+    ids=["settings", "tokens", "teacher", "model", "teacher's config", "model's config"],
 )
 def test_another_run_is_refused_and_told_what_differs(change, differing, state):
     before = {path.name: path.read_bytes() for path in state.iterdir()}

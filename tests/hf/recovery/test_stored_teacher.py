@@ -6,10 +6,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from armorfact_hf.model import words
+from armorfact_hf.pruning.fingerprint import tokens_fingerprint
 from armorfact_hf.pruning.lock import InUse, lock, unlock
 from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.pruning.seal import BLANK, seal
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.recover import recover_
 from armorfact_hf.recovery.settings import RecoverySettings
@@ -101,6 +104,45 @@ def test_a_damaged_file_is_named_and_nothing_is_learned_from_it(harm, folder, tm
     with pytest.raises(ValueError, match=r"is damaged|lacks 1 of the 8 windows"):
         recover_(model, TOKENS, teacher, SETTINGS, observer=Silent())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda words, logs, rest: (words + VOCABULARY, logs, rest), "not among the 96 of the vocabulary"),
+        (lambda words, logs, rest: (words, logs * float("nan"), rest), "NaN or zero"),
+        (lambda words, logs, rest: (words[:5], logs[:5], rest[:5]), "expected 4 words at each of"),
+        (lambda words, logs, rest: (words[:, :2], logs[:, :2], rest), "expected 4 words at each of"),
+    ],
+)
+def test_contents_that_mean_nothing_are_named(change, message, folder):
+    """A seal can be made by anyone."""
+    teacher = stored(folder, 4)
+    taught = teacher.taught(TOKENS[0]).tensors
+    names = ("words", "logs", "rest")
+    harmed = dict(zip(names, change(*(taught[name] for name in names)), strict=True))
+    path = folder / f"{tokens_fingerprint(TOKENS[0])}.safetensors"
+    save_file(
+        {name: tensor.contiguous() for name, tensor in harmed.items()}, path, {"teacher": teacher.fingerprint, **BLANK}
+    )
+    seal(path)
+    with pytest.raises(ValueError, match=rf"is damaged .*{message}"):
+        recovered(StoredTeacher(folder))
+
+
+def test_a_manifest_that_means_nothing_is_named(folder):
+    stored(folder, 4)
+    (folder / "manifest.json").write_text('{"likeliest": 4}')
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        StoredTeacher(folder)
+
+
+def test_a_teacher_that_is_offloaded_is_told(folder):
+    teacher = dense_model()
+    teacher.transformer.h[1].to("meta")
+    for work in (lambda: recovered(teacher), lambda: store_teacher(teacher, TOKENS, folder, 4, Silent())):
+        with pytest.raises(ValueError, match="tensors of the teacher are on the meta device"):
+            work()
 
 
 def test_folders_of_other_things_are_refused(folder, tmp_path):

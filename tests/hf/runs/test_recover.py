@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,15 @@ def test_what_cannot_be_recovered_is_refused_before_there_is_a_journal(refused, 
     refused("the teacher is pruned", teacher=str(folder))
     text_file.write_text(random_text(30))
     refused("two windows of text or more")
+
+
+@pytest.mark.parametrize("train", ["factors", "wrappers"])
+def test_too_little_memory_is_told_with_what_to_lower(folder, out, text_file, monkeypatch, train):
+    monkeypatch.setattr(workflow, "available", lambda device: 100_000)
+    settings = replace(SETTINGS, train=train)
+    with pytest.raises(ValueError, match=r"recovery takes 0\.0 GB beside .* \(--train wrappers\).* \(--teacher\)"):
+        recover(folder, out, text_file, settings)
+    assert not out.with_name("recovered.journal").exists()
 
 
 def test_a_full_disk_is_told_beforehand(refused, monkeypatch):
