@@ -71,14 +71,24 @@ def recover_(
     settings, observer = settings or RecoverySettings(), observer or Observer()
     check_save_every(save_every)
     tokens = checked_request(model, calibration, teacher, settings)
+    with _opened(state, model, teacher, tokens, settings) as journal:
+        return distil_(model, tokens, teacher, settings, journal, save_every, observer)
+
+
+def distil_(
+    model: nn.Module,
+    tokens: Tensor,
+    teacher: AnyTeacher,
+    settings: RecoverySettings,
+    journal: Journal | None,
+    save_every: int,
+    observer: Observer,
+) -> Recovery:
+    """`recover_`, of what `checked_request` found right, in an open journal or in none."""
     model.eval()
     if isinstance(teacher, nn.Module):
         teacher.eval()
-    with (
-        _opened(state, model, teacher, tokens, settings) as journal,
-        trained_factors(model, TRAINED[settings.train]) as factors,
-        torch.enable_grad(),
-    ):
+    with trained_factors(model, TRAINED[settings.train]) as factors, torch.enable_grad():
         divergence = Divergence(model, teacher, settings.gradient_checkpointing)
         done = Run(tokens, settings, divergence, factors, journal, save_every, observer).to_the_end()
     return replace(done, likeliest=teacher.likeliest) if isinstance(teacher, StoredTeacher) else done

@@ -19,7 +19,7 @@ from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.journal import Journal, remove_leftover
 from armorfact_hf.pruning.manifest import DifferentRun, check_same
-from armorfact_hf.recovery.recover import AnyTeacher, check_save_every, checked_request, manifest_of, recover_
+from armorfact_hf.recovery.recover import AnyTeacher, check_save_every, checked_request, distil_, manifest_of
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
 from armorfact_hf.recovery.stored_teacher import StoredTeacher
 from armorfact_hf.report.record import FILE, Report
@@ -80,9 +80,7 @@ def recover_to_folder(
     with Journal.open(_journal(out), manifest, describe_folder(folder).pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago
             return _found_finished(out, loaded.tokenizer, manifest, observer)
-        done = recover_(
-            loaded.model, tokens, dense, settings, state=journal.folder, save_every=save_every, observer=observer
-        )
+        done = distil_(loaded.model, tokens, dense, settings, journal, save_every, observer)
         report = replace(
             report, manifest=manifest, evaluations=(), tasks=(), recovery=replace(done, teacher=_shown(teacher))
         )

@@ -102,7 +102,7 @@ def test_a_recovered_folder_is_recovered_and_measured_like_another(folder, out, 
 
 def test_the_same_call_again_returns_the_report_without_training(folder, out, text_file, monkeypatch):
     first = recover(folder, out, text_file)
-    monkeypatch.setattr(workflow, "recover_", None)
+    monkeypatch.setattr(workflow, "distil_", None)
     assert recover(folder, out, text_file) == first
     with pytest.raises(DifferentRun, match=r"config\.steps: 14 there, 15 now"):
         recover(folder, out, text_file, RecoverySettings(steps=15, rate=0.004, warm_up=3, measure_every=4))
@@ -207,7 +207,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(start, folder, out, text_
 @pytest.fixture
 def refused(folder, out, text_file, monkeypatch):
     """Asserts that a run ends with an error, before anything is computed or written."""
-    monkeypatch.setattr(workflow, "recover_", None)
+    monkeypatch.setattr(workflow, "distil_", None)
 
     def check(message: str, error=ValueError, **more):
         before = names(out.parent)
