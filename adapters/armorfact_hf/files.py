@@ -89,13 +89,16 @@ def room_for(target: Path, needed: int) -> Iterator[None]:
     """Say what is missing where the block runs out of room while it writes ``needed`` bytes to ``target``.
 
     Raises:
-        DiskFull: it did, by whichever of the errors that this can show itself.
+        DiskFull: it did, by whichever of the errors that this can show itself. OSError: it failed for another reason,
+            which safetensors tells by an error of its own.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         if not _is_full(error):
-            raise
+            if isinstance(error, OSError):
+                raise
+            raise OSError(f"{target} could not be written: {error}") from error
         free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
         raise DiskFull(
             f"{target} could not be written: it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free now; make "

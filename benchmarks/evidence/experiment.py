@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from benchmarks.evidence.divergence import Divergence
 from benchmarks.evidence.methods import Method, Subject
 from benchmarks.evidence.proxies import Grams
 from benchmarks.evidence.traces import read_trace, write_traces
+from benchmarks.kept import place_of
 
 Json = dict[str, Any]
 
@@ -91,7 +92,9 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / "figures.json"
+        key = [self.model, asdict(self.settings)]
+        self.path = place_of(self.folder, "figures", key)
+        self.traces = place_of(self.folder, "traces", key).with_suffix("")
         kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         self.figures: Json = {"layers": {}, "points": {}} | kept
 
@@ -126,9 +129,7 @@ class Experiment:
     def _trace(self, loaded: Loaded, layers: Sequence[Layer]) -> None:
         tokens = self.settings.calibration.tokens(loaded, lambda _: None)
         blocks = {layer.name: fitting_block(layer.shape, PruneConfig())[0][0] for layer in layers}
-        write_traces(
-            self.folder / "traces", loaded.model, layers, tokens, blocks, self.budget.check, self.settings.labels
-        )
+        write_traces(self.traces, loaded.model, layers, tokens, blocks, self.budget.check, self.settings.labels)
 
     def _held_out(self, loaded: Loaded) -> Tensor:
         text = tokens_of(evaluation_source(self.settings.text, lambda _: None), loaded)
@@ -139,7 +140,7 @@ class Experiment:
         self, layer: Layer, layers: Sequence[Layer], methods: Mapping[str, Method], divergence: Divergence
     ) -> None:
         self.budget.check()
-        grams = Grams(read_trace(self.folder / "traces", layers, layer))
+        grams = Grams(read_trace(self.traces, layers, layer))
         weight = layer.weight.clone()
         self.figures["layers"].setdefault(
             layer.name, grams.facts() | {"energies": grams.energies(weight, weight), "depth": layer.decoder_block}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -110,7 +110,7 @@ def output_table(model: str, out: Path, calibration: Calibration | None = None) 
     """A line a form, then the correlations in G; figures are kept in ``out``."""
     calibration = Calibration() if calibration is None else calibration
     grams = cache(partial(output_grams, model, calibration))
-    key = [model, calibration.windows, calibration.length]
+    key = [model, asdict(calibration)]
 
     def measured(form: Form | None) -> dict:
         return measure(model, EVERY, calibration, weighing(grams() if form else {}, form), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,7 +41,7 @@ def measured(
         every: one decoder block in so many is pruned. refine: as in `PruneConfig`.
     """
     calibration = Calibration() if calibration is None else calibration
-    key = [model, form, every, calibration.windows, calibration.length, *([refine] if refine else [])]
+    key = [model, form, every, asdict(calibration), refine]
     return kept(out, "shared", key, lambda: measure(model, every, calibration, shared_right(FORMS[form]), refine))
 
 

@@ -37,4 +37,4 @@ def test_a_run_out_of_time_says_so_and_the_next_one_finishes(call, tmp_path, cap
     printed = capsys.readouterr().out
     assert "| G-H~ |" in printed and "| wanda |" in printed
     assert len(list((tmp_path / "plots").glob("*.svg"))) == 2
-    assert list((tmp_path / "out").rglob("figures.json"))
+    assert list((tmp_path / "out").rglob("figures-*.json"))

@@ -93,10 +93,11 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     where = _folder_or_hub_name(name, log)
     if Path(where).is_dir():
         check_files(Path(where))
+    tokenizer = _tokenizer(where)  # which takes no time, and may be missing
     model = _model(where, dtype, place)
     # A folder is remembered by its whole path, so that it is found again from elsewhere.
     known_as = name if name.startswith(DEMO) else where
-    return Loaded(known_as, model.eval(), _tokenizer(where))
+    return Loaded(known_as, model.eval(), tokenizer)
 
 
 def open_model(name: str, dtype: str = "auto", device: str | None = None, log: Log = print) -> Loaded:
@@ -115,11 +116,12 @@ def open_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     try:
         describe_folder(folder)
     except NotPruned:
+        tokenizer = _tokenizer(where)
         try:
             weights = open_on_disk(folder, dtype, place)
         except OSError as error:
             raise ValueError(f"cannot load the model {where!r}: {error}") from error
-        return Loaded(name if name.startswith(DEMO) else where, weights.model, _tokenizer(where), weights)
+        return Loaded(name if name.startswith(DEMO) else where, weights.model, tokenizer, weights)
     raise ValueError(f"the model is pruned already ({where}); load the dense model again")
 
 
@@ -186,8 +188,8 @@ def _tokenizer(where: str) -> Any:
     try:
         with foreign_code_told(where):
             return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what reads the files of a tokenizer raises even that
         raise ValueError(
-            f"{where} has no tokenizer that transformers can load: put its files there, with the tokenizer's "
+            f"{where} has no tokenizer that transformers can load ({' '.join(str(error).split())}): put its files there, with the tokenizer's "
             "`save_pretrained`"
         ) from error

@@ -152,6 +152,8 @@ class BlockByBlock:
         if pruned is None:
             statistics = self.workers.statistics(None)
             pruned = self._kept("head", self.workers.round(self.workers.prune(layers, statistics), statistics))
+        else:
+            self.progress.tell(len(layers), "the head is finished already")
         self.workers.replace(pruned)
         return _reports(pruned)
 

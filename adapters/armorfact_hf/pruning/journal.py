@@ -146,13 +146,21 @@ def layer_key(block: str, place: int) -> str:
     return f"{block}-layer-{place:04}"
 
 
-def remove_leftover(folder: Path) -> None:
-    """Remove a journal that nobody needs any more; one that is in use or holds foreign files is left alone."""
-    if folder.is_dir() and all(map(_is_ours, _held(folder))):
+def remove_leftover(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Remove the journal of a run that is finished; one of another run, in use, or with foreign files is left alone."""
+    if folder.is_dir() and all(map(_is_ours, _held(folder))) and _is_of(folder, manifest):
         with suppress(InUse):
             held = lock(folder)
             _clear(folder)
             unlock(held)
+
+
+def _is_of(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a journal is of a run; one without a manifest is of none, and as good as empty."""
+    try:
+        return not (folder / MANIFEST).exists() or read_manifest(folder) == manifest
+    except ValueError:
+        return False
 
 
 def _begin(folder: Path, manifest: Mapping[str, Any]) -> None:

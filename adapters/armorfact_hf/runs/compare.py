@@ -21,7 +21,7 @@ from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
 from armorfact_hf.runs.load_to_prune import fits_whole, load_to_prune
-from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from armorfact_hf.runs.prune_to_folder import Calibration, checked_job, prune_to_folder
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,7 @@ def compare(
     for evaluation in evaluations:
         check_name(evaluation.text)
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
-    unchecked = list(evaluations)
-    for method, folder in {**beside, config.method: out}.items():
+    for place, (method, folder) in enumerate({**beside, config.method: out}.items()):
         observer.say(f"Pruning {model} by {method}, into {folder}.")
         # What the others would be compared with on every layer stands in the report of the chosen method already.
         chosen = config if folder == out else config.in_one_shot(method)
@@ -272,15 +271,17 @@ def compare(
             states=states,
             workers=workers,
         )
-        while unchecked:  # with the first model that is there, for its tokenizer
-            check_text(loaded, unchecked.pop(0), observer.say)
+        if place == 0:  # all that may be wrong is told before any work, and the first model that is there tells it
+            for evaluation in evaluations:
+                check_text(loaded, evaluation, observer.say)
+            checked_job(loaded, out, config, calibration, observer, None, states, workers)
         select = None
         if folder != out:
             chosen, select = _the_same_layers(loaded, config, chosen)
+        whole = fits_whole(loaded)  # while its layers are the dense ones
         prune_to_folder(
             loaded, folder, chosen, calibration, select=select, states=states, observer=observer, workers=workers
         )
-        whole = fits_whole(loaded)
         del loaded
     if evaluations and not whole:
         observer.say(f"Perplexity is not measured: {model} does not fit into memory; `armorfact eval {out}` does it.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from armorfact_hf.checkpoint.dense import to_dense_
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.data.load_model import Log, load_model
-from armorfact_hf.files import check_room, workshop
+from armorfact_hf.files import check_room, room_for, workshop
 
 
 def export_dense(folder: Path, out: Path, log: Log = print) -> None:
@@ -22,11 +22,13 @@ def export_dense(folder: Path, out: Path, log: Log = print) -> None:
     describe_folder(folder)
     loaded = load_model(str(folder), device="cpu", log=log)
     model = to_dense_(loaded.model)
-    check_room(out, sum(parameter.nbytes for parameter in model.parameters()))
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    check_room(out, needed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with workshop(out.parent, out.name) as draft:
-        model.save_pretrained(draft)
-        loaded.tokenizer.save_pretrained(draft)
+        with room_for(out, needed):
+            model.save_pretrained(draft)
+            loaded.tokenizer.save_pretrained(draft)
         if out.exists():
             raise FileExistsError(f"{out} was made by somebody else meanwhile: name a new folder")
         draft.rename(out)

@@ -112,16 +112,14 @@ def prune_to_folder(
             and no Ray. DiskFull, NonFiniteActivations: in mid-run; what is finished is kept.
     """
     observer, calibration = observer or Observer(), calibration or Calibration()
-    if out.exists() and not (out / FILE).exists():
-        raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
+    _refuse_foreign(out)
     check_workers(workers)
     loaded = model
     if isinstance(loaded, str):
         loaded = load_to_prune(
             loaded, config, calibration, stream=stream, observer=observer, states=states, workers=workers
         )
-    job = job_of(loaded, config, calibration, observer, select, states)
-    check_workers(workers, job)
+    job = checked_job(loaded, out, config, calibration, observer, select, states, workers)
     if out.exists():
         return _found_finished(out, loaded, job, observer)
     plan = plan_job(job, measure=observer.wants_plan, workers=workers)
@@ -136,6 +134,35 @@ def prune_to_folder(
     return report
 
 
+def checked_job(
+    loaded: Loaded,
+    out: Path,
+    config: PruneConfig | None,
+    calibration: Calibration,
+    observer: Observer,
+    select: Select | None,
+    states: str,
+    workers: Choice,
+) -> Job:
+    """The job of pruning a loaded model into a folder, unless something speaks against it; the arguments are those of
+    `prune_to_folder`.
+
+    Raises:
+        ValueError, ImportError: bad arguments. DifferentRun: ``out`` holds something else.
+    """
+    _refuse_foreign(out)
+    job = job_of(loaded, config, calibration, observer, select, states)
+    check_workers(workers, job)
+    if out.exists():
+        check_same(Report.read(out).manifest, job.manifest, out)
+    return job
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.exists() and not (out / FILE).exists():
+        raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
+
+
 def _journal(out: Path) -> Path:
     return out.with_name(f"{out.name}.journal")
 
@@ -145,7 +172,7 @@ def _found_finished(out: Path, loaded: Loaded, job: Job, observer: Observer) -> 
     report = Report.read(out)
     check_same(report.manifest, job.manifest, out)
     check_whole(out, loaded.tokenizer)
-    remove_leftover(_journal(out))
+    remove_leftover(_journal(out), job.manifest)
     observer.say(f"{out} is finished already.")
     return report
 

@@ -97,7 +97,7 @@ def _found_finished(out: Path, tokenizer: Any, manifest: Mapping[str, object], o
     report = Report.read(out)
     check_same(report.manifest, manifest, out)
     check_whole(out, tokenizer)
-    remove_leftover(_journal(out))
+    remove_leftover(_journal(out), manifest)
     observer.say(f"{out} is finished already.")
     return report
 

@@ -138,6 +138,12 @@ def test_every_option_reaches_the_settings(model_folder, text_file, out):
         "--include": "re:.*layers.[01].*",
         "--ignore": "v_proj",
         "--baseline": "magnitude",
+        "--refine": "block",
+        "--passes": "2",
+        "--rate": "0.001",
+        "--tail": "2",
+        "--core-dtype": "int8",
+        "--wrapper-dtype": "int8",
     }
     armorfact(*pruning(model_folder, out, text_file, "--no-eval", "--head", *sum(options.items(), ())))
     config = Report.read(out).config.to_dict()
@@ -149,10 +155,27 @@ def test_every_option_reaches_the_settings(model_folder, text_file, out):
         "--shrinkage": 0.5,
         "--sweeps": 0,
         "--rtol": 0.25,
+        "--passes": 2,
+        "--rate": 0.001,
+        "--tail": 2,
         "--head": True,
     }
     expected |= {key: [options[key]] for key in ("--include", "--ignore", "--baseline")}
     assert {key: shown[key] for key in expected} == expected
+    assert set(names) - {key[2:].replace("-", "_") for key in expected} == {"objective", "propagate", "baselines"}
+
+
+@pytest.mark.parametrize(("option", "value"), [("--objective", "diagonal"), ("--propagate", "dense")])
+def test_the_options_that_do_not_go_with_the_others_reach_the_settings(option, value, model_folder, text_file, out):
+    armorfact(
+        *pruning(model_folder, out, text_file, "--no-eval", "--method", "armorfact", "--sweeps", 0, option, value)
+    )
+    assert Report.read(out).config.to_dict()[option[2:]] == value
+
+
+def test_refine_none_reaches_the_settings(model_folder, text_file, out):
+    armorfact(*pruning(model_folder, out, text_file, "--no-eval", "--method", "armorfact", "--refine", "none"))
+    assert Report.read(out).config.refine is None
 
 
 def test_without_evaluation_there_is_no_perplexity(model_folder, text_file, out, monkeypatch):

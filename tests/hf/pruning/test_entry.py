@@ -147,10 +147,10 @@ def test_a_disk_that_is_full_in_mid_run_is_told_and_nothing_is_lost(error, journ
     assert journal.read("block-0001") is None and same(journal.read("block-0000"), finished())
 
 
-def test_other_failures_to_write_stay_what_they_are(journal, monkeypatch):
+def test_other_failures_to_write_are_told_with_the_file(journal, monkeypatch):
     def save(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
 
     monkeypatch.setattr(entry, "save_file", save)
-    with pytest.raises(SafetensorError, match="os error 5"):
+    with pytest.raises(OSError, match=r"block-0001\.safetensors could not be written: .*os error 5"):
         journal.write("block-0001", finished(1))

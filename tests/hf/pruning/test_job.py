@@ -156,3 +156,11 @@ def test_a_continued_run_counts_as_far_as_it_said(settings, tmp_path: Path):
     found = {step.doing for step in steps if "finished already" in step.doing or "no layer" in step.doing}
     why = "has no layer to prune" if "include" in settings else "is finished already"
     assert found == {f"decoder block {k} {why}" for k in range(1, BLOCKS)}
+
+
+def test_a_finished_run_with_a_head_counts_to_the_end_again(tmp_path: Path):
+    config = PruneConfig(sweeps=1, baselines=(), head=True)
+    for _ in range(2):
+        steps = []
+        prune_(tiny_model("llama"), random_tokens(), config, journal=tmp_path, observer=Stepping(steps.append))
+        assert steps[-1].done == steps[-1].total

@@ -70,7 +70,7 @@ def test_whatever_a_kill_leaves_of_a_journal_that_is_removed_does_not_block_anot
             else:
                 opened.remove()
     assert (folder / "manifest.json").exists() == (at < 3)
-    remove_leftover(folder)
+    remove_leftover(folder, MANIFEST)
     assert not folder.exists()
 
 
@@ -90,10 +90,20 @@ def test_foreign_files_are_kept(theirs, folder):
     folder.mkdir()
     (folder / theirs).write_text("years of work")
     (folder / "block-0000.safetensors").write_text("of a journal")
-    remove_leftover(folder)
+    remove_leftover(folder, MANIFEST)
     with pytest.raises(DifferentRun, match=re.escape(str(folder)) + ".*holds no journal of armorfact"):
         Journal.open(folder, MANIFEST, "2:4")
     assert names(folder) == {theirs, "block-0000.safetensors"}
+
+
+@pytest.mark.parametrize("manifest", [{**MANIFEST, "model": "5f"}, None])
+def test_the_journal_of_another_run_is_not_a_leftover_of_this_one(manifest, folder):
+    with Journal.open(folder, MANIFEST, "2:4") as opened:
+        opened.write("block-0000", finished())
+    if manifest is None:  # damaged: whose it is cannot be known
+        (folder / "manifest.json").write_text("{")
+    remove_leftover(folder, manifest or MANIFEST)
+    assert (folder / "block-0000.safetensors").exists()
 
 
 def test_removing_a_journal_keeps_what_someone_else_put_there(folder):

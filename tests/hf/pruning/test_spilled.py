@@ -33,20 +33,34 @@ def test_statistics_that_wait_are_the_same(tmp_path):
     inputs = Inputs()
     inputs.see("a", x := torch.randn(1, 6, 4))
     inputs.see("b", x)
+    dense = Inputs()
+    for name in "ab":
+        dense.see(name, x + 1)
     seen.add(inputs)
     waiting = set_aside(seen, tmp_path)
     for name in "ab":
         assert torch.equal(waiting.of(name).gram, seen.of(name).gram) and waiting.of(name).cross is None
+    seen = Statistics()
+    seen.add(inputs, dense)
+    waiting = set_aside(seen, tmp_path)
+    for name in "ab":
+        assert torch.equal(waiting.of(name).cross, seen.of(name).cross)
     assert set_aside(seen, None) is seen
 
 
-@pytest.mark.parametrize("propagate", ["pruned", "dense"])
-def test_a_run_whose_states_are_on_disk_gives_the_same_weights(propagate, tmp_path):
-    config = PruneConfig(sweeps=1, passes=1, tail=2, propagate=propagate, baselines=())
-    found = []
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"propagate": "dense"}, {"target": "output"}, {"target": "output", "core_dtype": "int8"}],
+    ids=["pruned", "dense", "output", "output in int8"],
+)
+def test_a_run_whose_states_are_on_disk_gives_the_same_weights(settings, tmp_path):
+    config = PruneConfig(sweeps=1, passes=1, tail=2, baselines=(), **settings)
+    found, losses = [], []
     for states in ("memory", "disk"):
         model = tiny_model("llama")
-        prune_(model, random_tokens(), config, states=states, journal=tmp_path / states)
+        report = prune_(model, random_tokens(), config, states=states, journal=tmp_path / states)
         found.append(model.state_dict())
+        losses.append([(layer.losses, layer.objective_loss) for layer in report.layers])
         assert not list((tmp_path / states).glob(".*"))
+    assert losses[0] == losses[1]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

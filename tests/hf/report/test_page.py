@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.report.page import duration, render_html, size
@@ -242,3 +243,19 @@ def test_words():
         *("–\xa0s", "1.2\xa0s", "5\xa0min\xa010\xa0s", "2\xa0h\xa02\xa0min"),
     ]
     assert shortened("armorfact") == "armorfact" and len(shortened("a" * 100)) == 13
+
+
+@pytest.mark.parametrize("core_dtype", [None, "int8"])
+def test_every_tuned_block_has_a_row(core_dtype):
+    blocks = (
+        BlockReport(0, 0.04, 0.03, True, rounded=0.031),
+        BlockReport(2, 0.5, 0.6, False, ("step 3 was not finite",), "nats a token", 3),
+    )
+    page = Page(render_html(replace(record(), config=PruneConfig(core_dtype=core_dtype), blocks=blocks)))
+    rows = [cells for cells in page.rows if cells[0] in ("0", "2 to 3")]
+    extra = [[], []] if core_dtype is None else [["0.03100"], ["–"]]
+    assert rows == [
+        ["0", "0.04000", "0.03000", "0.750", *extra[0], "relative error", "tuned"],
+        ["2 to 3", "0.5000", "0.6000", "1.200", *extra[1], "nats a token", "as before; step 3 was not finite"],
+    ]
+    assert "1 of 2 keep their tuned factors" in page.text

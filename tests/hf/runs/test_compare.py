@@ -218,6 +218,33 @@ def test_a_text_that_is_too_short_is_told_before_any_work(model_folder, text_fil
     assert not out.exists()
 
 
+def test_a_folder_that_is_in_the_way_is_told_before_the_other_methods_are_pruned(
+    model_folder, text_file, out, monkeypatch
+):
+    prune(model_folder, out, text_file, replace(OURS, sweeps=2))
+    monkeypatch.setattr(comparing, "prune_to_folder", None)
+    with pytest.raises(DifferentRun, match=r"config\.sweeps: 2 there, 1 now"):
+        compared(model_folder, out, text_file)
+    shutil.rmtree(out)
+    out.mkdir()
+    with pytest.raises(DifferentRun, match="is no folder that armorfact finished"):
+        compared(model_folder, out, text_file)
+
+
+@pytest.mark.parametrize("config", [OURS, replace(OURS, core_dtype="int8")], ids=["", "int8"])
+def test_a_dense_model_without_room_is_not_measured(config, model_folder, text_file, out, monkeypatch):
+    """What is pruned would have room, and the command has just pruned it from disk for that reason."""
+    dense = sum(parameter.nbytes for parameter in load_model(str(model_folder), log=silent).model.parameters())
+    monkeypatch.setattr(choosing, "available", lambda device: dense - 1)
+    monkeypatch.setattr(comparing, "evaluate_folder", None)
+    said, observer = [], Silent()
+    observer.say = said.append
+    evaluations = [Evaluation(str(text_file), 2, 24)]
+    calibration = Calibration(str(text_file), 4, 24)
+    compare(str(model_folder), out, config, (), calibration, evaluations, stream=True, observer=observer)
+    assert any("Perplexity is not measured" in sentence for sentence in said)
+
+
 def test_tasks_that_do_not_exist_are_told_before_any_work(model_folder, text_file, out, monkeypatch):
     prune(model_folder, out, text_file, OURS)
     monkeypatch.setattr(comparing, "dense_model", None)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
+from armorfact_hf.files import DiskFull
 from armorfact_hf.runs import export as exporting
 from armorfact_hf.runs.export import export_dense
 from armorfact_hf.runs.inspect import inspect_folder
@@ -84,6 +86,19 @@ def test_an_export_that_somebody_was_faster_than_is_told(model_folder, text_file
     with pytest.raises(FileExistsError, match="made by somebody else meanwhile"):
         export_dense(out, dense, silent)
     assert names(dense) == set() and not any(name.endswith(".part") for name in names(tmp_path))
+
+
+@pytest.mark.parametrize(("number", "error"), [(28, DiskFull), (5, OSError)])
+def test_an_export_that_cannot_be_written_is_told(number, error, model_folder, text_file, out, tmp_path, monkeypatch):
+    prune(model_folder, out, text_file)
+
+    def fail(*_, **__):
+        raise SafetensorError(f"Error while serializing: I/O error: (os error {number})")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(error, match="dense could not be written: "):
+        export_dense(out, tmp_path / "dense", silent)
+    assert not (tmp_path / "dense").exists() and not any(name.endswith(".part") for name in names(tmp_path))
 
 
 def test_an_export_takes_the_place_of_nothing(model_folder, text_file, out, tmp_path):

@@ -401,13 +401,20 @@ def test_a_damaged_index_is_named(content, refused, tmp_path):
     [
         ("config.json", r"holds no model \(it has no config\.json\): name a folder"),
         ("model.safetensors", "holds no safetensors file"),
-        ("tokenizer", "has no tokenizer that transformers can load: put its files there"),
+        ("tokenizer", r"has no tokenizer that transformers can load \(.*\): put its files there"),
     ],
 )
 def test_a_folder_without_a_part_of_a_model_is_told(removed, message, refused, model_folder):
     for path in model_folder.glob(f"{removed}*"):
         path.unlink()
     refused(re.escape(str(model_folder)) + " " + message)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"version": "1.0", "added'])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_damaged_tokenizer_is_told(content, stream, refused, model_folder):
+    (model_folder / "tokenizer.json").write_text(content)
+    refused(re.escape(str(model_folder)) + " has no tokenizer that transformers can load", stream=stream)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import ZambaConfig, ZambaForCausalLM
 
 from armorfact_hf.checkpoint.folder import load_pruned
 from armorfact_hf.data.load_model import load_model, open_model
+from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.on_disk import NotStreamable, OnDisk
 from armorfact_hf.pruning import fingerprint
 from armorfact_hf.pruning import job as jobs
@@ -234,6 +235,17 @@ def test_a_run_begun_in_memory_goes_on_from_disk(model_folder, text_file, out):
 
 
 # The fingerprint
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"files": 3, "dtype": "auto", "digests": {}}'])
+def test_a_damaged_record_of_digests_is_made_anew(content, model_folder):
+    wanted = model_fingerprint(load_model(str(model_folder), log=silent).model)
+    assert open_model(str(model_folder), log=silent).fingerprint == wanted
+    [record] = (cache_folder() / "digests").iterdir()
+    whole = record.read_text()
+    record.write_text(content)
+    assert open_model(str(model_folder), log=silent).fingerprint == wanted
+    assert record.read_text() == whole
 
 
 def test_the_fingerprint_is_that_of_the_model_in_memory_and_read_once(model_folder, monkeypatch):
