@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.data.texts import evaluation_source
 from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, perplexity_of
-from armorfact_hf.runs.prune_to_folder import Calibration
 
 try:
     from datasets import Dataset

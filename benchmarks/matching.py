@@ -17,12 +17,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.pruning import matching, muon
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.prune import prune_
-from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.tables import table
 
 WHOLE = 2**20  # a tile as large as any factor

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from armorfact import factorize, sparsegpt
+from armorfact_hf.free_memory import peak_memory
 from armorfact_hf.model.moments import Moments
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import prune_layer
-from armorfact_hf.runs.prune_to_folder import peak_memory
 from benchmarks.streamed import forget_peak
 
 SMALL = (64, 64)

@@ -22,13 +22,13 @@ from typing import Any
 
 from armorfact import factorize
 from armorfact.sizes import fitting
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.prices import Shown, shown
 from armorfact_hf.pruning.progress import Progress
-from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.tables import kind, table
 from benchmarks.kept import kept
 from benchmarks.results import one_in

@@ -22,11 +22,12 @@ from typing import Any
 
 from torch import nn
 
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.evaluation.measure import Evaluation, perplexity_of
 from armorfact_hf.model.structure import decoder_blocks
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from armorfact_hf.runs.prune_to_folder import prune_to_folder
 from benchmarks.kept import chosen, kept, place_of
 
 TEXTS = [Evaluation("demo:gensim-enwiki"), Evaluation("demo:qasper")]

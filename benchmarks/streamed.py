@@ -80,8 +80,10 @@ class _Planned(Observer):
 
 def measured_run(settings: argparse.Namespace) -> None:
     """Prune, and print what it took as JSON; in a process of its own."""
+    from armorfact_hf.data.calibration import Calibration
     from armorfact_hf.data.load_model import load_model, open_model
-    from armorfact_hf.runs.prune_to_folder import Calibration, peak_memory, prune_to_folder
+    from armorfact_hf.free_memory import peak_memory
+    from armorfact_hf.runs.prune_to_folder import prune_to_folder
 
     folder, out, mode = settings.run
     workers = settings.workers if mode.endswith(BY_WORKERS) else None

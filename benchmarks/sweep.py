@@ -81,7 +81,7 @@ def peak_memory(size: int) -> float:
 
 
 def print_peak(size: int) -> None:
-    from armorfact_hf.runs.prune_to_folder import peak_memory as own_peak
+    from armorfact_hf.free_memory import peak_memory as own_peak
     from benchmarks.streamed import forget_peak
 
     factorize(np.eye(8, dtype=np.float32), block=8, max_sweeps=1)

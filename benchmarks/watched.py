@@ -8,7 +8,7 @@ from threading import Event, Thread
 
 import psutil
 
-from armorfact_hf.runs.prune_to_folder import peak_memory
+from armorfact_hf.free_memory import peak_memory
 
 EVERY = 0.05  # seconds between two looks
 

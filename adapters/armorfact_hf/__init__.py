@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from armorfact_hf.checkpoint.description import NotPruned as NotPruned
     from armorfact_hf.checkpoint.folder import load_pruned as load_pruned
     from armorfact_hf.checkpoint.verify import verify_folder as verify_folder
+    from armorfact_hf.data.calibration import Calibration as Calibration
     from armorfact_hf.data.load_model import load_model as load_model
     from armorfact_hf.data.tokens import tokenize as tokenize
     from armorfact_hf.data.tokens import windows as windows
@@ -46,10 +47,9 @@ if TYPE_CHECKING:
     from armorfact_hf.recovery.stored_teacher import store_teacher as store_teacher
     from armorfact_hf.recovery.trainable import train_factors_ as train_factors_
     from armorfact_hf.runs.compare import compare as compare
-    from armorfact_hf.runs.compare import evaluate_folder as evaluate_folder
+    from armorfact_hf.runs.evaluate import evaluate_folder as evaluate_folder
     from armorfact_hf.runs.export import export_dense as export_dense
     from armorfact_hf.runs.inspect import inspect_folder as inspect_folder
-    from armorfact_hf.runs.prune_to_folder import Calibration as Calibration
     from armorfact_hf.runs.prune_to_folder import prune_to_folder as prune_to_folder
     from armorfact_hf.runs.push import push_to_hub as push_to_hub
     from armorfact_hf.runs.recover import recover_to_folder as recover_to_folder
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 # Where each name is defined; the imports above say the same to type checkers (tests compare the two).
 _HOMES = {
-    "Calibration": "runs.prune_to_folder",
+    "Calibration": "data.calibration",
     "DifferentRun": "pruning.manifest",
     "Evaluation": "evaluation.measure",
     "Execution": "layers.execution",
@@ -77,7 +77,7 @@ _HOMES = {
     "bench_folder": "bench.layers",
     "compare": "runs.compare",
     "end_to_end": "bench.models",
-    "evaluate_folder": "runs.compare",
+    "evaluate_folder": "runs.evaluate",
     "evaluate_perplexity": "evaluation.perplexity",
     "evaluate_tasks": "evaluation.tasks",
     "export_dense": "runs.export",

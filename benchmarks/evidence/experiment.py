@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.data.texts import evaluation_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
@@ -19,7 +20,6 @@ from armorfact_hf.files import written_beside
 from armorfact_hf.model.structure import Layer, chosen_layers, decoder_blocks
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fitting import fitting_block
-from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.divergence import Divergence
 from benchmarks.evidence.methods import Method, Subject
 from benchmarks.evidence.proxies import Grams

@@ -16,12 +16,12 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prices import shown
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers
-from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.tables import kind, table
 from benchmarks.evidence.traces import block_gram
 from benchmarks.evidence.whole import factorizing

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.data.questions import TASKS, Question, fetch_questions
 from armorfact_hf.evaluation.tasks import choice_likelihoods
-from armorfact_hf.runs.compare import dense_model
+from armorfact_hf.runs.evaluate import dense_model
 from benchmarks.evidence.folders import DENSE, key_of, reports_of
 from benchmarks.evidence.tables import table
 from benchmarks.kept import kept

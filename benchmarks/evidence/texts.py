@@ -15,7 +15,7 @@ from armorfact_hf.data.questions import fetch_questions
 from armorfact_hf.data.texts import TO_MEASURE, evaluation_source, tokens_of
 from armorfact_hf.data.tokens import spread, tokenize, windows
 from armorfact_hf.model.words import Speaker, WordsApart
-from armorfact_hf.runs.compare import dense_model
+from armorfact_hf.runs.evaluate import dense_model
 from benchmarks.evidence.folders import key_of, reports_of
 from benchmarks.evidence.tables import table
 from benchmarks.evidence.tasks import CHOICE_TASKS, Vector, score

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.strategy import PAIR
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.prune import PruneReport, prune_
-from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.tables import table
 from benchmarks.kept import kept
 from benchmarks.results import one_in, perplexities

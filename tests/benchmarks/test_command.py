@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from armorfact_hf.runs.prune_to_folder import Calibration
+from armorfact_hf.data.calibration import Calibration
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import methods
 from benchmarks.evidence.experiment import Settings

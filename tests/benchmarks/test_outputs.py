@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from armorfact_hf import PruneConfig
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.evaluation.measure import Evaluation
 from armorfact_hf.pruning.prune import prune_
-from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks import results
 from benchmarks.evidence import outputs
 from benchmarks.evidence.outputs import Form, output_gram, output_grams, output_table, weighing

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.evaluation.measure import Evaluation
-from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks import kept as keeping
 from benchmarks import results
 from benchmarks.kept import chosen, kept

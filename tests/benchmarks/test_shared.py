@@ -7,12 +7,12 @@ import torch
 
 from armorfact import factorize
 from armorfact_hf import PruneConfig
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.evaluation.measure import Evaluation
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning.losses import energy
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.workers import in_process
-from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks import results
 from benchmarks.shared import __main__ as command
 from benchmarks.shared import quality, speed

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.pruning import layer as pruning
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.report.plots import Tick
-from armorfact_hf.runs.prune_to_folder import Calibration
 from benchmarks.evidence.experiment import Budget, Experiment, Settings, Unfinished, spread_layers
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.one_pass import OnePass

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from armorfact_hf.data import demo_text
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from armorfact_hf.runs.prune_to_folder import prune_to_folder
 from benchmarks.evidence import texts
 from benchmarks.evidence.folders import key_of, reports_of
 from benchmarks.evidence.texts import divergence_table, kinds, text_table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from armorfact_hf import free_memory
-from armorfact_hf.free_memory import available
+from armorfact_hf.free_memory import available, peak_memory
 
 CPU = torch.device("cpu")
 
@@ -57,3 +59,14 @@ def test_the_first_version_of_control_groups(machine):
         **{f"memory__job__memory_dot_{name}": text for name, text in zip(names, texts, strict=True)},
     )
     assert available(CPU) == 250
+
+
+def test_the_peak_of_memory_where_there_is_no_resource_module(monkeypatch):
+    peak = peak_memory()
+    assert peak > 1e6
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert abs(peak_memory() - peak) < peak
+    monkeypatch.setitem(sys.modules, "resource", None)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=123))
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
+    assert peak_memory() == 123

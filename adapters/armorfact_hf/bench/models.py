@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from armorfact_hf.data.load_model import load_model
+from armorfact_hf.free_memory import peak_memory
 from armorfact_hf.model.causal_lm import CausalLM, cache_name
 from armorfact_hf.report.record import ModelFacts, Report
-from armorfact_hf.runs.compare import refuse_changed
-from armorfact_hf.runs.prune_to_folder import peak_memory
 
 READINGS = 3  # of the prompt, whose median counts
 
@@ -57,7 +56,7 @@ def throughput(
     model = loaded.model
     vocabulary = model.get_input_embeddings().num_embeddings
     if fingerprint is not None:
-        refuse_changed(loaded, fingerprint)
+        loaded.refuse_other_than(fingerprint)
     if (prompt := loaded.window(prompt + new) - new) < 1:
         raise ValueError(f"{name} reads {prompt + new} tokens at most, {new} of which would be written: write fewer")
     tokens = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)

@@ -38,21 +38,21 @@ def evaluate(
     `armorfact eval pruned --tasks piqa,sciq --limit 100`
     """
     from armorfact_hf.data.load_model import load_model
-    from armorfact_hf.runs import compare
+    from armorfact_hf.runs import evaluate as measuring
 
     with errors_as_sentences(), shown_progress() as observer:
         if limit is not None and not tasks:
             raise ValueError(f"--limit {limit} would not act: it is for --tasks")
         chosen = evaluations_of(text, windows, length, stride)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        found: Report | compare.Figures
+        found: Report | measuring.Figures
         if (Path(model) / "report.json").exists():
             if dtype != "auto":
                 raise ValueError("a pruned folder is measured in the dtype it is stored in: leave out --dtype")
-            found = compare.evaluate_folder(Path(model), chosen, names, limit, device=device, observer=observer)
+            found = measuring.evaluate_folder(Path(model), chosen, names, limit, device=device, observer=observer)
         else:
             loaded = load_model(model, dtype, device, observer.say)
-            found = compare.evaluate_dense(loaded, chosen, names, limit, observer=observer)
+            found = measuring.evaluate_dense(loaded, chosen, names, limit, observer=observer)
     show(tables.evaluations(found.evaluations))
     if found.tasks:
         show(tables.tasks(found.tasks))

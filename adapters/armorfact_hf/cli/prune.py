@@ -22,8 +22,8 @@ from armorfact_hf.cli.terminal import errors_as_sentences, say, show, shown_prog
 from armorfact_hf.pruning import config as settings
 
 if TYPE_CHECKING:
+    from armorfact_hf.data.calibration import Calibration
     from armorfact_hf.evaluation.measure import Evaluation
-    from armorfact_hf.runs.prune_to_folder import Calibration
 
 DEFAULTS = settings.PruneConfig()
 
@@ -168,7 +168,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
 
 
 def _calibration(texts: list[str], samples: int, length: int) -> Calibration:
-    from armorfact_hf.runs.prune_to_folder import Calibration
+    from armorfact_hf.data.calibration import Calibration
 
     return Calibration(texts, samples, length)
 

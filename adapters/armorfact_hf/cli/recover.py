@@ -60,7 +60,7 @@ def recover(
 
     `armorfact recover pruned --out recovered --train wrappers --steps 50`
     """
-    from armorfact_hf.runs.prune_to_folder import Calibration
+    from armorfact_hf.data.calibration import Calibration
     from armorfact_hf.runs.recover import recover_to_folder
 
     with errors_as_sentences(), shown_progress() as observer:

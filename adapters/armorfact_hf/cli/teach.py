@@ -32,7 +32,7 @@ def teach(
 
     `armorfact recover pruned --out recovered --teacher words`
     """
-    from armorfact_hf.runs.prune_to_folder import Calibration
+    from armorfact_hf.data.calibration import Calibration
     from armorfact_hf.runs.teach import teach_to_folder
 
     with errors_as_sentences(), shown_progress() as observer:

@@ -67,6 +67,11 @@ class Loaded:
         bos = self.tokenizer.bos_token_id
         return bos if bos is not None and found and found[0] == bos else None
 
+    def refuse_other_than(self, fingerprint: str) -> None:
+        """Raise ValueError if a dense model is no longer the one of that fingerprint, which was pruned."""
+        if self.fingerprint != fingerprint:
+            raise ValueError(f"{self.name} is not the model that was pruned: its weights have changed since")
+
     def window(self, wanted: int) -> int:
         """``wanted`` tokens, or fewer where the model was trained for fewer."""
         return min(wanted, getattr(self.model.config, "max_position_embeddings", None) or wanted)
@@ -190,6 +195,6 @@ def _tokenizer(where: str) -> Any:
             return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # what reads the files of a tokenizer raises even that
         raise ValueError(
-            f"{where} has no tokenizer that transformers can load ({' '.join(str(error).split())}): put its files there, with the tokenizer's "
-            "`save_pretrained`"
+            f"{where} has no tokenizer that transformers can load ({' '.join(str(error).split())}): put its files "
+            "there, with the tokenizer's `save_pretrained`"
         ) from error

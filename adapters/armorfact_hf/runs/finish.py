@@ -5,6 +5,7 @@ A folder that is there is whole: it is made under another name, inside of the jo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from armorfact_hf.files import flush, room_for, workshop
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.model.structure import is_linear
-from armorfact_hf.pruning.journal import Journal
-from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.observer import Observer
+from armorfact_hf.pruning.journal import Journal, remove_leftover
+from armorfact_hf.pruning.manifest import DifferentRun, check_same
 from armorfact_hf.report.card import write_card
-from armorfact_hf.report.record import Report
+from armorfact_hf.report.record import FILE, Report
 
 
 def finish(loaded: Loaded, report: Report, out: Path, journal: Journal) -> None:
@@ -94,12 +96,33 @@ def _check_written(draft: Path, model: CausalLM, out: Path) -> None:
         ) from error
 
 
-def check_whole(out: Path, tokenizer: Any) -> None:
-    """Check that a finished folder holds all its files, by their names and headers; loading reads the rest.
+def journal_of(out: Path) -> Path:
+    """The folder in which the run stands that writes ``out``."""
+    return out.with_name(f"{out.name}.journal")
+
+
+def refuse_unfinished(out: Path) -> None:
+    """Raise DifferentRun if ``out`` is there and no folder that a run has finished."""
+    if out.exists() and not (out / FILE).exists():
+        raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
+
+
+def found_finished(out: Path, tokenizer: Any, manifest: Mapping[str, object], observer: Observer) -> Report:
+    """The report of a finished folder; what a kill left of its journal is removed.
 
     Raises:
-        ValueError: says what is missing.
+        DifferentRun: it is of another run than the manifest's. ValueError: it is not whole.
     """
+    report = Report.read(out)
+    check_same(report.manifest, manifest, out)
+    _check_whole(out, tokenizer)
+    remove_leftover(journal_of(out), manifest)
+    observer.say(f"{out} is finished already.")
+    return report
+
+
+def _check_whole(out: Path, tokenizer: Any) -> None:
+    """Check that a finished folder holds all its files, by their names and headers; loading reads the rest."""
     try:
         check_headers(out, describe_folder(out))
         if tokenizer is not None and not (out / "tokenizer_config.json").is_file():

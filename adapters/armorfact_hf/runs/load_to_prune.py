@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import Loaded, device_of, load_model, open_model
 from armorfact_hf.free_memory import available
 from armorfact_hf.model.on_disk import NotStreamable
@@ -15,9 +15,6 @@ from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.memory import memory_of, model_bytes
 from armorfact_hf.pruning.workers.choice import Choice, count_here
 from armorfact_hf.pruning.workers.spread import spread_of
-
-if TYPE_CHECKING:
-    from armorfact_hf.runs.prune_to_folder import Calibration
 
 CLOSER_LOOK = 1 / 8  # of the memory that is free: a model of fewer bytes fits with all that is made of it
 

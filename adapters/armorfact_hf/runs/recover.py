@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,19 @@ import torch
 from torch import nn
 
 from armorfact_hf.checkpoint.folder import describe_folder
+from armorfact_hf.data.calibration import EVERYTHING, Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
 from armorfact_hf.free_memory import available
 from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning.journal import Journal, remove_leftover
-from armorfact_hf.pruning.manifest import DifferentRun, check_same
+from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.recovery.recover import AnyTeacher, check_save_every, checked_request, distil_, manifest_of
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
 from armorfact_hf.recovery.stored_teacher import StoredTeacher
-from armorfact_hf.report.record import FILE, Report
-from armorfact_hf.runs.compare import dense_model
-from armorfact_hf.runs.finish import check_whole, finish
-from armorfact_hf.runs.prune_to_folder import Calibration
-
-EVERYTHING = Calibration(windows=None)
+from armorfact_hf.report.record import Report
+from armorfact_hf.runs.evaluate import dense_model
+from armorfact_hf.runs.finish import finish, found_finished, journal_of, refuse_unfinished
 
 
 def recover_to_folder(
@@ -65,8 +62,7 @@ def recover_to_folder(
     """
     settings, observer = settings or RecoverySettings(), observer or Observer()
     check_save_every(save_every)
-    if out.exists() and not (out / FILE).exists():
-        raise DifferentRun(f"{out} exists and is no folder that armorfact finished: name another, or remove it")
+    refuse_unfinished(out)
     describe_folder(folder)
     report = Report.read(folder)
     loaded = load_model(str(folder), device=device, log=observer.say)
@@ -75,30 +71,16 @@ def recover_to_folder(
     tokens = checked_request(loaded.model, calibration.tokens(loaded, observer.say), dense, settings)
     manifest = manifest_of(loaded.model, dense, tokens, settings)
     if out.exists():
-        return _found_finished(out, loaded.tokenizer, manifest, observer)
-    check_room(out, _needed(loaded.model), begun=_journal(out))
-    with Journal.open(_journal(out), manifest, describe_folder(folder).pattern) as journal:
+        return found_finished(out, loaded.tokenizer, manifest, observer)
+    check_room(out, _needed(loaded.model), begun=journal_of(out))
+    with Journal.open(journal_of(out), manifest, describe_folder(folder).pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago
-            return _found_finished(out, loaded.tokenizer, manifest, observer)
+            return found_finished(out, loaded.tokenizer, manifest, observer)
         done = distil_(loaded.model, tokens, dense, settings, journal, save_every, observer)
         report = replace(
             report, manifest=manifest, evaluations=(), tasks=(), recovery=replace(done, teacher=_shown(teacher))
         )
         finish(loaded, report, out, journal)
-    return report
-
-
-def _journal(out: Path) -> Path:
-    return out.with_name(f"{out.name}.journal")
-
-
-def _found_finished(out: Path, tokenizer: Any, manifest: Mapping[str, object], observer: Observer) -> Report:
-    """The report of a finished folder, which has to be this run's, and whole."""
-    report = Report.read(out)
-    check_same(report.manifest, manifest, out)
-    check_whole(out, tokenizer)
-    remove_leftover(_journal(out), manifest)
-    observer.say(f"{out} is finished already.")
     return report
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from armorfact_hf.data.calibration import EVERYTHING, Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.checks import refuse_pruned
 from armorfact_hf.recovery.likeliest import BYTES_A_WORD, BYTES_OF_REST
 from armorfact_hf.recovery.stored_teacher import StoredTeacher, missing_windows, store_teacher
-from armorfact_hf.runs.prune_to_folder import Calibration
-from armorfact_hf.runs.recover import EVERYTHING
 
 
 def teach_to_folder(

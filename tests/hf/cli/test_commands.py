@@ -18,7 +18,7 @@ from armorfact_hf.cli import commands as cli
 from armorfact_hf.cli import tables, terminal
 from armorfact_hf.evaluation import measure
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report
-from armorfact_hf.runs import compare
+from armorfact_hf.runs import evaluate
 from tests.hf.models import random_text
 
 PATHS = [str(Path(__file__).parents[3] / name) for name in ("", "adapters")]
@@ -258,7 +258,7 @@ def test_a_limit_of_questions_without_tasks_is_refused(model_folder, text_file):
 
 
 def test_a_text_that_is_not_there_is_told_before_the_others_are_read(model_folder, text_file, monkeypatch):
-    monkeypatch.setattr(compare, "perplexity_of", None)
+    monkeypatch.setattr(evaluate, "perplexity_of", None)
     texts = ("--text", text_file, "--text", "nope.txt", *SHORT, "--windows", 2)
     assert "'nope.txt' is no text file" in armorfact("eval", model_folder, *texts, code=1)
 

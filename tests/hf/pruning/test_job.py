@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from armorfact_hf.data import load_model as loading
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.evaluation.measure import Evaluation, perplexity_of
 from armorfact_hf.pruning import checks, fitting, job
@@ -18,7 +19,7 @@ from armorfact_hf.pruning.job import make_job
 from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_
-from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from armorfact_hf.runs.prune_to_folder import prune_to_folder
 from tests.hf.models import BLOCKS, random_text, random_tokens, tiny_model, word_tokenizer
 from tests.hf.observers import Silent, Stepping
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from armorfact_hf.checkpoint.folder import stored_tensors
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import Loaded, load_model, open_model
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from armorfact_hf.runs.prune_to_folder import prune_to_folder
 from tests.hf.models import tiny_model, word_tokenizer
 from tests.hf.observers import Silent
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import armorfact
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.evaluation import measure
@@ -25,12 +26,13 @@ from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.report.record import Report, TaskRecord
 from armorfact_hf.runs import compare as comparing
+from armorfact_hf.runs import evaluate as measuring
 from armorfact_hf.runs import load_to_prune as choosing
 from armorfact_hf.runs import prune_to_folder as workflow
-from armorfact_hf.runs.compare import compare, evaluate_folder
+from armorfact_hf.runs.compare import compare
 from armorfact_hf.runs.compare import rows as rows_of
+from armorfact_hf.runs.evaluate import evaluate_folder
 from armorfact_hf.runs.inspect import inspect_folder
-from armorfact_hf.runs.prune_to_folder import Calibration
 from tests.hf.models import BLOCKS, random_text
 from tests.hf.observers import Silent
 from tests.hf.runs.folders import OURS, nbytes, prune, saved, silent
@@ -141,7 +143,7 @@ def tasks(monkeypatch):
         asked.append(any(isinstance(module, FactorizedLinear) for module in model.modules()))
         return [TaskScore(task, 0.25 + len(asked) / 4, 0.125 / len(asked), 10, None) for task in tasks]
 
-    monkeypatch.setattr(comparing, "evaluate_tasks", scored)
+    monkeypatch.setattr(measuring, "evaluate_tasks", scored)
     return asked
 
 
@@ -163,7 +165,7 @@ def test_one_model_is_in_memory_at_a_time(tasks, model_folder, text_file, out, m
         held.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(comparing, "load_model", load)
+    monkeypatch.setattr(measuring, "load_model", load)
     monkeypatch.setattr(choosing, "load_model", load)
     compared(model_folder, out, text_file, text_file, methods=("wanda", "magnitude"))
     evaluate_folder(out, [Evaluation(str(text_file), 1, 24)], ["piqa"], observer=Silent())
@@ -247,7 +249,7 @@ def test_a_dense_model_without_room_is_not_measured(config, model_folder, text_f
 
 def test_tasks_that_do_not_exist_are_told_before_any_work(model_folder, text_file, out, monkeypatch):
     prune(model_folder, out, text_file, OURS)
-    monkeypatch.setattr(comparing, "dense_model", None)
+    monkeypatch.setattr(measuring, "dense_model", None)
     with pytest.raises(ValueError, match="expected tasks out of"):
         evaluate_folder(out, [], ["nope"], observer=Silent())
 

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from armorfact_hf import files
 from armorfact_hf.checkpoint.folder import load_pruned
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.evaluation.measure import Evaluation
 from armorfact_hf.pruning.config import PruneConfig
@@ -27,9 +28,9 @@ from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import prune_to_folder as workflow
-from armorfact_hf.runs.compare import evaluate_folder
+from armorfact_hf.runs.evaluate import evaluate_folder
 from armorfact_hf.runs.inspect import inspect_folder
-from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from armorfact_hf.runs.prune_to_folder import prune_to_folder
 from tests.hf.models import BLOCKS, random_text, random_tokens
 from tests.hf.observers import Planned, Silent, Stepping
 from tests.hf.processes import begin, exit_code
@@ -494,19 +495,10 @@ def test_a_place_that_cannot_be_renamed_to_is_told_before_the_work(model_folder,
             prune(model_folder, out, text_file)
 
 
-def test_the_peak_of_memory_where_there_is_no_resource_module(monkeypatch):
-    peak = workflow.peak_memory()
-    assert peak > 1e6
-    monkeypatch.setattr(Path, "exists", lambda path: False)
-    assert abs(workflow.peak_memory() - peak) < peak
-    monkeypatch.setitem(sys.modules, "resource", None)
-    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=123))
-    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
-    assert workflow.peak_memory() == 123
-
-
 def test_it_imports_where_there_is_no_resource_module():
-    code = "import sys; sys.modules['resource'] = None; import armorfact_hf.runs.prune_to_folder"
+    code = (
+        "import sys; sys.modules['resource'] = None; import armorfact_hf.free_memory, armorfact_hf.runs.prune_to_folder"
+    )
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )

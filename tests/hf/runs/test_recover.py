@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from armorfact_hf import files
 from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.evaluation.measure import Evaluation
 from armorfact_hf.pruning.manifest import DifferentRun
@@ -31,9 +32,8 @@ from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.report.page import render_html
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import recover as workflow
-from armorfact_hf.runs.compare import evaluate_folder
+from armorfact_hf.runs.evaluate import evaluate_folder
 from armorfact_hf.runs.inspect import inspect_folder
-from armorfact_hf.runs.prune_to_folder import Calibration
 from armorfact_hf.runs.recover import recover_to_folder
 from armorfact_hf.runs.teach import teach_to_folder
 from tests.hf.models import random_text

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ZambaConfig, ZambaForCausalLM
 
 from armorfact_hf.checkpoint.folder import load_pruned
+from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model, open_model
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.on_disk import NotStreamable, OnDisk
@@ -30,7 +31,7 @@ from armorfact_hf.runs import load_to_prune as choosing
 from armorfact_hf.runs import prune_to_folder as workflow
 from armorfact_hf.runs.inspect import inspect_folder
 from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
-from armorfact_hf.runs.prune_to_folder import Calibration, prune_to_folder
+from armorfact_hf.runs.prune_to_folder import prune_to_folder
 from tests.hf.models import BLOCKS, tiny_model, word_tokenizer
 from tests.hf.observers import Silent, Stepping
 from tests.hf.processes import begin, exit_code

@@ -1,0 +1,65 @@
+"""Which text statistics are gathered from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from armorfact_hf.data.load_model import Loaded, Log
+from armorfact_hf.data.origin import DEMO
+from armorfact_hf.data.texts import calibration_source, tokens_of
+from armorfact_hf.data.tokens import spread, windows
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which tokens statistics are gathered from.
+
+    Args:
+        text: a file of plain text, "demo:gensim-enwiki" or "demo:python"; or several, which share the windows evenly.
+        windows: how many, spread evenly over each text, or None for all of it; length: tokens of each.
+    """
+
+    text: str | Sequence[str] = "demo:gensim-enwiki"
+    windows: int | None = 16
+    length: int = 2048
+
+    @property
+    def texts(self) -> list[str]:
+        """Those of ``text``."""
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
+    @property
+    def names(self) -> str:
+        """Of the texts, without their folders."""
+        return ", ".join(Path(text.removeprefix(DEMO)).name for text in self.texts)
+
+    def tokens(self, loaded: Loaded, log: Log) -> torch.Tensor:
+        """(windows, length) int64; a bos heads every window if the tokenizer puts it before texts.
+
+        Raises:
+            ValueError: no text, too few tokens in one of them, or fewer windows than texts.
+        """
+        texts, length = self.texts, loaded.window(self.length)
+        if not texts or (self.windows is not None and self.windows < len(texts)):
+            raise ValueError(f"expected one text or more, and a window for each, got {len(texts)} and {self.windows}")
+        found = []
+        for place, name in enumerate(texts):
+            tokens, count = tokens_of(calibration_source(name, log), loaded), self._share(place)
+            windows(tokens, length, count, bos=loaded.bos)  # raises if there are too few tokens
+            found += spread(windows(tokens, length, bos=loaded.bos), count)
+        return torch.from_numpy(np.stack(found))
+
+    def _share(self, place: int) -> int | None:
+        """How many windows the text at a place has."""
+        if self.windows is None:
+            return None
+        first, end = (at * self.windows // len(self.texts) for at in (place, place + 1))
+        return end - first
+
+
+EVERYTHING = Calibration(windows=None)

@@ -1,0 +1,154 @@
+"""Perplexity and tasks of finished folders, always beside those of their dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from armorfact_hf.data.load_model import Loaded, Log, load_model
+from armorfact_hf.data.origin import CARD
+from armorfact_hf.data.texts import check_name
+from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, check_text, perplexity_of
+from armorfact_hf.evaluation.tasks import TaskScore, check_request, evaluate_tasks
+from armorfact_hf.layers.stack import PRUNED
+from armorfact_hf.observer import Observer
+from armorfact_hf.report.card import write_card
+from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured: perplexities by text, and accuracies by task."""
+
+    evaluations: tuple[PerplexityRecord, ...]
+    tasks: tuple[TaskRecord, ...]
+
+
+def dense_model(report: Report, device: str | None = None, log: Log = print) -> Loaded:
+    """The dense model that a report's folder was pruned from.
+
+    Raises:
+        ValueError: it cannot be loaded, or is another one by now.
+    """
+    facts = report.model
+    loaded = load_model(facts.name, dtype=facts.dtype, device=device, log=log)
+    loaded.refuse_other_than(facts.fingerprint)
+    return loaded
+
+
+def evaluate_folder(
+    folder: Path,
+    evaluations: Sequence[Evaluation] = (Evaluation(),),
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    device: str | None = None,
+    beside: Sequence[Path] = (),
+    observer: Observer | None = None,
+) -> Report:
+    """Measure a finished folder beside its dense model, and write the figures into its report and its model card.
+
+    Figures of other methods on the same texts stay there. One model is in memory at a time.
+
+    Args:
+        folder: what `prune_to_folder` wrote.
+        evaluations: texts for perplexity. tasks, limit: see `evaluate_tasks`.
+        device: see `load_model`.
+        beside: folders of the same model, whose figures are put into the report as well.
+        observer: is told how it goes; prints sentences by default.
+    """
+    observer = Observer() if observer is None else observer
+    report = Report.read(folder)
+    _check_beside(report, beside)
+    for evaluation in evaluations:
+        check_name(evaluation.text)
+    if tasks:
+        check_request(tasks, limit)
+    dense = evaluate_dense(dense_model(report, device, observer.say), evaluations, tasks, limit, observer=observer)
+    others = [_measured(path, evaluations, (), None, device, observer).perplexities for path in beside]
+    own = _measured(folder, evaluations, tasks, limit, device, observer)
+    report = Report.read(folder).merged(  # with what others have measured meanwhile
+        [
+            replace(record, methods=tuple(methods))
+            for record, *methods in zip(dense.evaluations, *others, own.perplexities, strict=True)
+        ],
+        [
+            replace(record, pruned=score.accuracy, standard_error=score.standard_error)
+            for record, score in zip(dense.tasks, own.scores, strict=True)
+        ],
+    )
+    report.write(folder)
+    if not write_card(folder):
+        observer.say(f"{folder / CARD} was edited by hand: it is left as it is, without the new figures.")
+    return report
+
+
+def _check_beside(report: Report, beside: Sequence[Path]) -> None:
+    methods = [report.config.method]
+    for path in beside:
+        other = Report.read(path)
+        if other.model.fingerprint != report.model.fingerprint:
+            raise ValueError(f"{path} was pruned from another model ({other.model.name}): leave it out")
+        methods.append(other.config.method)
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"expected folders by different methods side by side, got {', '.join(methods)}")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    perplexities: list[MethodPerplexity]
+    scores: list[TaskScore]
+
+
+def _measured(
+    folder: Path,
+    evaluations: Sequence[Evaluation],
+    tasks: Sequence[str],
+    limit: int | None,
+    device: str | None,
+    observer: Observer,
+) -> _Measured:
+    """The figures of one folder, whose model is gone from memory afterwards."""
+    report, loaded = Report.read(folder), load_model(str(folder), device=device, log=observer.say)
+    name, loss = report.config.method, report.mean_loss() if report.recovery is None else None
+    found = [MethodPerplexity(name, loss, perplexity_of(loaded, text, observer).perplexity) for text in evaluations]
+    return _Measured(found, _scores(loaded, tasks, limit, observer))
+
+
+def _scores(loaded: Loaded, tasks: Sequence[str], limit: int | None, observer: Observer) -> list[TaskScore]:
+    return evaluate_tasks(loaded.model, loaded.tokenizer, tasks, limit, log=observer.say) if tasks else []
+
+
+def evaluate_dense(
+    loaded: Loaded,
+    evaluations: Sequence[Evaluation] = (Evaluation(),),
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    observer: Observer | None = None,
+) -> Figures:
+    """Measure a dense model by itself: as for a report, without any pruned method.
+
+    Raises:
+        ValueError: the model is pruned; `evaluate_folder` compares it with its dense one.
+    """
+    if any(isinstance(module, PRUNED) for module in loaded.model.modules()):
+        raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
+    observer = Observer() if observer is None else observer
+    for evaluation in evaluations:
+        check_text(loaded, evaluation, observer.say)
+    if tasks:
+        check_request(tasks, limit)
+    return Figures(
+        tuple(_as_dense(perplexity_of(loaded, text, observer)) for text in evaluations),
+        tuple(
+            TaskRecord(score.task, score.questions, score.accuracy, None, score.standard_error)
+            for score in _scores(loaded, tasks, limit, observer)
+        ),
+    )
+
+
+def _as_dense(found: MeasuredPerplexity) -> PerplexityRecord:
+    pinned = asdict(found)
+    return PerplexityRecord(dense=pinned.pop("perplexity"), **pinned)
