@@ -23,17 +23,15 @@ def rounding_of(given: Array, converted: Array) -> float:
     return min(one * size, max(one * size**0.5, FINE))
 
 
-def unit_scale(matrix: Array) -> tuple[Array, Array]:
-    """What scales rows and columns of H to unit diagonal, so that channels of small energy count as much as outliers.
+def unit_scale(matrix: Array) -> Array:
+    """What scales rows and columns of (batches of) H to unit diagonal, zero for channels without energy.
 
-    Returns:
-        The scale of each channel, zero for those without energy, and which have any.
+    So channels of small energy count as much as outliers.
     """
     xp = arrays.namespace(matrix)
     diagonal = xp.linalg.diagonal(matrix)
     alive = diagonal > 0
-    scale = xp.where(alive, xp.where(alive, diagonal, xp.ones_like(diagonal)) ** -0.5, xp.zeros_like(diagonal))
-    return scale, alive
+    return xp.where(alive, xp.where(alive, diagonal, xp.ones_like(diagonal)) ** -0.5, xp.zeros_like(diagonal))
 
 
 def definite(gram: Gram, given: Array | None) -> Gram:
@@ -54,7 +52,7 @@ def definite(gram: Gram, given: Array | None) -> Gram:
     xp = arrays.namespace(gram.matrix)
     tolerance = rounding_of(given, gram.matrix)
     size = gram.matrix.shape[0]
-    scale, _ = unit_scale(gram.matrix)
+    scale = unit_scale(gram.matrix)
     scaled = gram.matrix * scale[:, None]
     scaled *= scale[None, :]
     flat = xp.reshape(scaled, (-1,))

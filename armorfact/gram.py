@@ -23,12 +23,10 @@ class FullGram:
     def inner(self, x: Array) -> float:
         """``tr(x H x')``, one column panel at a time so that a float64 H never stands in memory."""
         xp = arrays.namespace(x)
-        panel = 256
         loss = 0.0
-        for lo in range(0, x.shape[1], panel):
-            hi = min(lo + panel, x.shape[1])
-            columns = xp.astype(self.matrix[:, lo:hi], x.dtype, copy=False)
-            loss += arrays.total((x @ columns) * x[:, lo:hi])
+        for panel in arrays.panels(x.shape[1]):
+            columns = xp.astype(self.matrix[:, panel], x.dtype, copy=False)
+            loss += arrays.total((x @ columns) * x[:, panel])
         return loss
 
     def floored(self, floor: float) -> FullGram:

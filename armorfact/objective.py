@@ -68,6 +68,10 @@ class Objective:
         residuals = residual_panels(self.weight, factors, -self.units.weight)
         return sum(self._inner(rows, residual) for rows, residual in residuals)
 
+    def reported(self, loss: float) -> float:
+        """A loss in ``units`` as it is told: of W, and not below zero."""
+        return self.units.loss(max(loss, 0.0))
+
     def usable(self, factors: Factors) -> bool:
         """Whether all entries are finite and those of A C B in proportion to those of W."""
         if not factors.finite():

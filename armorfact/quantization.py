@@ -87,7 +87,7 @@ def quantize_core(
         found, loss, _, why = better(objective, before, after)
         weight_loss = objective.weight_loss(blocks[0])
     notes = (f"in {dtype} what A and B were before {why} and is returned",) if why else ()
-    loss, initial_loss, weight_loss = (objective.units.loss(max(x, 0.0)) for x in (loss, initial_loss, weight_loss))
+    loss, initial_loss, weight_loss = map(objective.reported, (loss, initial_loss, weight_loss))
     return Result(
         left=BlockDiagonal(found.left),
         core=start.core,

@@ -73,9 +73,7 @@ def quantize_wrappers(
         weight_loss = objective.weight_loss(sizes[0])
     best = int(losses[1] < losses[0])
     left, core, right = (plain, solved)[best]
-    loss, initial_loss, weight_loss = (
-        objective.units.loss(max(x, 0.0)) for x in (losses[best], losses[0], weight_loss)
-    )
+    loss, initial_loss, weight_loss = map(objective.reported, (losses[best], losses[0], weight_loss))
     told = ("A and B rounded to nearest", "A and B rounded in turn, C after each")[best]
     status = Status(Ending.ROUNDED, told)
     return Result(left, core, right, loss, initial_loss, weight_loss, (), status, arrays.nbytes(weight))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from armorfact import arrays, blocks
+from armorfact.definite import unit_scale
 from armorfact.gram import DiagonalGram, FullGram
 from armorfact.pattern import Pattern
 from armorfact.problem import Factors, Problem
@@ -196,9 +197,7 @@ def _guarded_inverse(matrix: Array, tolerance: float) -> Array:
     passing over every pivot that is not above ``tolerance``.
     """
     xp = arrays.namespace(matrix)
-    diagonal = xp.linalg.diagonal(matrix)
-    alive = diagonal > 0
-    scale = xp.where(alive, xp.where(alive, diagonal, xp.ones_like(diagonal)) ** -0.5, xp.zeros_like(diagonal))
+    scale = unit_scale(matrix)
     outer = scale[..., :, None] * scale[..., None, :]
     swept = matrix * outer
     for k in range(matrix.shape[-1]):

@@ -62,7 +62,7 @@ def as_given(value: Any, gram: Gram) -> Gram:
 
 
 def _symmetric(matrix: Array, tolerance: float) -> None:
-    scale, _ = unit_scale(matrix)
+    scale = unit_scale(matrix)
     for part in arrays.panels(matrix.shape[0]):
         rows = matrix[part, :] * scale[part][:, None] * scale[None, :]
         columns = matrix[:, part] * scale[:, None] * scale[part][None, :]

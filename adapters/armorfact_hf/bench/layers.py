@@ -16,7 +16,9 @@ from torch import nn
 
 from armorfact_hf.bench.experts import time_experts
 from armorfact_hf.bench.timing import DENSE_BYTES, Timing, time_side_by_side
+from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.checkpoint.measured import shape_key, write_measured
+from armorfact_hf.data.load_model import load_model
 from armorfact_hf.layers.execution import STRATEGIES, Execution, runnable
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.parts import PARTS
@@ -162,9 +164,6 @@ def bench_folder(
     Raises:
         ValueError: the folder holds no pruned model, or is damaged.
     """
-    from armorfact_hf.checkpoint.folder import describe_folder
-    from armorfact_hf.data.load_model import load_model
-
     describe_folder(folder)
     model = load_model(str(folder), dtype, device, log).model
     timings = time_layers(model, tokens, progress) if _by_shape(model) else []

@@ -15,6 +15,7 @@ from armorfact_hf.checkpoint.description import tensor_digest
 from armorfact_hf.checkpoint.quantizer import put_digests_
 from armorfact_hf.checkpoint.shard_file import write_shard
 from armorfact_hf.checkpoint.shards import INDEX
+from armorfact_hf.layers.format import dtype_name
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.conversions import Read, Saved, saved_as, saved_tensors
 
@@ -85,7 +86,7 @@ def assemble(model: CausalLM, folder: Path, read: Read, shard: int | str = SHARD
 
 
 def _write_config(model: CausalLM, folder: Path) -> None:
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.dtype = dtype_name(model.dtype)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():

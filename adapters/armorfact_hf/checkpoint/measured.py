@@ -18,6 +18,7 @@ from torch import nn
 from armorfact_hf.files import written_beside
 from armorfact_hf.free_memory import ran_out
 from armorfact_hf.layers.execution import Execution
+from armorfact_hf.layers.format import dtype_name
 from armorfact_hf.layers.linear import FactorizedLinear
 
 FILE = "execution.json"
@@ -69,9 +70,9 @@ def write_measured(folder: Path, device: torch.device, dtype: torch.dtype, choic
     kept = {shape: [list(pair) for pair in execution.choices] for shape, execution in choices.items()}
     try:
         devices = _read(path)
-        devices.setdefault(device_name(device), {})[_name(dtype)] = kept
+        devices.setdefault(device_name(device), {})[dtype_name(dtype)] = kept
     except DAMAGE:
-        devices = {device_name(device): {_name(dtype): kept}}
+        devices = {device_name(device): {dtype_name(dtype): kept}}
     with written_beside(path) as draft:
         draft.write_text(json.dumps({"version": VERSION, "devices": devices}, indent=1), encoding="utf-8")
     return path
@@ -82,7 +83,7 @@ def read_measured(folder: Path, device: torch.device, dtype: torch.dtype) -> Cho
     path = folder / FILE
     if not path.exists():
         return {}
-    found = _read(path).get(device_name(device), {}).get(_name(dtype), {})
+    found = _read(path).get(device_name(device), {}).get(dtype_name(dtype), {})
     return {shape: Execution.of(choices) for shape, choices in found.items()}
 
 
@@ -103,10 +104,6 @@ def use_measured_(model: nn.Module, folder: Path) -> nn.Module:
         for layer in layers:
             layer.use_(None)
     return model
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _read(path: Path) -> dict:

@@ -21,7 +21,7 @@ from armorfact_hf.checkpoint.description import QUANT_METHOD, Description, diges
 from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.checkpoint.verify import verify
 from armorfact_hf.layers.experts import FactorizedExperts
-from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.format import LayerFormat, dtype_name
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.routed import Gating
 from armorfact_hf.layers.stack import FactorizedStack
@@ -129,7 +129,7 @@ def _check_shapes(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> No
 def put_digests_(model: CausalLM, sha256: dict[str, str]) -> None:
     """Write into a pruned model's config the digests of its tensors, and its dtype as it is now."""
     config = model.hf_quantizer.quantization_config
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     config.description = dataclasses.replace(config.description, dtype=dtype, sha256=sha256)
     model.config.quantization_config = config
 

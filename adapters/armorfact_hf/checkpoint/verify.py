@@ -149,7 +149,7 @@ def _verify(tensors: dict[str, _Stored], description: Description) -> Verified:
             check_contents(str(tensor), data, *owners[tensor.name])
     return Verified(
         {name: sum(tensor.nbytes for part, tensor in held.items() if part != "bias") for name, held in modules.items()},
-        {name: FLOATS[_floating(description.modules[name], held).dtype] for name, held in modules.items()},
+        {name: FLOATS[held[description.modules[name].floating].dtype] for name, held in modules.items()},
         bool(description.sha256),
         {name: tensor.shape for name, tensor in tensors.items()},
     )
@@ -201,16 +201,11 @@ def _check_header(layer: LayerFormat, held: dict[str, _Stored], sha256: Collecti
                 f"{tensor} is unexpected: under the pruned module {layer.name} there are only "
                 f"{', '.join(expected)}; save the model again, and leave the folder as it was written"
             )
-        _check_dtype(tensor, part, layer, _floating(layer, held).dtype)
+        _check_dtype(tensor, part, layer, held[layer.floating].dtype)
         _check_shape(tensor, part, expected[part], layer)
         # Other tensors may lack one: transformers renames those of some families when it saves.
         if sha256 and tensor.name not in sha256:
             raise ValueError(f"{tensor} has no digest, although config.json lists those of the others: {AGAIN}")
-
-
-def _floating(layer: LayerFormat, held: dict[str, _Stored]) -> _Stored:
-    """The tensor of a module whose dtype all its floating ones share."""
-    return held[layer.floating]
 
 
 def _check_dtype(tensor: _Stored, part: str, layer: LayerFormat, floating: str) -> None:

@@ -20,6 +20,9 @@ Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), floa
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU if there is one.")]
 Texts = Annotated[list[str], typer.Option("--text", help=TEXT_HELP)]
 CalibrationTexts = Annotated[list[str], typer.Option("--calibration", help=CALIBRATION_HELP)]
+CalibrationWindows = Annotated[
+    int | None, typer.Option("--windows", min=2, help="Windows of calibration text; all of it if not given.")
+]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of held-out text to measure on, at most.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 

@@ -151,11 +151,13 @@ def prune(  # typer reads options from the signature: it is as long as there are
             head=head,
             baselines=() if baseline == ["none"] else tuple(baseline),
         )
+        from armorfact_hf.data.calibration import Calibration
+
         _prune(
             model,
             out,
             chosen,
-            _calibration(calibration, samples, length),
+            Calibration(calibration, samples, length),
             methods=[name.strip() for name in compare.split(",") if name.strip()],
             evaluations=evaluations_of(text, windows, length) if evaluate else [],
             dtype=dtype,
@@ -165,12 +167,6 @@ def prune(  # typer reads options from the signature: it is as long as there are
             workers=workers,
             dry_run=dry_run,
         )
-
-
-def _calibration(texts: list[str], samples: int, length: int) -> Calibration:
-    from armorfact_hf.data.calibration import Calibration
-
-    return Calibration(texts, samples, length)
 
 
 def _prune(

@@ -8,13 +8,11 @@ from typing import Annotated
 import typer
 
 from armorfact_hf.cli import tables
-from armorfact_hf.cli.options import CALIBRATION, CalibrationTexts
+from armorfact_hf.cli.options import CALIBRATION, CalibrationTexts, CalibrationWindows, Device, Length
 from armorfact_hf.cli.terminal import errors_as_sentences, say, shown_progress
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
 
 DEFAULTS = RecoverySettings()
-Windows = Annotated[int | None, typer.Option(min=2, help="Windows of calibration text; all of it if not given.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 
 def recover(
@@ -30,7 +28,7 @@ def recover(
         float, typer.Option(help="The learning rate at its highest, as a share of the size of entries.")
     ] = DEFAULTS.rate,
     calibration: CalibrationTexts = [CALIBRATION],  # noqa: B006
-    windows: Windows = None,
+    windows: CalibrationWindows = None,
     length: Length = 2048,
     teacher: Annotated[
         str | None,
@@ -47,7 +45,7 @@ def recover(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the windows.")] = DEFAULTS.seed,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Tune a pruned model as a whole until it says what its dense model says; supports and sizes stay as they are.
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from armorfact_hf.cli.options import CALIBRATION, CalibrationTexts
-from armorfact_hf.cli.recover import Length, Windows
+from armorfact_hf.cli.options import CALIBRATION, CalibrationTexts, CalibrationWindows, Device, Length
 from armorfact_hf.cli.terminal import errors_as_sentences, say, shown_progress
 
 
@@ -17,9 +16,9 @@ def teach(
     out: Annotated[Path, typer.Option(help="The folder to write, or to add to.")],
     likeliest: Annotated[int, typer.Option(min=1, help="How many words of each position are kept.")] = 128,
     calibration: CalibrationTexts = [CALIBRATION],  # noqa: B006
-    windows: Windows = None,
+    windows: CalibrationWindows = None,
     length: Length = 2048,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Write down the likeliest words that a model says at every position of a text, to recover a pruned one from.
 

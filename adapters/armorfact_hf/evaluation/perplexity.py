@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from armorfact_hf.data.tokens import spread
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.stream import BlockStream
-from armorfact_hf.model.structure import decoder_blocks
+from armorfact_hf.model.words import Speaker
 
 # Positions whose logits stand in memory at a time: with 262k words in the vocabulary, 0.3 GB in float32.
 POSITIONS_AT_ONCE = 256
@@ -36,10 +35,6 @@ class Perplexity:
     window: int
     stride: int
     bos: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
 
 
 def evaluate_perplexity(
@@ -120,12 +115,10 @@ def token_losses(model: CausalLM, row: Tensor) -> Tensor:
 
     The logits come from the model's own head, which may scale or cap them, a few positions at a time.
     """
-    row = row.to(model.device)[None]
-    stream, head = BlockStream(model, decoder_blocks(model)[1]), model.get_output_embeddings()
-    given = stream.head_input(head, row)
-    losses = []
-    for lo in range(0, row.shape[1] - 1, POSITIONS_AT_ONCE):
-        part = slice(lo, min(lo + POSITIONS_AT_ONCE, row.shape[1] - 1))
-        logits = stream.logits(head, row[:, part], given[:, part])[0]
-        losses.append(functional.cross_entropy(logits.float(), row[0, 1:][part], reduction="none"))
+    row, speaker, losses = row.to(model.device), Speaker(model), []
+    given = speaker.states(row)
+    for lo in range(0, len(row) - 1, POSITIONS_AT_ONCE):
+        part = slice(lo, min(lo + POSITIONS_AT_ONCE, len(row) - 1))
+        logits = speaker.logits(row[part], given[:, part]).values
+        losses.append(functional.cross_entropy(logits.float(), row[1:][part], reduction="none"))
     return torch.cat(losses).cpu()

@@ -161,6 +161,11 @@ class LayerFormat:
         return found | {key: value for key, value in more.items() if value is not None}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_keys(what: str, found: Mapping[Any, Any], required: Collection[str], optional: Collection[str] = ()) -> None:
     if missing := [key for key in required if key not in found]:
         raise ValueError(f"{what}: expected the keys {', '.join(required)}, got none named {', '.join(missing)}")

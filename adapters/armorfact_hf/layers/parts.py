@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact import BlockDiagonal
+from armorfact_hf.layers.format import dtype_name
 
 PARTS = ("values", "positions", "left", "right", "left_scales", "right_scales", "bias")
 
@@ -35,7 +36,7 @@ def put_empty_(
 
 def name_of(dtype: torch.dtype | None, floating: torch.dtype | None) -> str | None:
     """The name of a dtype that is another than the floating one, such as "int8"."""
-    return None if dtype in (None, floating) else str(dtype).removeprefix("torch.")
+    return None if dtype in (None, floating) else dtype_name(dtype)
 
 
 def wrapper(blocks: Tensor, scales: Tensor | None) -> BlockDiagonal:

@@ -10,17 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from armorfact_hf.layers.strategy import Kind, Operands
-
-
-def refusal(kind: Kind) -> str | None:
-    """Nothing is refused."""
-    return None
-
-
-def prepare(operands: Operands) -> dict[str, Tensor]:
-    """Nothing."""
-    return {}
+from armorfact_hf.layers.strategy import Operands
 
 
 def product(x: Tensor, operands: Operands) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from armorfact import Pattern
 from armorfact_hf.layers import operators as operators  # registers what `FactorizedStack.product` calls
@@ -121,6 +121,13 @@ class FactorizedStack(StoredParts):
 
 
 PRUNED = (FactorizedLinear, FactorizedStack)  # what holds the factors of a pruned model
+
+
+def pruned_modules(model: nn.Module) -> list[FactorizedLinear | FactorizedStack]:
+    """All those of a model."""
+    return [module for module in model.modules() if isinstance(module, PRUNED)]
+
+
 Layer = TypeVar("Layer", bound=FactorizedLinear | FactorizedStack)
 
 

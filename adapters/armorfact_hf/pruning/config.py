@@ -196,21 +196,6 @@ class PruneConfig:
         """Plain JSON types."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PruneConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a key that this version does not know.
-        """
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown settings {sorted(unknown)}: written by another version of armorfact?")
-        given: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**given)
-
 
 def _one_of(name: str, value: Any, known: tuple[str | None, ...]) -> None:
     if value not in known:

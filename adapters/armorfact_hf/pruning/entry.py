@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.seal import BLANK, check_seal, seal
+from armorfact_hf.typed_json import from_json, to_json
 
 DAMAGE = (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError)
 Pruned = list[tuple[FactorizedLinear, LayerReport]]
@@ -41,6 +42,18 @@ class Finished:
     seconds: float
     matched: BlockReport | None = None
     prices: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What stands in a file beside tensors."""
+
+    key: str
+    run: str
+    seconds: float
+    reports: tuple[LayerReport, ...]
+    matched: BlockReport | None
+    prices: Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,9 @@ class Entry:
             for layer, report in finished.layers
             for name, tensor in layer.state_dict().items()
         }
-        reports = [report.to_dict() for _, report in finished.layers]
-        matched = None if finished.matched is None else asdict(finished.matched)
-        about = {"key": self.path.stem, "run": self.run, "seconds": finished.seconds}
-        block = json.dumps(about | {"reports": reports, "matched": matched, "prices": finished.prices})
+        reports = tuple(report for _, report in finished.layers)
+        header = _Header(self.path.stem, self.run, finished.seconds, reports, finished.matched, finished.prices)
+        block = json.dumps(to_json(header))
         with room_for(self.path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(self.path) as draft:
             save_file(tensors, draft, metadata={"block": block, **BLANK})
             seal(draft)
@@ -103,21 +115,20 @@ class Entry:
 
     def _read(self, device: Any) -> Finished:
         with safe_open(self.path, "pt") as stored:
-            block = json.loads(stored.metadata()["block"])
-            self._check_place(block)
-            reports = [_report(values) for values in block["reports"]]
-            formats = {x.name: self._format(stored, x) for x in reports}
+            header = from_json(_Header, json.loads(stored.metadata()["block"]))
+            self._check_place(header)
+            formats = {report.name: self._format(stored, report) for report in header.reports}
             if left_over := [name for name in sorted(stored.keys()) if name.rpartition(".")[0] not in formats]:
                 raise ValueError(f"it holds {', '.join(left_over)}, of which it has no report")
             verify([self.path], Description(self.pattern, "float32", formats, {}))
-            layers = [(_layer(stored, formats[report.name], device), report) for report in reports]
-            return Finished(layers, float(block["seconds"]), _matched(block["matched"]), block["prices"])
+            layers = [(_layer(stored, formats[report.name], device), report) for report in header.reports]
+            return Finished(layers, header.seconds, header.matched, header.prices)
 
-    def _check_place(self, block: Mapping[str, Any]) -> None:
-        if block["run"] != self.run:
+    def _check_place(self, header: _Header) -> None:
+        if header.run != self.run:
             raise ValueError("it is of another run")
-        if block["key"] != self.path.stem:
-            raise ValueError(f"it is {block['key']} under another name")
+        if header.key != self.path.stem:
+            raise ValueError(f"it is {header.key} under another name")
 
     def _format(self, stored: Any, report: LayerReport) -> LayerFormat:
         """Blocks of the tail are rounded after they were kept for the first time, so the file says what it holds."""
@@ -147,19 +158,3 @@ def _layer(stored: Any, layout: LayerFormat, device: Any) -> FactorizedLinear:
     # Copied into memory of PyTorch's own: aligned as in a run without interruption, and so the same bits.
     layer.load_state_dict(tensors)
     return layer
-
-
-def _report(values: dict[str, Any]) -> LayerReport:
-    block = values["block"]
-    return LayerReport(
-        **values
-        | {
-            "shape": tuple(values["shape"]),
-            "block": None if block is None else tuple(block),
-            "notes": tuple(values["notes"]),
-        }
-    )
-
-
-def _matched(values: dict[str, Any] | None) -> BlockReport | None:
-    return None if values is None else BlockReport(**values | {"notes": tuple(values["notes"])})

@@ -11,7 +11,7 @@ from armorfact import Pattern, auto_block
 from armorfact.sizes import MAX_AUTO_BLOCK, fitting
 from armorfact_hf.checkpoint.description import DTYPES
 from armorfact_hf.layers.cuts import refusal_to_cut
-from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.format import LayerFormat, dtype_name
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, chosen_layers
 from armorfact_hf.pruning.config import AUTO, PRICED, PruneConfig
@@ -62,14 +62,11 @@ def reason_to_stay_dense(layer: Layer, config: PruneConfig, dtype: torch.dtype) 
     """
     found = layer.weight.dtype
     if found != dtype or found not in DTYPES.values():
-        return f"its weight is in {_name(found)}, the model in {_name(dtype)}; pruned layers share one of {DTYPES_HELP}"
+        held, wanted = map(dtype_name, (found, dtype))
+        return f"its weight is in {held}, the model in {wanted}; pruned layers share one of {DTYPES_HELP}"
     if config.method == "armorfact":
         return layer.unfit
     return _odd_core(layer.shape, config)  # without wrappers, nothing else has to fit
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def fitting_layers(

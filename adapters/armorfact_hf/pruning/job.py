@@ -128,6 +128,11 @@ class Job:
         return range(max(count - self.config.tail, 0), count) if ends else range(0)
 
     @property
+    def tail_steps(self) -> int:
+        """How many windows go forward and back while the last blocks are tuned together."""
+        return self.matching.of_tail.steps(len(self.tokens)) if self.matching and self.tail else 0
+
+    @property
     def pricing_steps(self) -> int:
         """How many times a window goes through a decoder block, forward or back, while prices are found."""
         return 2 * len(self.priced_tokens) * len(self.blocks)
@@ -153,11 +158,6 @@ class Job:
         if not self.priced:
             return self.tokens[:0]
         return self.tokens[:: -(-len(self.tokens) // PRICED_WINDOWS), :PRICED_LENGTH]
-
-    @property
-    def tail_steps(self) -> int:
-        """How many windows go forward and back while they are."""
-        return self.matching.of_tail.steps(len(self.tokens)) if self.matching and self.tail else 0
 
     @cached_property
     def last_block(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -54,9 +56,16 @@ class LayerReport:
     factorized_loss: float | None = None
     unrounded_loss: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+def mean_loss(layers: Sequence[LayerReport], method: str) -> float:
+    """The mean relative loss over layers by a method.
+
+    Raises:
+        ValueError: no layers, or one whose report lacks the method.
+    """
+    if lacking := [layer.name for layer in layers if method not in layer.losses]:
+        raise ValueError(f"{method!r} was not measured on {', '.join(lacking)}: ask for it in `baselines`")
+    return fmean(layer.losses[method] for layer in layers)
 
 
 def prune_layer(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[FactorizedLinear, LayerReport]:

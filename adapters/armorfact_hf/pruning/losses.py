@@ -18,8 +18,6 @@ CONVERGED: dict[str, Any] = {"max_sweeps": 300, "rtol": 1e-4}  # the budget of t
 
 def one_shot(method: str, weight: Tensor, gram: Tensor, pattern: str) -> Tensor:
     """The weight pruned by one of the methods without wrappers, same dtype."""
-    if method == "magnitude":
-        return armorfact.magnitude(weight, pattern=pattern)
     return getattr(armorfact, method)(weight, gram.float(), pattern=pattern)
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from armorfact import Pattern
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.quantizer import attach_
 from armorfact_hf.files import workshop
-from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.format import LayerFormat, dtype_name
 from armorfact_hf.model.experts import stack_experts_
 from armorfact_hf.model.structure import DenseLayer, Select
 from armorfact_hf.observer import Observer
@@ -26,7 +25,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.entry import Finished
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.journal import PRICES, Journal
-from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.layer import LayerReport, mean_loss
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.notes import damping_noted
 from armorfact_hf.pruning.prices import prices
@@ -53,15 +52,8 @@ class PruneReport:
     blocks: tuple[BlockReport, ...] = ()
 
     def mean_loss(self, method: str | None = None) -> float:
-        """The mean relative loss over the layers, of the method of this run or of a baseline in its report.
-
-        Raises:
-            ValueError: a layer's report lacks the method.
-        """
-        name = self.config.method if method is None else method
-        if lacking := [layer.name for layer in self.layers if name not in layer.losses]:
-            raise ValueError(f"{name!r} was not measured on {', '.join(lacking)}: ask for it in `baselines`")
-        return float(np.mean([layer.losses[name] for layer in self.layers]))
+        """`armorfact_hf.pruning.layer.mean_loss` of the method of this run, or of a baseline in its report."""
+        return mean_loss(self.layers, method or self.config.method)
 
 
 def prune_(
@@ -179,7 +171,7 @@ def describe_(job: Job, reports: Sequence[LayerReport]) -> None:
     for report in reports:
         name, experts = places[report.name]
         layers[name] = LayerFormat(name, report.shape, pattern, report.block, experts, *whole)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     attach_(model, Description(pattern, dtype, layers, job.config.to_dict()))
     if any(report.decoder_block is None for report in reports):
         model.config.tie_word_embeddings = False

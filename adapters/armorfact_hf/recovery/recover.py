@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import armorfact
-from armorfact_hf.layers.stack import PRUNED
+from armorfact_hf.layers.stack import PRUNED, pruned_modules
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.checks import checked_tokens
 from armorfact_hf.pruning.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
@@ -116,7 +116,7 @@ def checked_request(model: nn.Module, calibration: Any, teacher: AnyTeacher, set
 
 
 def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
-    layers = [module for module in model.modules() if isinstance(module, PRUNED)]
+    layers = pruned_modules(model)
     if not layers:
         raise ValueError("the model holds no pruned layer: prune it first, or load a folder that is pruned")
     if settings.train == "wrappers" and all(layer.left is None for layer in layers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.stack import PRUNED
+from armorfact_hf.layers.stack import PRUNED, pruned_modules
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.recovery.settings import TRAINED
 
@@ -28,7 +28,7 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
     if train not in TRAINED:
         raise ValueError(f"train must be one of {', '.join(TRAINED)}, got {train!r}")
     refuse_integers(model, train)
-    layers = [module for module in model.modules() if isinstance(module, PRUNED)]
+    layers = pruned_modules(model)
     factors = [tensor for layer in layers for part in TRAINED[train] if (tensor := getattr(layer, part)) is not None]
     if not factors:
         raise ValueError(

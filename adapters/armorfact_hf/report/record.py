@@ -10,14 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 
 from armorfact_hf.data.origin import Origin
 from armorfact_hf.files import written_beside
 from armorfact_hf.layers.format import shown
 from armorfact_hf.model.structure import DenseLayer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.layer import LayerReport, mean_loss
 from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.typed_json import from_json, to_json
@@ -189,15 +188,8 @@ class Report:
                 draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may hold a lone surrogate
 
     def mean_loss(self, method: str | None = None) -> float:
-        """The mean relative loss over the layers, of the method that was stored or of a baseline.
-
-        Raises:
-            ValueError: no layers, or one without a loss by that method.
-        """
-        name = self.config.method if method is None else method
-        if lacking := [layer.name for layer in self.layers if name not in layer.losses]:
-            raise ValueError(f"expected a loss by {name} of every layer, got none of {lacking[0]}: measure it again")
-        return fmean(layer.losses[name] for layer in self.layers)
+        """`armorfact_hf.pruning.layer.mean_loss` of the method that was stored, or of a baseline."""
+        return mean_loss(self.layers, method or self.config.method)
 
     def merged(self, evaluations: Sequence[PerplexityRecord], tasks: Sequence[TaskRecord]) -> Report:
         """The report with newer figures: they replace the same method's on the same text, or the same task's."""

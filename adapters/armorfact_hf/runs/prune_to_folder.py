@@ -11,6 +11,7 @@ from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.data.origin import origin_of
 from armorfact_hf.files import check_room
 from armorfact_hf.free_memory import peak_memory
+from armorfact_hf.layers.format import dtype_name
 from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
@@ -111,7 +112,7 @@ def _model_facts(loaded: Loaded, job: Job) -> ModelFacts:
     return ModelFacts(
         name=loaded.name,
         architecture=type(loaded.model).__name__,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(loaded.model.dtype),
         parameters=sum(parameter.numel() for parameter in parameters),
         bytes=sum(parameter.nbytes for parameter in parameters),
         fingerprint=job.fingerprint,

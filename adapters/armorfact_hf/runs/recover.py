@@ -16,7 +16,7 @@ from armorfact_hf.data.calibration import EVERYTHING, Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
 from armorfact_hf.free_memory import available
-from armorfact_hf.layers.stack import PRUNED
+from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.recovery.recover import AnyTeacher, check_save_every, checked_request, distil_, manifest_of
@@ -103,7 +103,7 @@ def _check_memory(model: Any, settings: RecoverySettings, teacher: str | None) -
     That is the dense model, and of each trained number the factor, its gradient, its momentum, the one before and the
     best. What the blocks keep of a window comes on top.
     """
-    layers = [module for module in model.modules() if isinstance(module, PRUNED)]
+    layers = pruned_modules(model)
     parts = [getattr(layer, name) for layer in layers for name in TRAINED[settings.train]]
     needed = sum(part.nbytes + 4 * part.numel() * max(part.itemsize, 4) for part in parts if part is not None)
     ways = "train wrappers alone (--train wrappers)"
@@ -131,7 +131,7 @@ def _shown(teacher: str | None) -> str | None:
 
 def _needed(model: nn.Module) -> int:
     """Bytes on disk: the state and the one that takes its place, then the finished folder."""
-    layers = [module for module in model.modules() if isinstance(module, PRUNED)]
+    layers = pruned_modules(model)
     tensors = [tensor for layer in layers for tensor in layer.parameters()]
     state = sum(tensor.nbytes + 3 * tensor.numel() * max(tensor.itemsize, 4) for tensor in tensors)
     return 2 * state + sum(tensor.nbytes for tensor in model.state_dict().values())

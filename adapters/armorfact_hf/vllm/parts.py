@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from armorfact_hf.checkpoint.contents import AGAIN, check_contents
 from armorfact_hf.layers.cuts import Share
-from armorfact_hf.layers.format import LayerFormat
+from armorfact_hf.layers.format import LayerFormat, dtype_name
 from armorfact_hf.layers.linear import FactorizedLinear
 
 
@@ -56,7 +56,7 @@ class Part:
             raise ValueError(f"{where} is unexpected: {self.name} is {kind} and has {', '.join(self.shapes)}: {AGAIN}")
         whole = None if self.layer is None else self.layer.integers.get(part)
         if found != self.shapes[part] or (not tensor.is_floating_point() if whole is None else tensor.dtype != whole):
-            expected = "floating numbers" if whole is None else str(whole).removeprefix("torch.")
+            expected = "floating numbers" if whole is None else dtype_name(whole)
             raise ValueError(
                 f"{where}: expected {expected} of shape {list(self.shapes[part])}, got {tensor.dtype} of "
                 f"{list(found)}: {AGAIN}"

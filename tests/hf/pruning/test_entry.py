@@ -18,6 +18,7 @@ from armorfact_hf.pruning import entry
 from armorfact_hf.pruning.entry import Finished
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.seal import BLANK, seal
+from armorfact_hf.typed_json import to_json
 from tests.hf.pruning.entries import D_IN, D_OUT, MANIFEST, finished, same
 
 
@@ -110,7 +111,7 @@ def test_tensors_that_are_no_pruned_layer_are_told_although_sealed(name, tensor,
 
 def test_a_report_that_is_dropped_is_told(journal, stored):
     [_, (_, second)] = finished().layers
-    rewrite(stored, {"reports": [second.to_dict()]})
+    rewrite(stored, {"reports": [to_json(second)]})
     with pytest.raises(ValueError, match=damaged(stored, r"it holds a\.b\.bias, .* of which it has no report")):
         journal.read("block-0000")
 

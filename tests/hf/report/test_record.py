@@ -137,7 +137,7 @@ def test_the_mean_loss_is_that_of_the_stored_method_or_of_a_named_one():
     assert report.mean_loss() == pytest.approx(sum(layer.losses["armorfact"] for layer in report.layers) / 8)
     assert report.mean_loss("wanda") == pytest.approx(5.0123 * report.mean_loss())
     del report.layers[5].losses["wanda"]
-    with pytest.raises(ValueError, match=f"a loss by wanda of every layer, got none of {report.layers[5].name}"):
+    with pytest.raises(ValueError, match=f"'wanda' was not measured on {report.layers[5].name}: ask"):
         report.mean_loss("wanda")
 
 

@@ -17,7 +17,7 @@ from numba.extending import intrinsic, models, register_model
 from armorfact_hf.layers.kernels.simd import floats
 
 LANES = 32
-_byte, _half_word, _word, _long = map(ir.IntType, (8, 16, 32, 64))
+_half_word, _word, _long = map(ir.IntType, (16, 32, 64))
 _halves, _sums = ir.VectorType(_half_word, LANES), ir.VectorType(ir.FloatType(), 16)
 _sixteen = ir.VectorType(_half_word, 16)
 

@@ -84,9 +84,8 @@ def hired(choice: Choice, job: Job, progress: Progress, folder: Path | None = No
     """The workers of a job, before its first block; in this process, states wait in ``folder`` if there is one.
 
     Raises:
-        ValueError, ImportError: see `check_workers`. ConnectionError: no cluster answers.
+        ConnectionError: no cluster answers.
     """
-    check_workers(choice, job)
     if choice is None:
         yield InProcess.of(job, progress, folder)
         return
