@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from armorfact_hf.checkpoint.verify import verify_folder as verify_folder
     from armorfact_hf.data.calibration import Calibration as Calibration
     from armorfact_hf.data.load_model import load_model as load_model
+    from armorfact_hf.data.own_text import write_text as write_text
     from armorfact_hf.data.tokens import tokenize as tokenize
     from armorfact_hf.data.tokens import windows as windows
     from armorfact_hf.evaluation.measure import Evaluation as Evaluation
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from armorfact_hf.runs.recover import recover_to_folder as recover_to_folder
     from armorfact_hf.runs.save import save_pruned as save_pruned
     from armorfact_hf.runs.teach import teach_to_folder as teach_to_folder
+    from armorfact_hf.runs.write import write_to_file as write_to_file
 
 # Where each name is defined; the imports above say the same to type checkers (tests compare the two).
 _HOMES = {
@@ -98,6 +100,8 @@ _HOMES = {
     "tokenize": "data.tokens",
     "train_factors_": "recovery.trainable",
     "verify_folder": "checkpoint.verify",
+    "write_text": "data.own_text",
+    "write_to_file": "runs.write",
     "windows": "data.tokens",
 }
 __all__ = sorted(_HOMES)

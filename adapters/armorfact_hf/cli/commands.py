@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from armorfact_hf.cli import bench, evaluate, folders, prune, push, recover, teach
+from armorfact_hf.cli import bench, evaluate, folders, prune, push, recover, teach, write
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,7 @@ app.command()(prune.prune)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(recover.recover)
 app.command()(teach.teach)
+app.command()(write.write)
 app.command()(push.push)
 app.command()(folders.inspect)
 app.command()(folders.export)

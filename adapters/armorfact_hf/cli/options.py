@@ -13,7 +13,8 @@ MODEL_HELP = "A model folder, a name on the hub, or demo:smollm2, demo:gemma3-27
 TEXT_HELP = "A file of plain text, demo:gensim-enwiki, demo:qasper or demo:python; may be given more than once."
 CALIBRATION = "demo:gensim-enwiki"
 CALIBRATION_HELP = (
-    f"A file of plain text, {CALIBRATION} or demo:python; may be given more than once: they share the windows."
+    f"A file of plain text, {CALIBRATION}, demo:python, or self (what the dense model writes by itself); may be given "
+    "more than once: they share the windows."
 )
 
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16 or float64.")]

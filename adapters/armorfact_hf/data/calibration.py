@@ -11,7 +11,8 @@ import torch
 
 from armorfact_hf.data.load_model import Loaded, Log
 from armorfact_hf.data.origin import DEMO
-from armorfact_hf.data.texts import calibration_source, tokens_of
+from armorfact_hf.data.own_text import SELF, own_text
+from armorfact_hf.data.texts import Text, calibration_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
 
 
@@ -20,7 +21,8 @@ class Calibration:
     """Which tokens statistics are gathered from.
 
     Args:
-        text: a file of plain text, "demo:gensim-enwiki" or "demo:python"; or several, which share the windows evenly.
+        text: a file of plain text, "demo:gensim-enwiki", "demo:python", or "self", what the dense model writes when
+            nothing is asked of it; or several, which share the windows evenly.
         windows: how many, spread evenly over each text, or None for all of it; length: tokens of each.
     """
 
@@ -42,17 +44,26 @@ class Calibration:
         """(windows, length) int64; a bos heads every window if the tokenizer puts it before texts.
 
         Raises:
-            ValueError: no text, too few tokens in one of them, or fewer windows than texts.
+            ValueError: no text, too few tokens in one of them, or fewer windows than texts; a model that cannot write
+                its own (`armorfact_hf.data.own_text`), or no number of windows for it.
         """
         texts, length = self.texts, loaded.window(self.length)
         if not texts or (self.windows is not None and self.windows < len(texts)):
             raise ValueError(f"expected one text or more, and a window for each, got {len(texts)} and {self.windows}")
         found = []
         for place, name in enumerate(texts):
-            tokens, count = tokens_of(calibration_source(name, log), loaded), self._share(place)
+            count = self._share(place)
+            text = self._own(loaded, count, length, log) if name == SELF else calibration_source(name, log)
+            tokens = tokens_of(text, loaded)
             windows(tokens, length, count, bos=loaded.bos)  # raises if there are too few tokens
             found += spread(windows(tokens, length, bos=loaded.bos), count)
         return torch.from_numpy(np.stack(found))
+
+    @staticmethod
+    def _own(loaded: Loaded, count: int | None, length: int, log: Log) -> Text:
+        if count is None:
+            raise ValueError(f"the text {SELF!r} has no end: say how many windows (--windows)")
+        return Text(SELF, "drawn from the model", own_text(loaded, count * length, log))
 
     def _share(self, place: int) -> int | None:
         """How many windows the text at a place has."""

@@ -98,8 +98,9 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     where = _folder_or_hub_name(name, log)
     if Path(where).is_dir():
         check_files(Path(where))
+    folder = _config_folder(where)
     tokenizer = _tokenizer(where)  # which takes no time, and may be missing
-    model = _model(where, dtype, place)
+    model = _model(where, folder, dtype, place)
     # A folder is remembered by its whole path, so that it is found again from elsewhere.
     known_as = name if name.startswith(DEMO) else where
     return Loaded(known_as, model.eval(), tokenizer)
@@ -172,12 +173,20 @@ def check_files(folder: Path) -> None:
         pass
 
 
-def _model(where: str, dtype: str, place: torch.device) -> nn.Module:
+def _config_folder(where: str) -> Path:
+    """The folder, or where the hub's files are kept."""
     try:
-        config = cached_file(where, CONFIG)  # in the folder, or where the hub's files are kept
+        config = cached_file(where, CONFIG)
         cached_file(where, ADAPTER, _raise_exceptions_for_missing_entries=False)  # is refused where there is one
+    except OSError as error:
+        raise ValueError(f"cannot load the model {where!r}: {error}") from error
+    return Path(config).parent if config else Path(where)
+
+
+def _model(where: str, folder: Path, dtype: str, place: torch.device) -> nn.Module:
+    try:
         try:
-            describe_folder(Path(config).parent if config else Path(where))
+            describe_folder(folder)
         except NotPruned:
             with foreign_code_told(where):
                 model: nn.Module = AutoModelForCausalLM.from_pretrained(

@@ -23,7 +23,7 @@ from tests.hf.models import random_text
 
 PATHS = [str(Path(__file__).parents[3] / name) for name in ("", "adapters")]
 SHORT = ["--length", "24"]
-COMMANDS = ("prune", "eval", "inspect", "export", "recover", "teach", "bench", "push")
+COMMANDS = ("prune", "eval", "inspect", "export", "recover", "teach", "write", "bench", "push")
 
 
 @pytest.fixture(autouse=True)
