@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from armorfact_hf.pruning.plan import Plan
+
+
+Log = Callable[[str], None]  # takes a sentence
 
 
 @dataclass(frozen=True)

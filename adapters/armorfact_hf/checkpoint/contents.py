@@ -7,10 +7,10 @@ from torch import Tensor
 
 from armorfact import Pattern
 from armorfact.packed import unpack_positions
+from armorfact_hf.checkpoint.damage import AGAIN
 from armorfact_hf.layers.format import LayerFormat
 
 PANEL = 1 << 22  # elements that are unpacked at once
-AGAIN = "copy or download it again"
 
 
 def check_contents(where: str, data: Tensor, part: str, layer: LayerFormat) -> None:

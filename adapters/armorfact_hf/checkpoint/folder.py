@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from armorfact_hf.checkpoint.config_file import CONFIG, read_config
+from armorfact_hf.checkpoint.damage import AGAIN, opened
 from armorfact_hf.checkpoint.description import Description, NotPruned
 from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.checkpoint.shards import shards
@@ -141,9 +142,7 @@ def _damage_told(folder: Path) -> Iterator[None]:
     except DAMAGE as error:
         if ran_out(error):
             raise
-        raise ValueError(
-            f"cannot load {folder} ({type(error).__name__}: {error}): copy or download it again"
-        ) from error
+        raise ValueError(f"cannot load {folder} ({type(error).__name__}: {error}): {AGAIN}") from error
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -153,9 +152,6 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         ValueError: a file that is damaged or missing.
     """
     for path in shards(folder):
-        try:
-            with safe_open(path, "pt") as stored:
-                for name in stored.keys():  # noqa: SIM118
-                    yield name, stored.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
+        with opened(path) as stored:
+            for name in stored.keys():  # noqa: SIM118
+                yield name, stored.get_tensor(name)

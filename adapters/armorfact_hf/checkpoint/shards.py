@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from armorfact_hf.checkpoint.contents import AGAIN
+from armorfact_hf.checkpoint.damage import AGAIN
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

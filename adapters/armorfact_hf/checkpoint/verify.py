@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from armorfact_hf.checkpoint.contents import AGAIN, check_contents
+from armorfact_hf.checkpoint.contents import check_contents
+from armorfact_hf.checkpoint.damage import AGAIN, opened
 from armorfact_hf.checkpoint.description import Description, tensor_digest
 from armorfact_hf.checkpoint.shards import index_of, shards, weight_map
 from armorfact_hf.layers.format import LayerFormat
@@ -113,7 +112,7 @@ def _headers(files: Sequence[Path]) -> dict[str, _Stored]:
     """The tensors of all files by name, from the headers."""
     tensors: dict[str, _Stored] = {}
     for path in files:
-        with _opened(path) as stored:
+        with opened(path) as stored:
             for name in stored.keys():  # noqa: SIM118
                 part = stored.get_slice(name)
                 tensor = _Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
@@ -228,15 +227,6 @@ def _check_shape(tensor: _Stored, part: str, expected: tuple[int, ...], layer: L
     )
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "pt") as stored:
-            yield stored
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cannot be read ({error}): {AGAIN}") from error
-
-
 def _contents(tensors: dict[str, _Stored], names: Collection[str]) -> Iterator[tuple[_Stored, Tensor]]:
     """Those of the tensors that have one of the names, one in memory at a time."""
     seen = 0
@@ -248,7 +238,7 @@ def _contents(tensors: dict[str, _Stored], names: Collection[str]) -> Iterator[t
 
     wanted = (tensor for tensor in tensors.values() if tensor.name in names)
     for (path, _), group in groupby(wanted, portion):
-        with _opened(path) as stored:
+        with opened(path) as stored:
             for tensor in group:
                 try:
                     data = stored.get_tensor(tensor.name)

@@ -50,7 +50,7 @@ def prune(  # typer reads options from the signature: it is as long as there are
         str, typer.Option(help="Aim at weight (W X, X as pruned) or output (what the dense model computes).")
     ] = DEFAULTS.target,
     init: Annotated[
-        str, typer.Option(help=f"Where the factorization starts: {', '.join(settings.METHODS[1:])}.")
+        str, typer.Option(help=f"Where the factorization starts: {', '.join(settings.ONE_SHOT)}.")
     ] = DEFAULTS.init,
     sweeps: Annotated[int, typer.Option(help="Sweeps of the solver over a layer, at most.")] = DEFAULTS.sweeps,
     rtol: Annotated[float, typer.Option(help="A layer ends when sweeps gain less than this share.")] = DEFAULTS.rtol,

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from armorfact_hf.data.load_model import Loaded, Log
+from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.data.origin import DEMO
 from armorfact_hf.data.own_text import SELF, own_text
 from armorfact_hf.data.texts import Text, calibration_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
+from armorfact_hf.observer import Log
 
 
 @dataclass(frozen=True)

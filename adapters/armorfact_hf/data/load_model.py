@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from armorfact_hf.data.open_on_disk import open_on_disk
 from armorfact_hf.data.origin import DEMO
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk, Weights
+from armorfact_hf.observer import Log
 from armorfact_hf.pruning.fingerprint import disk_fingerprint, model_fingerprint
-
-Log = Callable[[str], None]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

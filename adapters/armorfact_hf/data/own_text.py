@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armorfact_hf.data.load_model import Loaded, Log
+from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.files import remember
 from armorfact_hf.layers.stack import PRUNED
 from armorfact_hf.model.causal_lm import CausalLM, cache_name
 from armorfact_hf.model.on_disk import OnDisk
+from armorfact_hf.observer import Log
 from armorfact_hf.pruning.fingerprint import config_fingerprint
 
 SELF = "self"  # the name of such a text among those to calibrate on

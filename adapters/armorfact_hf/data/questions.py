@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from armorfact_hf.data.wheels import Log, WheelMember, cache_folder, fetch_joined
+from armorfact_hf.data.wheels import WheelMember, cache_folder, fetch_joined
 from armorfact_hf.files import written_whole
+from armorfact_hf.observer import Log
 
 _log: Log = logging.getLogger(__name__).info
 

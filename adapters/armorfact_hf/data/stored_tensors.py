@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.accelerate import accelerate_disk_offload
 
+from armorfact_hf.checkpoint.damage import AGAIN, opened
 from armorfact_hf.checkpoint.shards import shards
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.conversions import Conversion, loading_conversions
@@ -41,12 +41,9 @@ class FolderFiles:
         """
         files, shapes = {}, {}
         for path in shards(folder):
-            try:
-                with safe_open(path, "pt") as stored:
-                    for name in stored.keys():  # noqa: SIM118
-                        files[name], shapes[name] = path, tuple(stored.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is damaged ({error}): copy or download it again") from error
+            with opened(path) as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    files[name], shapes[name] = path, tuple(stored.get_slice(name).get_shape())
         return cls(folder, files, shapes)
 
     @property
@@ -142,7 +139,7 @@ def made_tensors(model: CausalLM, files: FolderFiles) -> dict[str, Conversion]:
             if shape != expected:
                 raise ValueError(
                     f"{files.folder} holds {len(conversion.parts)} tensors of which {name} is made ({parts}): they "
-                    f"give the shape {shape}, expected {expected}; copy or download it again"
+                    f"give the shape {shape}, expected {expected}; {AGAIN}"
                 )
             found[name] = conversion
     return found

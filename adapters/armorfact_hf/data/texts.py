@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from armorfact_hf.data import demo_text
-from armorfact_hf.data.load_model import Loaded, Log
+from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.data.origin import DEMO
 from armorfact_hf.data.tokens import tokenize
+from armorfact_hf.observer import Log
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
-Log = Callable[[str], None]
+from armorfact_hf.observer import Log
+
 _log: Log = logging.getLogger(__name__).info
 
 

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from armorfact_hf.data.questions import TASKS, Question, fetch_questions
-from armorfact_hf.data.wheels import Log
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.observer import Log
 from armorfact_hf.quiet import quiet
 
 _log: Log = logging.getLogger(__name__).info

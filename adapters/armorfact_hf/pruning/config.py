@@ -11,8 +11,9 @@ from typing import Any
 from armorfact import Pattern
 from armorfact_hf.pruning.schedule import Matching
 
-METHODS = ("armorfact", "sparsegpt", "wanda", "nowag", "magnitude")
-BASELINES = ("sparsegpt", "wanda", "nowag", "magnitude", "paper")
+ONE_SHOT = ("sparsegpt", "wanda", "nowag", "magnitude")
+METHODS = ("armorfact", *ONE_SHOT)
+BASELINES = (*ONE_SHOT, "paper")
 OBJECTIVES = ("gram", "diagonal", "nowag")
 WHOLE_DTYPES = ("int8",)  # of cores and wrappers
 AUTO, PRICED = "auto", "priced"  # how blocks are chosen
@@ -97,7 +98,7 @@ class PruneConfig:
         _one_of("objective", self.objective, OBJECTIVES)
         _one_of("propagate", self.propagate, ("pruned", "dense"))
         _one_of("target", self.target, ("weight", "output"))
-        _one_of("init", self.init, METHODS[1:])
+        _one_of("init", self.init, ONE_SHOT)
         _one_of("refine", self.refine, ("block", None))
         _one_of("core_dtype", self.core_dtype, (*WHOLE_DTYPES, None))
         _one_of("wrapper_dtype", self.wrapper_dtype, (*WHOLE_DTYPES, None))

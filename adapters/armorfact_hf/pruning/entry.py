@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from armorfact import Pattern
+from armorfact_hf.checkpoint.damage import without_way_out
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.verify import verify
 from armorfact_hf.files import room_for, written_beside
@@ -143,9 +144,8 @@ class Entry:
         try:
             yield
         except DAMAGE as error:
-            what = str(error).partition(": copy or download")[0]  # there is a nearer way out
             raise ValueError(
-                f"{self.path} is damaged ({what}); delete that one file, and {self.again} again"
+                f"{self.path} is damaged ({without_way_out(error)}); delete that one file, and {self.again} again"
             ) from error
 
 

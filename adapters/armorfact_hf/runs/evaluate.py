@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from armorfact_hf.data.load_model import Loaded, Log, load_model
+from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.data.origin import CARD
 from armorfact_hf.data.texts import check_name
 from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, check_text, perplexity_of
 from armorfact_hf.evaluation.tasks import TaskScore, check_request, evaluate_tasks
 from armorfact_hf.layers.stack import PRUNED
-from armorfact_hf.observer import Observer
+from armorfact_hf.observer import Log, Observer
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
 

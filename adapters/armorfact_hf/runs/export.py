@@ -6,8 +6,9 @@ from pathlib import Path
 
 from armorfact_hf.checkpoint.dense import to_dense_
 from armorfact_hf.checkpoint.folder import describe_folder
-from armorfact_hf.data.load_model import Log, load_model
+from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room, room_for, workshop
+from armorfact_hf.observer import Log
 
 
 def export_dense(folder: Path, out: Path, log: Log = print) -> None:

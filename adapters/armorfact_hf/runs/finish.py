@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from armorfact_hf.checkpoint.assembly import assemble
+from armorfact_hf.checkpoint.damage import without_way_out
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.folder import describe_folder, save_pruned
 from armorfact_hf.checkpoint.quantizer import put_layers_
@@ -91,8 +92,8 @@ def _check_written(draft: Path, model: CausalLM, out: Path) -> None:
         verify_folder(draft, description)
     except ValueError as error:
         raise OSError(
-            f"{out} was not written as it is in memory ({_finding(error)}): check the disk; what is finished is kept, "
-            "and the same call writes it again"
+            f"{out} was not written as it is in memory ({without_way_out(error)}): check the disk; what is finished is "
+            "kept, and the same call writes it again"
         ) from error
 
 
@@ -128,9 +129,6 @@ def _check_whole(out: Path, tokenizer: Any) -> None:
         if tokenizer is not None and not (out / "tokenizer_config.json").is_file():
             raise ValueError("it lacks tokenizer_config.json")
     except ValueError as error:
-        raise ValueError(f"{out} is not whole ({_finding(error)}): remove it, and the same call makes it") from error
-
-
-def _finding(error: Exception) -> str:
-    """What is wrong, without the way out, which is another one here."""
-    return str(error).partition(": copy or download")[0]
+        raise ValueError(
+            f"{out} is not whole ({without_way_out(error)}): remove it, and the same call makes it"
+        ) from error

@@ -13,9 +13,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.checkpoint.verify import verify_folder
-from armorfact_hf.data.load_model import Log
 from armorfact_hf.data.origin import CARD
 from armorfact_hf.files import DRAFT
+from armorfact_hf.observer import Log
 from armorfact_hf.report.card import write_card
 
 # The base of all errors of the HTTP library, whichever this huggingface_hub is built on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from armorfact_hf.checkpoint.contents import AGAIN
+from armorfact_hf.checkpoint.damage import AGAIN
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.folder import describe_folder, local_folder
 from armorfact_hf.checkpoint.verify import check_headers, verify_folder

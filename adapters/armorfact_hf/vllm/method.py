@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 
-from armorfact_hf.checkpoint.contents import AGAIN
+from armorfact_hf.checkpoint.damage import AGAIN
 from armorfact_hf.checkpoint.measured import use_measured_
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.joined import JoinedLinears, refusal

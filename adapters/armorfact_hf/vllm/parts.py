@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from armorfact_hf.checkpoint.contents import AGAIN, check_contents
+from armorfact_hf.checkpoint.contents import check_contents
+from armorfact_hf.checkpoint.damage import AGAIN
 from armorfact_hf.layers.cuts import Share
 from armorfact_hf.layers.format import LayerFormat, dtype_name
 from armorfact_hf.layers.linear import FactorizedLinear

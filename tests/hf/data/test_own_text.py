@@ -1,4 +1,4 @@
-"""Text that a model writes itself: drawn by its probabilities, enough of it, the same again, refused where it must be."""
+"""Text that a model writes itself: drawn by its probabilities, enough of it, the same again, or refused."""
 
 from __future__ import annotations
 
