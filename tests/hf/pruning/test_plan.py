@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import astuple
 
 import pytest
 import torch
 
 from armorfact_hf.cli.tables import plan_lines
+from armorfact_hf.pruning import estimate
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import make_job
+from armorfact_hf.pruning.memory import memory_of
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_, prune_job_
 from armorfact_hf.pruning.states import States
+from armorfact_hf.pruning.workers.spread import spread_of
 from tests.hf.models import BLOCKS, random_tokens, tiny_model
 from tests.hf.observers import Stepping
 
@@ -145,3 +149,24 @@ def test_a_plan_of_later_blocks_runs_those_before_first():
 def test_the_plan_refuses_what_pruning_would():
     with pytest.raises(ValueError, match="no layer can be pruned"):
         make_plan(tiny_model("llama"), random_tokens(), PruneConfig(block=7))
+
+
+def test_the_peak_is_the_sum_of_its_parts():
+    job = make_job(tiny_model("llama"), random_tokens(), PruneConfig(baselines=(), tail=1))
+    memory = memory_of(job)
+    assert all(astuple(memory)) and memory.peak == sum(astuple(memory))
+    spread = spread_of(job, 3)
+    assert spread.store and spread.peak == spread.leader.peak + 3 * spread.worker.peak + spread.store
+
+
+def test_twice_the_windows_take_twice_as_long_and_layers_as_long_as_their_flops(monkeypatch):
+    monkeypatch.setattr(estimate, "_seconds", lambda work: (work() and None) or 1.0)
+    monkeypatch.setattr(estimate, "_seconds_a_flop", lambda layer, statistics, config: 0.0)
+    config = PruneConfig(sweeps=1, refine=None, baselines=())
+    short, long = (make_job(tiny_model("llama"), random_tokens(windows), config) for windows in (4, 8))
+    assert estimate.estimated_seconds(long) == 2 * estimate.estimated_seconds(short) > 0
+    flowing = estimate.estimated_seconds(short)
+    monkeypatch.setattr(estimate, "_seconds_a_flop", lambda layer, statistics, config: 1.0)
+    assert estimate.estimated_seconds(short) - flowing == pytest.approx(estimate._flops(short))
+    wider = make_job(tiny_model("llama", intermediate_size=128), random_tokens(), config)
+    assert estimate._flops(wider) > estimate._flops(short) > 0
