@@ -19,6 +19,7 @@ from torch import Tensor
 from armorfact_hf.checkpoint.contents import check_contents
 from armorfact_hf.checkpoint.damage import AGAIN, opened
 from armorfact_hf.checkpoint.description import Description, tensor_digest
+from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.checkpoint.shards import index_of, shards, weight_map
 from armorfact_hf.layers.format import LayerFormat
 
@@ -61,14 +62,18 @@ class _Stored:
         return math.prod(self.shape) * (FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 1)
 
 
-def verify_folder(folder: Path, description: Description) -> Verified:
+def verify_folder(folder: Path, description: Description | None = None) -> Verified:
     """`verify` the files of a folder, and its index if it has one.
 
+    Args:
+        description: what its config.json says, read if it is not given.
+
     Raises:
+        NotPruned: the folder holds no pruned model.
         ValueError: a file that is missing or damaged, an index that is damaged, names a file outside of the folder or
             disagrees with the files; and whatever `verify` finds.
     """
-    return _verify(_folder_headers(folder), description)
+    return _verify(_folder_headers(folder), description or describe_folder(folder))
 
 
 def check_headers(folder: Path, description: Description) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ import torch
 from armorfact import Pattern
 
 MAX_SIZE = 1 << 24  # of a dimension of a layer: far above every model, far below what overflows
-WHOLE_DTYPES = {"int8": torch.int8}  # of kept values and wrappers, where that is not the dtype of all else
+INTEGER_DTYPES = {"int8": torch.int8}  # of kept values and wrappers, where that is not the dtype of all else
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class LayerFormat:
     def _check_dtypes(self) -> None:
         for key in ("core_dtype", "wrapper_dtype"):
             dtype = getattr(self, key)
-            if dtype is not None and not (isinstance(dtype, str) and dtype in WHOLE_DTYPES):
+            if dtype is not None and not (isinstance(dtype, str) and dtype in INTEGER_DTYPES):
                 raise ValueError(
-                    f"module {self.name}: expected a {key} of {', '.join(WHOLE_DTYPES)}, got {shown(dtype)}"
+                    f"module {self.name}: expected a {key} of {', '.join(INTEGER_DTYPES)}, got {shown(dtype)}"
                 )
         if self.core_dtype is not None and self.block is None:
             raise ValueError(f"module {self.name}: expected no core_dtype without blocks, got {self.core_dtype}")
@@ -98,9 +98,9 @@ class LayerFormat:
         """The dtypes of those tensors that hold whole numbers, by their part; all others are floating."""
         found = {"positions": torch.uint8}
         if self.core_dtype is not None:
-            found["values"] = WHOLE_DTYPES[self.core_dtype]
+            found["values"] = INTEGER_DTYPES[self.core_dtype]
         if self.wrapper_dtype is not None:
-            found["left"] = found["right"] = WHOLE_DTYPES[self.wrapper_dtype]
+            found["left"] = found["right"] = INTEGER_DTYPES[self.wrapper_dtype]
         return found
 
     @property

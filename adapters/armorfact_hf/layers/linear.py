@@ -13,7 +13,7 @@ from armorfact import BlockDiagonal, Core, Pattern
 from armorfact_hf.layers import operators as operators  # registers what `forward` calls
 from armorfact_hf.layers import plain
 from armorfact_hf.layers.execution import STRATEGIES, Execution
-from armorfact_hf.layers.format import WHOLE_DTYPES, LayerFormat
+from armorfact_hf.layers.format import INTEGER_DTYPES, LayerFormat
 from armorfact_hf.layers.parts import PARTS, StoredParts, is_cast, name_of, put_empty_, scales_of, wrapper
 from armorfact_hf.layers.strategy import Kind, Operands
 
@@ -98,7 +98,7 @@ class FactorizedLinear(StoredParts):
         cls, layout: LayerFormat, bias: bool, dtype: torch.dtype | None = None, device: Any = None
     ) -> FactorizedLinear:
         """A layer of these sizes that holds zeros."""
-        whole = [WHOLE_DTYPES.get(each or "") for each in (layout.core_dtype, layout.wrapper_dtype)]
+        whole = [INTEGER_DTYPES.get(each or "") for each in (layout.core_dtype, layout.wrapper_dtype)]
         return cls(*layout.shape, layout.pattern, layout.block, bias, dtype, device, *whole)
 
     @classmethod

@@ -15,7 +15,7 @@ ONE_SHOT = ("sparsegpt", "wanda", "nowag", "magnitude")
 METHODS = ("armorfact", *ONE_SHOT)
 BASELINES = (*ONE_SHOT, "paper")
 OBJECTIVES = ("gram", "diagonal", "nowag")
-WHOLE_DTYPES = ("int8",)  # of cores and wrappers
+INTEGER_DTYPES = ("int8",)  # of cores and wrappers
 AUTO, PRICED = "auto", "priced"  # how blocks are chosen
 DEFAULT_SHRINKAGE = 1.0
 OF_FACTORS = ("block", "objective", "shrinkage", "init", "sweeps", "rtol")  # settings of method="armorfact" alone
@@ -100,8 +100,8 @@ class PruneConfig:
         _one_of("target", self.target, ("weight", "output"))
         _one_of("init", self.init, ONE_SHOT)
         _one_of("refine", self.refine, ("block", None))
-        _one_of("core_dtype", self.core_dtype, (*WHOLE_DTYPES, None))
-        _one_of("wrapper_dtype", self.wrapper_dtype, (*WHOLE_DTYPES, None))
+        _one_of("core_dtype", self.core_dtype, (*INTEGER_DTYPES, None))
+        _one_of("wrapper_dtype", self.wrapper_dtype, (*INTEGER_DTYPES, None))
         Pattern.parse(self.pattern)
         self._check_numbers()
         self._check_combinations()

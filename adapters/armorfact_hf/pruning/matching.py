@@ -32,7 +32,7 @@ from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.schedule import FACTORS, Matching, kept_aside
 
 MOST_HALVINGS = 8
-WHOLE = torch.float32, torch.float64  # precisions that a block can be tuned in without mixing
+FULL_PRECISION = torch.float32, torch.float64  # precisions that a block can be tuned in without mixing
 NOT_MIXED = "not tuned: the block does not run in mixed precision; a model in float32 is tuned without"
 
 Layers = Mapping[str, FactorizedLinear]
@@ -83,7 +83,7 @@ def match_block_(
         The layers that the model holds now, in the dtype of those given, and the report.
     """
     before, mixed = distance_aside(aim), _runs_mixed(aim)
-    if not mixed and any(layer.values.dtype not in WHOLE for layer in layers.values()):
+    if not mixed and any(layer.values.dtype not in FULL_PRECISION for layer in layers.values()):
         return dict(layers), BlockReport(decoder_block, before, before, False, (NOT_MIXED,), aim.unit)
     masters = {name: master_of(layer).use_(None) for name, layer in layers.items()}
     put_layers_(model, masters)

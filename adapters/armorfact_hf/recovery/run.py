@@ -10,21 +10,23 @@ from torch import Tensor, nn
 
 from armorfact_hf.data.tokens import spread
 from armorfact_hf.observer import Observer, Step
+from armorfact_hf.pruning import schedule
 from armorfact_hf.pruning.journal import Journal
 from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.factors import TrainedFactors
 from armorfact_hf.recovery.report import Recovery
-from armorfact_hf.recovery.settings import KEPT_ASIDE, RecoverySettings
+from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.recovery.state import Progress, read_state_, write_state
 
+MOST_ASIDE = 8  # windows that are measured on, each time
 MOST_NORM = 1.0  # of the gradient; a longer one is cut down to it
 MOST_HALVINGS = 8  # of the rate, after which the run ends
 
 
 def kept_aside(windows: int) -> list[int]:
     """The windows that measure and do not train: one in eight and at most eight, one of fewer than eight."""
-    return spread(range(min(KEPT_ASIDE, windows) - 1, windows, KEPT_ASIDE), KEPT_ASIDE)
+    return spread(schedule.kept_aside(windows), MOST_ASIDE)
 
 
 class Run:

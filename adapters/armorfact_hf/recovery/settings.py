@@ -10,7 +10,6 @@ from armorfact_hf.pruning.schedule import FACTORS
 
 TRAINED = {"factors": FACTORS, "wrappers": ("left", "right")}
 LEAST = 0.1  # the share of the rate that the cosine ends at
-KEPT_ASIDE = 8  # one window in so many measures and does not train; there are at most as many of them
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.checkpoint.verify import verify_folder
-from armorfact_hf.layers.format import WHOLE_DTYPES, LayerFormat
+from armorfact_hf.layers.format import INTEGER_DTYPES, LayerFormat
 from armorfact_hf.report.record import FILE, Report
 
 
@@ -73,7 +73,7 @@ def inspect_folder(folder: Path) -> list[HeldLayer]:
 def _theory(layer: LayerFormat, dtype: torch.dtype) -> tuple[float, float]:
     """N / M of the weight, at its own size and some bits for its position; and the blocks, with their scales."""
     (d_out, d_in), pattern = layer.shape, layer.pattern
-    value, entry = (WHOLE_DTYPES.get(name or "", dtype) for name in (layer.core_dtype, layer.wrapper_dtype))
+    value, entry = (INTEGER_DTYPES.get(name or "", dtype) for name in (layer.core_dtype, layer.wrapper_dtype))
     core = d_out * d_in * pattern.keep / pattern.group * (value.itemsize + pattern.index_bits / 8)
     (b_out, b_in), count = layer.block or (0, 0), layer.experts or 1
     scales = 0 if layer.wrapper_dtype is None else 2 * dtype.itemsize * (d_out + d_in)

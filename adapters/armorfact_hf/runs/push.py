@@ -11,7 +11,6 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.checkpoint.verify import verify_folder
 from armorfact_hf.data.origin import CARD
 from armorfact_hf.files import DRAFT
@@ -58,7 +57,7 @@ def push_to_hub(
             "pushing needs a token of the hub that may write: run `hf auth login`, set HF_TOKEN, or give token="
         )
     log(f"Verifying {folder}.")
-    verify_folder(folder, describe_folder(folder))
+    verify_folder(folder)
     if not (folder / CARD).exists():
         write_card(folder)
     api = HfApi(token=token)
