@@ -82,12 +82,14 @@ def _without_lost_channels(matrix: Array, least: float) -> Array:
     lost = diagonal == 0
     if not bool(xp.any(lost)):
         return matrix
-    energy = xp.where(lost, xp.full_like(diagonal, least), diagonal)
-    if bool(xp.any(lost[:, None] & (xp.abs(matrix) > least**0.5 * energy**0.5))):
-        raise ValueError(
-            "XXt is not positive semidefinite: a channel with zero energy on the diagonal is "
-            "correlated with another one"
-        )
+    size = xp.where(lost, xp.full_like(diagonal, least), diagonal) ** 0.5
+    for part in arrays.panels(matrix.shape[0]):
+        beyond = xp.abs(matrix[part, :]) > size[part][:, None] * size[None, :]
+        if bool(xp.any(beyond & (lost[part][:, None] | lost[None, :]))):
+            raise ValueError(
+                "XXt is not positive semidefinite: a channel with zero energy on the diagonal is "
+                "correlated with another one"
+            )
     return xp.where(lost[:, None] | lost[None, :], xp.zeros_like(matrix), matrix)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 MODEL_HELP = "A model folder, a name on the hub, or demo:smollm2, demo:gemma3-270m, demo:qwen2.5-coder-0.5b."
 TEXT_HELP = "A file of plain text, demo:gensim-enwiki, demo:qasper or demo:python; may be given more than once."
 CALIBRATION = "demo:gensim-enwiki"
+TEXTS_HELP = f"A file of plain text, {CALIBRATION} or demo:python; may be given more than once: they share the windows."
 CALIBRATION_HELP = (
     f"A file of plain text, {CALIBRATION}, demo:python, or self (what the dense model writes by itself); may be given "
     "more than once: they share the windows."
@@ -20,6 +21,7 @@ CALIBRATION_HELP = (
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16 or float64.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU if there is one.")]
 Texts = Annotated[list[str], typer.Option("--text", help=TEXT_HELP)]
+TaughtTexts = Annotated[list[str], typer.Option("--calibration", help=TEXTS_HELP)]
 CalibrationTexts = Annotated[list[str], typer.Option("--calibration", help=CALIBRATION_HELP)]
 CalibrationWindows = Annotated[
     int | None, typer.Option("--windows", min=2, help="Windows of calibration text; all of it if not given.")

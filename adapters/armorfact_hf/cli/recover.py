@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from armorfact_hf.cli import tables
-from armorfact_hf.cli.options import CALIBRATION, CalibrationTexts, CalibrationWindows, Device, Length
+from armorfact_hf.cli.options import CALIBRATION, CalibrationWindows, Device, Length, TaughtTexts
 from armorfact_hf.cli.terminal import errors_as_sentences, say, shown_progress
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
 
@@ -27,7 +27,7 @@ def recover(
     rate: Annotated[
         float, typer.Option(help="The learning rate at its highest, as a share of the size of entries.")
     ] = DEFAULTS.rate,
-    calibration: CalibrationTexts = [CALIBRATION],  # noqa: B006
+    calibration: TaughtTexts = [CALIBRATION],  # noqa: B006
     windows: CalibrationWindows = None,
     length: Length = 2048,
     teacher: Annotated[

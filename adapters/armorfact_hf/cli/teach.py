@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from armorfact_hf.cli.options import CALIBRATION, CalibrationTexts, CalibrationWindows, Device, Length
+from armorfact_hf.cli.options import CALIBRATION, CalibrationWindows, Device, Length, TaughtTexts
 from armorfact_hf.cli.terminal import errors_as_sentences, say, shown_progress
 
 
@@ -15,7 +15,7 @@ def teach(
     model: Annotated[str, typer.Argument(help="The teacher: a folder, a name on the hub, or demo:smollm2.")],
     out: Annotated[Path, typer.Option(help="The folder to write, or to add to.")],
     likeliest: Annotated[int, typer.Option(min=1, help="How many words of each position are kept.")] = 128,
-    calibration: CalibrationTexts = [CALIBRATION],  # noqa: B006
+    calibration: TaughtTexts = [CALIBRATION],  # noqa: B006
     windows: CalibrationWindows = None,
     length: Length = 2048,
     device: Device = None,

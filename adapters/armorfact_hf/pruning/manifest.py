@@ -89,6 +89,11 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pat
         for key in sorted({*stored, *wanted})
         if stored.get(key) != wanted.get(key)
     ]
+    if differing and all(key not in stored for key in wanted if stored.get(key) != wanted[key]):
+        raise DifferentRun(
+            f"{folder} is of an earlier version of armorfact, which did not note all that a run depends on "
+            f"({'; '.join(differing)}): name another folder, or delete this one"
+        )
     if differing:
         raise DifferentRun(
             f"{folder} belongs to another run ({'; '.join(differing)}). Give that run's arguments to continue it, "

@@ -18,6 +18,7 @@ from armorfact_hf.pruning.fitting import fitting_layers
 from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.record import PerplexityRecord, Report
 from armorfact_hf.runs.evaluate import evaluate_folder
+from armorfact_hf.runs.finish import refuse_unfinished
 from armorfact_hf.runs.load_to_prune import fits_whole, load_to_prune
 from armorfact_hf.runs.prune_to_folder import checked_job, prune_to_folder
 
@@ -111,6 +112,8 @@ def compare(
     for evaluation in evaluations:
         check_name(evaluation.text)
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}
+    for folder in beside.values():
+        refuse_unfinished(folder)
     for place, (method, folder) in enumerate({**beside, config.method: out}.items()):
         observer.say(f"Pruning {model} by {method}, into {folder}.")
         # What the others would be compared with on every layer stands in the report of the chosen method already.

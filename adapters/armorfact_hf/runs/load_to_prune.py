@@ -6,6 +6,7 @@ from pathlib import Path
 
 from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import Loaded, device_of, load_model, open_model
+from armorfact_hf.data.own_text import SELF
 from armorfact_hf.free_memory import available
 from armorfact_hf.model.on_disk import NotStreamable
 from armorfact_hf.model.structure import Select
@@ -37,14 +38,14 @@ def load_to_prune(
         model, dtype, device: see `load_model`.
         config, calibration, states, workers: what memory goes by.
         stream: True opens it on disk, False loads it into memory. None does what there is memory for; a name on the hub
-            is loaded then.
+            is loaded then, and so is a model that writes its own text.
 
     Raises:
         NotStreamable: ``stream`` is True, and the model can only be loaded as a whole.
         ValueError: see `load_model`.
     """
-    if stream is None and not _large(model, device, workers):
-        stream = False
+    if stream is None and (SELF in calibration.texts or not _large(model, device, workers)):
+        stream = False  # a model on disk writes no text
     if stream is False:
         return load_model(model, dtype, device, observer.say)
     try:

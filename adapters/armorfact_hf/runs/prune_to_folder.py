@@ -17,7 +17,7 @@ from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.journal import Journal
-from armorfact_hf.pruning.manifest import check_same
+from armorfact_hf.pruning.manifest import MANIFEST, check_same, read_manifest
 from armorfact_hf.pruning.plan import Plan, plan_job, planned_layers
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
 from armorfact_hf.pruning.workers.choice import Choice, check_workers
@@ -104,6 +104,8 @@ def checked_job(
     check_workers(workers, job)
     if out.exists():
         check_same(Report.read(out).manifest, job.manifest, out)
+    elif ((begun := journal_of(out)) / MANIFEST).exists():
+        check_same(read_manifest(begun), job.manifest, begun)
     return job
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.data.calibration import EVERYTHING, Calibration
 from armorfact_hf.data.load_model import load_model
+from armorfact_hf.data.own_text import refuse_self
 from armorfact_hf.files import check_room
 from armorfact_hf.free_memory import available
 from armorfact_hf.layers.stack import pruned_modules
@@ -62,11 +63,13 @@ def recover_to_folder(
     """
     settings, observer = settings or RecoverySettings(), observer or Observer()
     check_save_every(save_every)
+    refuse_self(calibration)
     refuse_unfinished(out)
     describe_folder(folder)
     report = Report.read(folder)
     loaded = load_model(str(folder), device=device, log=observer.say)
-    _check_memory(loaded.model, settings, teacher)
+    if not out.exists():
+        _check_memory(loaded.model, settings, teacher)
     dense = _teacher(report, teacher, device, observer)
     tokens = checked_request(loaded.model, calibration.tokens(loaded, observer.say), dense, settings)
     manifest = manifest_of(loaded.model, dense, tokens, settings)
@@ -100,12 +103,13 @@ def _teacher(report: Report, name: str | None, device: str | None, observer: Obs
 def _check_memory(model: Any, settings: RecoverySettings, teacher: str | None) -> None:
     """Raise ValueError if there is no room beside the pruned model for what a recovery holds from beginning to end.
 
-    That is the dense model, and of each trained number the factor, its gradient, its momentum, the one before and the
-    best. What the blocks keep of a window comes on top.
+    That is the dense model, a copy of every factor to train, and of each trained number its gradient, its momentum, the
+    one before and the best. What the blocks keep of a window comes on top.
     """
     layers = pruned_modules(model)
+    needed = sum(_trained_bytes(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
     parts = [getattr(layer, name) for layer in layers for name in TRAINED[settings.train]]
-    needed = sum(part.nbytes + 4 * part.numel() * max(part.itemsize, 4) for part in parts if part is not None)
+    needed += sum(part.nbytes + 3 * _trained_bytes(part) for part in parts if part is not None)
     ways = "train wrappers alone (--train wrappers)"
     if teacher is None or not StoredTeacher.found_in(teacher):
         needed += torch.bfloat16.itemsize * _dense_numbers(model, layers)
@@ -115,6 +119,11 @@ def _check_memory(model: Any, settings: RecoverySettings, teacher: str | None) -
         raise ValueError(
             f"recovery takes {needed / 1e9:.1f} GB beside the pruned model, and {free / 1e9:.1f} GB are free: {ways}"
         )
+
+
+def _trained_bytes(tensor: torch.Tensor) -> int:
+    """Of a tensor in float32 or more; whole numbers stay."""
+    return tensor.numel() * (max(tensor.itemsize, 4) if tensor.is_floating_point() else tensor.itemsize)
 
 
 def _dense_numbers(model: Any, layers: Sequence[Any]) -> int:

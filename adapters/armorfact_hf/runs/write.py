@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.data.own_text import check_writer, write_text
-from armorfact_hf.files import written_beside
+from armorfact_hf.data.own_text import BYTES_A_TOKEN, check_writer, write_text
+from armorfact_hf.files import check_room, written_beside
 from armorfact_hf.observer import Observer, Step
 
 
@@ -28,13 +28,15 @@ def write_to_file(
         observer: told of every step; it prints sentences by default.
 
     Raises:
-        FileExistsError: ``out`` exists. ValueError: no such model, a pruned one, or less than one token.
+        FileExistsError: ``out`` exists. OSError: it cannot be written there. ValueError: no such model, one that cannot
+            write text, or less than one token.
     """
     observer = observer or Observer()
     if out.exists():
         raise FileExistsError(f"{out} exists already: name a new file")
     if tokens < 1:
         raise ValueError(f"expected one token of text or more, got {tokens}")
+    check_room(out.parent, BYTES_A_TOKEN * tokens)
     loaded = load_model(model, dtype, device, observer.say)
     check_writer(loaded)
     text = write_text(
@@ -47,3 +49,5 @@ def write_to_file(
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(out) as draft:
         draft.write_text(text, encoding="utf-8")
+        if out.exists():
+            raise FileExistsError(f"{out} was made by somebody else meanwhile: name a new file")

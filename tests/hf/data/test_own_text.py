@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from armorfact_hf.data import own_text as writing
 from armorfact_hf.data.calibration import Calibration
@@ -14,6 +15,10 @@ from armorfact_hf.data.own_text import own_text, write_text
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
+from armorfact_hf.runs import load_to_prune as choosing
+from armorfact_hf.runs.load_to_prune import load_to_prune
+from armorfact_hf.runs.recover import recover_to_folder
+from armorfact_hf.runs.teach import teach_to_folder
 from armorfact_hf.runs.write import write_to_file
 from tests.hf.models import random_tokens, tiny_model, word_tokenizer
 from tests.hf.observers import Silent
@@ -66,7 +71,7 @@ def test_documents_end_at_marks_and_what_the_model_has_read_counts(tokenizer, mo
     """The text is that of drawing every word anew from all those before it in its row."""
     model = tiny_model("llama", initializer_range=0.5).eval()
     marks = writing._marks(model, tokenizer)
-    found = list(writing._drawn(model, marks, 3, torch.Generator().manual_seed(5), None))
+    found = writing._drawn(model, marks, 3, 24, torch.Generator().manual_seed(5), lambda step: None)
     generator, rows = torch.Generator().manual_seed(5), torch.full((3, 1), marks[0])
     with torch.no_grad():
         for _ in range(24):
@@ -91,6 +96,61 @@ def test_it_is_kept_for_the_next_time_and_by_model(tokenizer, monkeypatch):
     assert own_text(first, 100, silent) == text
     with pytest.raises(TypeError):
         own_text(first, 101, silent)
+    first.model.generation_config.eos_token_id = 5  # other documents
+    with pytest.raises(TypeError):
+        own_text(first, 100, silent)
+
+
+def test_line_ends_are_those_that_a_file_gives_back(tokenizer, monkeypatch):
+    class Old:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, *texts, **more):
+            return tokenizer(*texts, **more)
+
+        def decode(self, *tokens, **more):
+            return f"a\r\nb\rc {tokenizer.decode(*tokens, **more)}"
+
+    loaded = Loaded("one", tiny_model("llama").eval(), Old())
+    first = own_text(loaded, 100, silent)
+    assert "\r" not in first and own_text(loaded, 100, silent) == first
+
+
+def test_what_rows_keep_in_memory_is_bounded(tokenizer, monkeypatch):
+    model = tiny_model("llama").eval()
+    monkeypatch.setattr(writing, "CACHE_BYTES", 3 * 2 * 24 * 3 * 32 * 4)  # of three rows: layers, width, float32
+    rows, steps = [], []
+    drawn = writing._drawn
+    monkeypatch.setattr(writing, "_drawn", lambda *given: rows.append(given[2]) or drawn(*given))
+    text = write_text(model, tokenizer, 300, progress=lambda done, total: steps.append((done, total)))
+    assert count(text, tokenizer) >= 300 and set(rows) == {3}
+    assert [done for done, _ in steps] == list(range(24 * len(rows))) and steps[0][1] == 24 * 5
+    assert all(done < total for done, total in steps)
+
+
+def test_a_model_without_a_cache_is_told(tokenizer):
+    config = transformers.OpenAIGPTConfig(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel keeps no cache to write by: calibrate it on a text"):
+        write_text(transformers.OpenAIGPTLMHeadModel(config).eval(), tokenizer, 10)
+
+
+def test_a_model_that_writes_is_loaded_into_memory(model_folder, monkeypatch):
+    """However large it is: from disk it could not write."""
+    monkeypatch.setattr(choosing, "available", lambda device: 1)
+    found = load_to_prune(str(model_folder), None, Calibration("self", 2, 24), observer=Silent())
+    assert found.weights is None
+    loaded = open_model(str(model_folder), log=silent)
+    with pytest.raises(ValueError, match="leave out --stream"):
+        Calibration("self", 2, 24).tokens(loaded, silent)
+    Calibration("self", 2, 24).tokens(found, silent)
+    assert Calibration("self", 2, 24).tokens(loaded, silent).shape == (2, 24)  # what is in the cache needs no writing
+
+
+@pytest.mark.parametrize("run", [recover_to_folder, teach_to_folder])
+def test_a_recovery_reads_its_text_from_a_file(run, tmp_path):
+    with pytest.raises(ValueError, match="'self' is for `armorfact prune`"):
+        run(tmp_path / "no folder", tmp_path / "out", calibration=Calibration("self", 4, 24))
 
 
 def test_it_shares_the_windows_with_other_texts(tokenizer, text_file):

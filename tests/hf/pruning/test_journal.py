@@ -11,7 +11,7 @@ from armorfact_hf.pruning import journal as journals
 from armorfact_hf.pruning import manifest
 from armorfact_hf.pruning.entry import Finished
 from armorfact_hf.pruning.journal import PRICES, Journal, layer_key, remove_leftover
-from armorfact_hf.pruning.manifest import DifferentRun, refuse_foreign
+from armorfact_hf.pruning.manifest import DifferentRun, check_same, refuse_foreign
 from tests.hf.pruning.entries import MANIFEST, finished, same
 
 
@@ -186,3 +186,10 @@ def test_a_folder_that_its_writer_takes_away_meanwhile_is_nobodys(tmp_path, monk
     listed = iter([{"theirs"}, {"theirs"}])
     with pytest.raises(DifferentRun, match="holds no journal"):
         refuse_foreign(tmp_path, "journal")
+
+
+def test_a_run_of_an_earlier_version_that_noted_less_is_told_so(folder):
+    with pytest.raises(DifferentRun, match=r"is of an earlier version of armorfact, .*pruned_config: null there"):
+        check_same(MANIFEST, {**MANIFEST, "pruned_config": "5f"}, folder)
+    with pytest.raises(DifferentRun, match="belongs to another run"):
+        check_same({**MANIFEST, "model": "other"}, {**MANIFEST, "pruned_config": "5f"}, folder)

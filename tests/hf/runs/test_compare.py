@@ -228,6 +228,17 @@ def test_a_folder_that_is_in_the_way_is_told_before_the_other_methods_are_pruned
     with pytest.raises(DifferentRun, match=r"config\.sweeps: 2 there, 1 now"):
         compared(model_folder, out, text_file)
     shutil.rmtree(out)
+    begun = out.with_name(f"{out.name}.journal")
+    begun.mkdir()
+    (begun / "manifest.json").write_text(json.dumps({"config.sweeps": 7}))
+    with pytest.raises(DifferentRun, match=r"config\.sweeps: 7 there, 1 now"):
+        compared(model_folder, out, text_file)
+    shutil.rmtree(begun)
+    beside = out.with_name(f"{out.name}-magnitude")
+    beside.mkdir()
+    with pytest.raises(DifferentRun, match="-magnitude exists and is no folder"):
+        compared(model_folder, out, text_file, methods=("wanda", "magnitude"))
+    beside.rmdir()
     out.mkdir()
     with pytest.raises(DifferentRun, match="is no folder that armorfact finished"):
         compared(model_folder, out, text_file)
