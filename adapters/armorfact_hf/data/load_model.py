@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
@@ -96,9 +95,12 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     where = _folder_or_hub_name(name, log)
     if Path(where).is_dir():
         check_files(Path(where))
-    folder = _config_folder(where)
+    pruned = _is_pruned(where)
     tokenizer = _tokenizer(where)  # which takes no time, and may be missing
-    model = _model(where, folder, dtype, place)
+    if pruned:
+        model = load_pruned(where, place, None if dtype == "auto" else getattr(torch, dtype))
+    else:
+        model = _dense_model(where, dtype).to(place)
     # A folder is remembered by its whole path, so that it is found again from elsewhere.
     known_as = name if name.startswith(DEMO) else where
     return Loaded(known_as, model.eval(), tokenizer)
@@ -171,29 +173,27 @@ def check_files(folder: Path) -> None:
         pass
 
 
-def _config_folder(where: str) -> Path:
-    """The folder, or where the hub's files are kept."""
+def _is_pruned(where: str) -> bool:
+    """Whether a model, in a folder or on the hub, is pruned; its config is read strictly."""
     try:
         config = cached_file(where, CONFIG)
         cached_file(where, ADAPTER, _raise_exceptions_for_missing_entries=False)  # is refused where there is one
+        describe_folder(Path(config).parent if config else Path(where))
+    except NotPruned:
+        return False
     except OSError as error:
         raise ValueError(f"cannot load the model {where!r}: {error}") from error
-    return Path(config).parent if config else Path(where)
+    return True
 
 
-def _model(where: str, folder: Path, dtype: str, place: torch.device) -> nn.Module:
+def _dense_model(where: str, dtype: str) -> CausalLM:
     try:
-        try:
-            describe_folder(folder)
-        except NotPruned:
-            with foreign_code_told(where):
-                model: nn.Module = AutoModelForCausalLM.from_pretrained(
-                    where, dtype=dtype, use_safetensors=True, trust_remote_code=False
-                )
-                return model.to(place)
+        with foreign_code_told(where):
+            return AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     except OSError as error:
         raise ValueError(f"cannot load the model {where!r}: {error}") from error
-    return load_pruned(where, place, None if dtype == "auto" else getattr(torch, dtype))
 
 
 def _tokenizer(where: str) -> Any:

@@ -380,7 +380,7 @@ def test_a_folder_below_a_file_is_told_beforehand(refused, text_file):
 def test_a_damaged_file_of_the_model_is_named(damage, refused, model_folder):
     path = model_folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    refused(re.escape(str(path)) + r" is damaged \(.+\): copy or download it again")
+    refused(re.escape(str(path)) + r" is damaged or cannot be read \(.+\): copy or download it again")
 
 
 def test_a_missing_shard_is_named(refused, tmp_path):
