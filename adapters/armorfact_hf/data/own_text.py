@@ -36,7 +36,7 @@ CACHE_BYTES = 2**31  # of keys and values that all rows may take, at most, as fa
 BYTES_A_TOKEN = 16  # of text, far more than there are
 SPARE = 1.2  # times as many tokens as are asked for: documents are put into words, and these into tokens again
 VERSION = 1  # of how a text is drawn
-Told = Callable[[int, int], object]
+Progress = Callable[[int, int], object]  # is given the steps done, and those there will be
 
 
 def own_text(loaded: Loaded, tokens: int, log: Log) -> str:
@@ -79,7 +79,7 @@ def refuse_self(calibration: Calibration) -> None:
         raise ValueError(f"{SELF!r} is for `armorfact prune`: let `armorfact write` write the text, and give that file")
 
 
-def write_text(model: CausalLM, tokenizer: Any, tokens: int, seed: int = 0, progress: Told | None = None) -> str:
+def write_text(model: CausalLM, tokenizer: Any, tokens: int, seed: int = 0, progress: Progress | None = None) -> str:
     """Documents that a model writes, one after another with an empty line between.
 
     Args:
