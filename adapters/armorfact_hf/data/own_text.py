@@ -20,7 +20,7 @@ from torch import Tensor
 from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.files import check_room, written_beside
-from armorfact_hf.layers.stack import PRUNED
+from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.model.causal_lm import CausalLM, cache_name
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.observer import Log
@@ -67,7 +67,7 @@ def check_writer(loaded: Loaded) -> None:
             f"{loaded.name} is read from disk one decoder block at a time, which is too slow to write text: leave out "
             "--stream, or let `armorfact write` do it on a machine that holds the model, and give its file"
         )
-    if any(isinstance(module, PRUNED) for module in loaded.model.modules()):
+    if pruned_modules(loaded.model):
         raise ValueError(
             f"{loaded.name} is pruned: let `armorfact write` write the dense model's text, and give that file"
         )

@@ -84,12 +84,9 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pat
     Raises:
         DifferentRun: names each entry that differs, with both values.
     """
-    differing = [
-        f"{key}: {_short(stored.get(key))} there, {_short(wanted.get(key))} now"
-        for key in sorted({*stored, *wanted})
-        if stored.get(key) != wanted.get(key)
-    ]
-    if differing and all(key not in stored for key in wanted if stored.get(key) != wanted[key]):
+    keys = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
+    differing = [f"{key}: {_short(stored.get(key))} there, {_short(wanted.get(key))} now" for key in keys]
+    if differing and not any(key in stored for key in keys):
         raise DifferentRun(
             f"{folder} is of an earlier version of armorfact, which did not note all that a run depends on "
             f"({'; '.join(differing)}): name another folder, or delete this one"

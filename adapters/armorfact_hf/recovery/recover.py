@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import armorfact
-from armorfact_hf.layers.stack import PRUNED, pruned_modules
+from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.checks import checked_tokens
 from armorfact_hf.pruning.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
@@ -124,7 +124,7 @@ def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
     refuse_integers(model, settings.train)
     if isinstance(teacher, nn.Module):
         check_teacher(teacher)
-        if any(isinstance(module, PRUNED) for module in teacher.modules()):
+        if pruned_modules(teacher):
             raise ValueError("the teacher is pruned: give the dense model, loaded beside the pruned one")
     sizes = [_vocabulary(x) for x in (model, teacher)]
     if sizes[0] != sizes[1]:
@@ -145,7 +145,7 @@ def _opened(
 ) -> AbstractContextManager[Journal | None]:
     if state is None:
         return nullcontext()
-    pattern = next(module.pattern for module in model.modules() if isinstance(module, PRUNED))
+    pattern = pruned_modules(model)[0].pattern
     return Journal.open(Path(state), manifest_of(model, teacher, tokens, settings), pattern)
 
 

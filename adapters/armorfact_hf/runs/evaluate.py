@@ -11,7 +11,7 @@ from armorfact_hf.data.origin import CARD
 from armorfact_hf.data.texts import check_name
 from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, check_text, perplexity_of
 from armorfact_hf.evaluation.tasks import TaskScore, check_request, evaluate_tasks
-from armorfact_hf.layers.stack import PRUNED
+from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.observer import Log, Observer
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
@@ -133,7 +133,7 @@ def evaluate_dense(
     Raises:
         ValueError: the model is pruned; `evaluate_folder` compares it with its dense one.
     """
-    if any(isinstance(module, PRUNED) for module in loaded.model.modules()):
+    if pruned_modules(loaded.model):
         raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
     observer = Observer() if observer is None else observer
     for evaluation in evaluations:
