@@ -21,8 +21,9 @@ BIN := .venv/bin
 demo: .venv/hf-ready  ## prune a real model by three methods and compare them; continues where it was stopped
 	$(BIN)/armorfact prune demo:smollm2 --out pruned-smollm2 --dtype bfloat16 --compare wanda,sparsegpt
 
+# A process of one thread for each core takes about half the time of one process on all of them: most tests are small.
 test: .venv/ready  ## run every test that needs no network and no GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 # The CPU build of vLLM brings its own PyTorch; the packages taken out again do not import beside it.
 .venv-vllm/ready: pyproject.toml

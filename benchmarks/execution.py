@@ -22,7 +22,7 @@ from armorfact.steps.feedback import round_plainly
 from armorfact_hf.bench.timing import time_side_by_side
 from armorfact_hf.layers.execution import Execution
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.strategy import PAIR
+from armorfact_hf.layers.strategies.strategy import PAIR
 
 SHAPES = ["4096x4096", "11008x4096", "2048x640", "1536x576"]
 COPIES_BYTES = 1 << 30

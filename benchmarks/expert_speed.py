@@ -22,7 +22,7 @@ from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.routed import Gating
 from armorfact_hf.layers.stack import FactorizedStack
-from armorfact_hf.layers.strategy import PAIR
+from armorfact_hf.layers.strategies.strategy import PAIR
 
 BYTES_OF_POSITIONS = [0x44, 0x48, 0x4C, 0x89, 0x8D, 0xCE]  # two groups of two columns each
 

@@ -18,8 +18,8 @@ import transformers
 
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.journal import LAYER, Journal
 from armorfact_hf.pruning.prune import PruneReport, prune_
+from armorfact_hf.pruning.resume.journal import LAYER, Journal
 
 
 class Quiet(Observer):

@@ -19,10 +19,10 @@ from torch import nn
 
 from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.pruning import matching, muon
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.prune import prune_
+from armorfact_hf.pruning.tuning import matching, muon
+from armorfact_hf.pruning.tuning.muon import Muon
 from benchmarks.evidence.tables import table
 
 WHOLE = 2**20  # a tile as large as any factor

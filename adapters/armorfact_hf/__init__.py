@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from armorfact_hf.observer import Observer as Observer
     from armorfact_hf.observer import Step as Step
     from armorfact_hf.pruning.config import PruneConfig as PruneConfig
-    from armorfact_hf.pruning.manifest import DifferentRun as DifferentRun
     from armorfact_hf.pruning.plan import Plan as Plan
     from armorfact_hf.pruning.plan import make_plan as make_plan
     from armorfact_hf.pruning.prune import PruneReport as PruneReport
     from armorfact_hf.pruning.prune import prune_ as prune_
+    from armorfact_hf.pruning.resume.manifest import DifferentRun as DifferentRun
     from armorfact_hf.recovery.recover import recover_ as recover_
     from armorfact_hf.recovery.report import Recovery as Recovery
     from armorfact_hf.recovery.settings import RecoverySettings as RecoverySettings
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 # Where each name is defined; the imports above say the same to type checkers (tests compare the two).
 _HOMES = {
     "Calibration": "data.calibration",
-    "DifferentRun": "pruning.manifest",
+    "DifferentRun": "pruning.resume.manifest",
     "Evaluation": "evaluation.measure",
     "Execution": "layers.execution",
     "FactorizedLinear": "layers.linear",

@@ -14,11 +14,11 @@ from armorfact import factorize
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.stream import BlockStream, frozen
 from armorfact_hf.model.structure import decoder_blocks
-from armorfact_hf.pruning.aims import StateAim
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.matching import match_block_
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.schedule import Matching
+from armorfact_hf.pruning.tuning.aims import StateAim
+from armorfact_hf.pruning.tuning.matching import match_block_
 from benchmarks.gpu.parts import Item
 from benchmarks.gpu.report import Values
 from benchmarks.gpu.setup import BLOCKS, Setup

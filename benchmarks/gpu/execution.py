@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.layers.execution import STRATEGIES, Execution
-from armorfact_hf.layers.strategy import PAIR, Kind
+from armorfact_hf.layers.strategies.strategy import PAIR, Kind
 from benchmarks.execution import copies, dense_layers, random_layer
 from benchmarks.gpu.parts import Item
 from benchmarks.gpu.report import Labels, Skipped, Values

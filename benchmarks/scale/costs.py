@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from armorfact_hf.model.moments import Statistics, add_gram_
 from armorfact_hf.model.stream import BlockStream, frozen
-from armorfact_hf.pruning.aims import StateAim
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.layer import prune_layer
-from armorfact_hf.pruning.matching import match_block_
 from armorfact_hf.pruning.schedule import Matching
 from armorfact_hf.pruning.states import States
+from armorfact_hf.pruning.tuning.aims import StateAim
+from armorfact_hf.pruning.tuning.matching import match_block_
 
 SHRINK = 8
 HIDDEN, INNER, HEADS, KEY_HEADS = 8192, 28672, 64, 8  # Llama 70B

@@ -13,7 +13,7 @@ import torch
 from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.layers.strategy import PAIR
+from armorfact_hf.layers.strategies.strategy import PAIR
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.pruning.prune import PruneReport, prune_

@@ -14,7 +14,7 @@ from armorfact_hf.bench.timing import time_side_by_side
 from armorfact_hf.layers.execution import Execution
 from armorfact_hf.layers.joined import JoinedLinears
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.strategy import PAIR
+from armorfact_hf.layers.strategies.strategy import PAIR
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.fitting import fitting_block
 from benchmarks.execution import COPIES_BYTES, copies

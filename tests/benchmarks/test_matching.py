@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from armorfact_hf import PruneConfig
-from armorfact_hf.pruning import matching, muon
 from armorfact_hf.pruning.prune import prune_
+from armorfact_hf.pruning.tuning import matching, muon
 from benchmarks.matching import FORMS, AdamW, tuned_by
 from tests.hf.models import random_tokens, tiny_model
 

@@ -26,7 +26,7 @@ from armorfact_hf.data.origin import DEMO
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk, Weights
 from armorfact_hf.observer import Log
-from armorfact_hf.pruning.fingerprint import disk_fingerprint, model_fingerprint
+from armorfact_hf.pruning.resume.fingerprint import disk_fingerprint, model_fingerprint
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

@@ -24,7 +24,7 @@ from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.model.causal_lm import CausalLM, cache_name
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.observer import Log
-from armorfact_hf.pruning.fingerprint import config_fingerprint
+from armorfact_hf.pruning.resume.fingerprint import config_fingerprint
 
 if TYPE_CHECKING:
     from armorfact_hf.data.calibration import Calibration

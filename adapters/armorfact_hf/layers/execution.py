@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from armorfact_hf.layers import dense, packed, semi_structured, unpacked
-from armorfact_hf.layers.strategy import Kind, Strategy
+from armorfact_hf.layers.strategies import dense, packed, semi_structured, unpacked
+from armorfact_hf.layers.strategies.strategy import Kind, Strategy
 
 STRATEGIES: dict[str, Strategy] = {
     "packed": packed,

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from armorfact_hf.layers import packed_experts
 from armorfact_hf.layers.routed import PROJECTIONS, Gating, SeparateExperts, by_expert, expert_output, one_by_one
 from armorfact_hf.layers.stack import FactorizedStack
+from armorfact_hf.layers.strategies import packed_experts
 
 
 class FactorizedExperts(nn.Module):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from armorfact import BlockDiagonal, Core, Pattern
 from armorfact_hf.layers import operators as operators  # registers what `forward` calls
-from armorfact_hf.layers import plain
 from armorfact_hf.layers.execution import STRATEGIES, Execution
 from armorfact_hf.layers.format import INTEGER_DTYPES, LayerFormat
 from armorfact_hf.layers.parts import PARTS, StoredParts, is_cast, name_of, put_empty_, scales_of, wrapper
-from armorfact_hf.layers.strategy import Kind, Operands
+from armorfact_hf.layers.strategies import plain
+from armorfact_hf.layers.strategies.strategy import Kind, Operands
 
 OPERANDS = ("values", "positions", "left", "right", "merged", "compressed", "left_scales", "right_scales")
 

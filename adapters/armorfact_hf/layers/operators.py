@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from armorfact import Pattern
-from armorfact_hf.layers import packed
 from armorfact_hf.layers.execution import STRATEGIES, Execution, default_execution
-from armorfact_hf.layers.strategy import Kind, Operands
+from armorfact_hf.layers.strategies import packed
+from armorfact_hf.layers.strategies.strategy import Kind, Operands
 
 FACTORS = 8  # how many a layer has, see `FactorizedLinear.tensors`
 

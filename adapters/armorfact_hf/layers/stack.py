@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from armorfact import Pattern
 from armorfact_hf.layers import operators as operators  # registers what `FactorizedStack.product` calls
-from armorfact_hf.layers import packed_experts, plain
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.parts import PARTS, StoredParts, is_cast, put_empty_
-from armorfact_hf.layers.strategy import Kind, Operands
+from armorfact_hf.layers.strategies import packed_experts, plain
+from armorfact_hf.layers.strategies.strategy import Kind, Operands
 
 
 class FactorizedStack(StoredParts):

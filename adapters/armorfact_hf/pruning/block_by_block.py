@@ -10,14 +10,14 @@ from typing import Any
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.on_disk import HEAD
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.pruning.entry import Finished, Pruned
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Journal, layer_key
 from armorfact_hf.pruning.layer import LayerReport
-from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.progress import Clock, Progress
+from armorfact_hf.pruning.resume.entry import Finished, Pruned
+from armorfact_hf.pruning.resume.journal import Journal, layer_key
 from armorfact_hf.pruning.spilled import set_aside
 from armorfact_hf.pruning.tail import Tail
+from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.pruning.workers.protocol import Workers
 
 

@@ -48,8 +48,8 @@ class PruneConfig:
         sweeps: most sweeps of the solver over a layer.
         rtol: a layer ends after three sweeps that each lower its loss by less than this share.
         refine: "block" tunes the factors of a whole decoder block, once its layers are factorized, towards what the
-            dense model computes there (`armorfact_hf.pruning.matching`); None keeps them as factorized. It is for the
-            method "armorfact", and takes two windows of calibration or more: some are kept aside.
+            dense model computes there (`armorfact_hf.pruning.tuning.matching`); None keeps them as factorized. It is
+            for the method "armorfact", and takes two windows of calibration or more: some are kept aside.
         passes: over the calibration windows while a block is tuned; four times as many for the first block.
         rate: the learning rate of its factors, as a share of the root mean square of each.
         tail: the last so many blocks are tuned once more, together, towards the words of the dense model, if the last

@@ -15,12 +15,12 @@ from armorfact_hf.model.moments import Statistics
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.model.stream import BlockStream, evaluating
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.pruning.aims import LOGITS_A_STEP
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import prune_layer
 from armorfact_hf.pruning.side_by_side import layer_flops
 from armorfact_hf.pruning.states import States
+from armorfact_hf.pruning.tuning.aims import LOGITS_A_STEP
 
 BACKWARD = 3.5  # what forward, backward and a step cost, in forward passes
 SPREAD = 0.02  # the standard deviation of weights that are made up for timing

@@ -24,14 +24,14 @@ from armorfact_hf.model.rehearsal import (
 from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_blocks
 from armorfact_hf.pruning.checks import check_experts, check_model, check_states, checked_tokens
 from armorfact_hf.pruning.config import PRICED, PruneConfig
-from armorfact_hf.pruning.fingerprint import (
+from armorfact_hf.pruning.fitting import fitting_layers
+from armorfact_hf.pruning.resume.fingerprint import (
     config_fingerprint,
     disk_fingerprint,
     model_fingerprint,
     tokens_fingerprint,
 )
-from armorfact_hf.pruning.fitting import fitting_layers
-from armorfact_hf.pruning.manifest import flat_manifest
+from armorfact_hf.pruning.resume.manifest import flat_manifest
 from armorfact_hf.pruning.schedule import Matching
 
 PRICED_WINDOWS, PRICED_LENGTH = 4, 1024  # at most, spread over the calibration text, and tokens of each

@@ -30,13 +30,13 @@ from armorfact_hf.model.rehearsal import HAVE_NO_PRICES
 from armorfact_hf.model.stream import BlockStream, starting_at_embedding
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.model.words import drawn_gradient
-from armorfact_hf.pruning.aims import LOGITS_A_STEP
 from armorfact_hf.pruning.config import DEFAULT_SHRINKAGE
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import shrunk
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.spilled import Hidden
 from armorfact_hf.pruning.states import States
+from armorfact_hf.pruning.tuning.aims import LOGITS_A_STEP
 
 
 def prices(job: Job, progress: Progress, folder: Path | None) -> dict[str, float]:

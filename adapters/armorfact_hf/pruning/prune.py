@@ -22,14 +22,14 @@ from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.block_by_block import BlockByBlock, units
 from armorfact_hf.pruning.budget import shared_out
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.entry import Finished
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.journal import PRICES, Journal
 from armorfact_hf.pruning.layer import LayerReport, mean_loss
-from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.notes import damping_noted
 from armorfact_hf.pruning.prices import prices
 from armorfact_hf.pruning.progress import Clock, Progress
+from armorfact_hf.pruning.resume.entry import Finished
+from armorfact_hf.pruning.resume.journal import PRICES, Journal
+from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.pruning.workers.choice import Choice, check_workers, hired
 
 

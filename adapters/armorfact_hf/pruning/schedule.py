@@ -15,11 +15,11 @@ LEAST = 0.1
 
 @dataclass(frozen=True)
 class Matching:
-    """How factors are tuned (`armorfact_hf.pruning.matching`).
+    """How factors are tuned (`armorfact_hf.pruning.tuning.matching`).
 
     Args:
         passes: over the windows that are not kept aside, one window a step.
-        rate: what the learning rate stays below, a share of each factor's `armorfact_hf.pruning.muon.unit`.
+        rate: what the learning rate stays below, a share of each factor's `armorfact_hf.pruning.tuning.muon.unit`.
     """
 
     passes: int

@@ -9,10 +9,10 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from armorfact_hf.model.words import Speaker, WordsApart
-from armorfact_hf.pruning.aims import WordAim
-from armorfact_hf.pruning.entry import Finished, Pruned
 from armorfact_hf.pruning.job import Job
+from armorfact_hf.pruning.resume.entry import Finished, Pruned
 from armorfact_hf.pruning.states import States
+from armorfact_hf.pruning.tuning.aims import WordAim
 
 S = TypeVar("S")
 

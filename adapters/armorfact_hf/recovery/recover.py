@@ -14,9 +14,9 @@ import armorfact
 from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.checks import checked_tokens
-from armorfact_hf.pruning.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
-from armorfact_hf.pruning.journal import Journal
-from armorfact_hf.pruning.manifest import flat_manifest
+from armorfact_hf.pruning.resume.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.resume.journal import Journal
+from armorfact_hf.pruning.resume.manifest import flat_manifest
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.factors import trained_factors
 from armorfact_hf.recovery.report import Recovery

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from armorfact_hf.data.tokens import spread
 from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning import schedule
-from armorfact_hf.pruning.journal import Journal
-from armorfact_hf.pruning.muon import Muon
+from armorfact_hf.pruning.resume.journal import Journal
+from armorfact_hf.pruning.tuning.muon import Muon
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.factors import TrainedFactors
 from armorfact_hf.recovery.report import Recovery

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from armorfact_hf.files import room_for, written_beside
-from armorfact_hf.pruning.entry import DAMAGE
-from armorfact_hf.pruning.journal import Journal
-from armorfact_hf.pruning.seal import BLANK, check_seal, seal
+from armorfact_hf.pruning.resume.entry import DAMAGE
+from armorfact_hf.pruning.resume.journal import Journal
+from armorfact_hf.pruning.resume.seal import BLANK, check_seal, seal
 
 STATE = "state.safetensors"
 

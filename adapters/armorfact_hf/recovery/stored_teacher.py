@@ -20,10 +20,10 @@ from armorfact_hf.files import is_draft, remove, room_for, written_beside
 from armorfact_hf.model.words import POSITIONS_AT_ONCE, Speaker
 from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
-from armorfact_hf.pruning.entry import DAMAGE
-from armorfact_hf.pruning.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
-from armorfact_hf.pruning.lock import lock, unlock
-from armorfact_hf.pruning.manifest import (
+from armorfact_hf.pruning.resume.entry import DAMAGE
+from armorfact_hf.pruning.resume.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
+from armorfact_hf.pruning.resume.lock import lock, unlock
+from armorfact_hf.pruning.resume.manifest import (
     MANIFEST,
     check_same,
     digest_of,
@@ -31,7 +31,7 @@ from armorfact_hf.pruning.manifest import (
     refuse_foreign,
     write_manifest,
 )
-from armorfact_hf.pruning.seal import BLANK, check_seal, seal
+from armorfact_hf.pruning.resume.seal import BLANK, check_seal, seal
 from armorfact_hf.recovery.likeliest import Likeliest
 
 KIND = "likeliest"  # an entry that no other manifest has

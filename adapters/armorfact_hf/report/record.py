@@ -17,7 +17,7 @@ from armorfact_hf.layers.format import shown
 from armorfact_hf.model.structure import DenseLayer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport, mean_loss
-from armorfact_hf.pruning.matching import BlockReport
+from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.typed_json import from_json, to_json
 

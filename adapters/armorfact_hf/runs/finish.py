@@ -25,8 +25,8 @@ from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.model.structure import is_linear
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning.journal import Journal, remove_leftover
-from armorfact_hf.pruning.manifest import DifferentRun, check_same
+from armorfact_hf.pruning.resume.journal import Journal, remove_leftover
+from armorfact_hf.pruning.resume.manifest import DifferentRun, check_same
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.record import FILE, Report
 

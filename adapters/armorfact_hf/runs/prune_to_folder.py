@@ -16,10 +16,10 @@ from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.journal import Journal
-from armorfact_hf.pruning.manifest import MANIFEST, check_same, read_manifest
 from armorfact_hf.pruning.plan import Plan, plan_job, planned_layers
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
+from armorfact_hf.pruning.resume.journal import Journal
+from armorfact_hf.pruning.resume.manifest import MANIFEST, check_same, read_manifest
 from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.record import CalibrationFacts, ModelFacts, Report, Totals
 from armorfact_hf.runs.finish import finish, found_finished, journal_of, refuse_unfinished

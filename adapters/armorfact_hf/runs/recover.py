@@ -19,7 +19,7 @@ from armorfact_hf.files import check_room
 from armorfact_hf.free_memory import available
 from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning.journal import Journal
+from armorfact_hf.pruning.resume.journal import Journal
 from armorfact_hf.recovery.recover import AnyTeacher, check_save_every, checked_request, distil_, manifest_of
 from armorfact_hf.recovery.settings import TRAINED, RecoverySettings
 from armorfact_hf.recovery.stored_teacher import StoredTeacher

@@ -12,7 +12,7 @@ from armorfact_hf.checkpoint.description import Description, digests
 from armorfact_hf.checkpoint.verify import verify
 from armorfact_hf.layers.cuts import Share
 from armorfact_hf.layers.format import LayerFormat
-from armorfact_hf.layers.strategy import PAIR
+from armorfact_hf.layers.strategies.strategy import PAIR
 from armorfact_hf.vllm.parts import Part
 from tests.hf.checkpoint.cases import NAME, config, described, entry, random_layer, tensors_of, written
 from tests.hf.layers.cases import int8_layer, whole_layer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from armorfact_hf import __main__ as program
-from armorfact_hf.pruning.journal import Journal
+from armorfact_hf.pruning.resume.journal import Journal
 from armorfact_hf.report.record import Report
 from tests.hf.processes import begin, exit_code
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from armorfact import BlockDiagonal, Core, Pattern
 from armorfact_hf.layers.execution import PACKED, Execution
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.strategy import PAIR
+from armorfact_hf.layers.strategies.strategy import PAIR
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ON_CPU = ("packed", "unpacked", "dense")

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from armorfact import Pattern
-from armorfact_hf.layers import dense
 from armorfact_hf.layers.execution import (
     FEW_PACKED,
     PACKED,
@@ -22,7 +21,8 @@ from armorfact_hf.layers.execution import (
     runnable,
 )
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.strategy import PAIR, Kind
+from armorfact_hf.layers.strategies import dense
+from armorfact_hf.layers.strategies.strategy import PAIR, Kind
 from tests.hf.layers.cases import DTYPES, random_inputs, random_layer
 
 
@@ -90,7 +90,7 @@ def test_what_runs_where_nothing_was_measured(monkeypatch):
         assert default_execution(kind(device, torch.float64)) == UNPACKED
         assert default_execution(kind(device, torch.float32, Pattern(4, 8))) == UNPACKED
     for there, wanted in ((True, FEW_PACKED[64]), (False, UNPACKED)):
-        monkeypatch.setattr("armorfact_hf.layers.packed.HAS_TRITON", there)
+        monkeypatch.setattr("armorfact_hf.layers.strategies.packed.HAS_TRITON", there)
         assert default_execution(kind("cuda", torch.float16)) == wanted
     assert FEW_PACKED[16] == Execution(((16, "packed"), (None, "unpacked")))
 

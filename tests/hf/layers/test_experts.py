@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from armorfact import Pattern
-from armorfact_hf.layers import packed_experts
 from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.kernels.bf16 import has_bf16
 from armorfact_hf.layers.routed import Gating, by_expert
 from armorfact_hf.layers.stack import FactorizedStack
-from armorfact_hf.layers.strategy import PAIR, Kind
+from armorfact_hf.layers.strategies import packed_experts
+from armorfact_hf.layers.strategies.strategy import PAIR, Kind
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
 from tests.hf.checkpoint.cases import random_layer

@@ -10,7 +10,7 @@ from torch.nn import functional
 from armorfact import Core, Pattern
 from armorfact_hf.layers.execution import PACKED, Execution
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.strategy import PAIR
+from armorfact_hf.layers.strategies.strategy import PAIR
 from tests.hf.layers.cases import ON_CPU, in_float64, packed_operator, random_inputs, random_layer
 
 

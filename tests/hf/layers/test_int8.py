@@ -16,7 +16,7 @@ from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.joined import JoinedLinears, refusal
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.stack import FactorizedStack
-from armorfact_hf.layers.strategy import PAIR, Kind
+from armorfact_hf.layers.strategies.strategy import PAIR, Kind
 from tests.hf.layers.cases import (
     DTYPES,
     ON_CPU,

@@ -11,9 +11,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from armorfact import Pattern
-from armorfact_hf.layers import packed, unpacked
 from armorfact_hf.layers.execution import FEW_PACKED, UNPACKED, Execution
 from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.strategies import packed, unpacked
 from tests.hf.layers.cases import (
     DTYPES,
     ON_CPU,

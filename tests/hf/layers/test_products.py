@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armorfact import Core
-from armorfact_hf.layers import unpacked
 from armorfact_hf.layers.execution import PACKED
 from armorfact_hf.layers.kernels import cpu_packed
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.strategy import PAIR
+from armorfact_hf.layers.strategies import unpacked
+from armorfact_hf.layers.strategies.strategy import PAIR
 from tests.hf.layers.cases import DTYPES, ON_CPU, assert_rounded, factorized, random_inputs, random_layer, runs
 
 # Around a group of four tokens, where packed changes its kernel (24), and where a panel of tokens ends (128).

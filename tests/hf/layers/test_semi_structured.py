@@ -25,7 +25,7 @@ from armorfact_hf.layers.execution import Execution
 from armorfact_hf.layers.kernels import cusparselt
 from armorfact_hf.layers.kernels.cusparselt import DTYPES, Algorithm, compress, product, refusal, search
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.strategy import PAIR, Kind
+from armorfact_hf.layers.strategies.strategy import PAIR, Kind
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # The sizes that PyTorch's conversion takes: rows by 32, and columns, which it does not check itself, by 32 as well.

@@ -83,7 +83,7 @@ def test_the_number_of_threads_changes_no_bit(size):
 
 WITHOUT_AVX512 = """
 import torch
-from armorfact_hf.layers import packed as packed_strategy
+from armorfact_hf.layers.strategies import packed as packed_strategy
 from armorfact_hf.layers.kernels import simd
 from tests.hf.layers.cases import assert_rounded, random_inputs, random_layer, runs
 assert not simd._has_avx512()

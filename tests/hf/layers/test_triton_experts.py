@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from armorfact import Pattern
-from armorfact_hf.layers import packed_experts
 from armorfact_hf.layers.kernels import triton_source
 from armorfact_hf.layers.kernels.triton_experts import product, tiles_of
 from armorfact_hf.layers.stack import FactorizedStack
-from armorfact_hf.layers.strategy import PAIR, Kind
+from armorfact_hf.layers.strategies import packed_experts
+from armorfact_hf.layers.strategies.strategy import PAIR, Kind
 from tests.hf.layers.cases import DTYPES, assert_rounded, random_inputs, random_layer
 from tests.hf.layers.compiled import Compiled
 
@@ -103,11 +103,11 @@ def test_projections_side_by_side():
 
 def test_experts_on_a_gpu_run_in_one_launch(monkeypatch):
     kind = Kind((64, 64), PAIR, torch.bfloat16, torch.device("cuda"))
-    monkeypatch.setattr("armorfact_hf.layers.packed.HAS_TRITON", True)
+    monkeypatch.setattr("armorfact_hf.layers.strategies.packed.HAS_TRITON", True)
     assert packed_experts.runs(kind, [500, 12, 0]) and not packed_experts.runs(kind, [500, 13, 0])
     assert not packed_experts.runs(kind._replace(pattern=Pattern(1, 4)), [1])
     assert not packed_experts.runs(kind._replace(device=torch.device("meta")), [1])
-    monkeypatch.setattr("armorfact_hf.layers.packed.HAS_TRITON", False)
+    monkeypatch.setattr("armorfact_hf.layers.strategies.packed.HAS_TRITON", False)
     assert not packed_experts.runs(kind, [1])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from armorfact_hf.pruning.journal import Journal
+from armorfact_hf.pruning.resume.journal import Journal
 from tests.hf.pruning.entries import MANIFEST, finished
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.pruning.entry import Finished
 from armorfact_hf.pruning.layer import LayerReport
+from armorfact_hf.pruning.resume.entry import Finished
 
 MANIFEST = {"config.pattern": "2:4", "model": "5e", "layers": ["a.b", "a.c"]}
 D_OUT, D_IN, BLOCK = 8, 16, (4, 8)

@@ -16,9 +16,9 @@ from armorfact_hf.evaluation.measure import Evaluation, perplexity_of
 from armorfact_hf.pruning import checks, fitting, job
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import make_job
-from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_
+from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.runs.prune_to_folder import prune_to_folder
 from tests.hf.models import BLOCKS, random_text, random_tokens, tiny_model, word_tokenizer
 from tests.hf.observers import Silent, Stepping

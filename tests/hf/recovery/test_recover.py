@@ -15,8 +15,8 @@ from armorfact import Pattern
 from armorfact_hf.checkpoint.folder import load_pruned, save_pruned
 from armorfact_hf.layers.execution import Execution
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning.lock import InUse, lock, unlock
-from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.pruning.resume.lock import InUse, lock, unlock
+from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.recover import recover_
 from armorfact_hf.recovery.report import Recovery

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from armorfact_hf.model import words
-from armorfact_hf.pruning.fingerprint import tokens_fingerprint
-from armorfact_hf.pruning.lock import InUse, lock, unlock
-from armorfact_hf.pruning.manifest import DifferentRun
-from armorfact_hf.pruning.seal import BLANK, seal
+from armorfact_hf.pruning.resume.fingerprint import tokens_fingerprint
+from armorfact_hf.pruning.resume.lock import InUse, lock, unlock
+from armorfact_hf.pruning.resume.manifest import DifferentRun
+from armorfact_hf.pruning.resume.seal import BLANK, seal
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.recover import recover_
 from armorfact_hf.recovery.settings import RecoverySettings

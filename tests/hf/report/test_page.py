@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.matching import BlockReport
+from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.report.page import duration, render_html, size

@@ -23,7 +23,7 @@ from armorfact_hf.evaluation.perplexity import Perplexity
 from armorfact_hf.evaluation.tasks import TaskScore
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.report.record import Report, TaskRecord
 from armorfact_hf.runs import compare as comparing
 from armorfact_hf.runs import evaluate as measuring

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import finish as finishing
 from tests.hf.observers import Stepping

@@ -24,8 +24,8 @@ from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.evaluation.measure import Evaluation
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.journal import Journal
-from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.pruning.resume.journal import Journal
+from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import prune_to_folder as workflow
 from armorfact_hf.runs.evaluate import evaluate_folder

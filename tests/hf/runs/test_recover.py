@@ -24,7 +24,7 @@ from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
 from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.evaluation.measure import Evaluation
-from armorfact_hf.pruning.manifest import DifferentRun
+from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.recovery import state
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.run import kept_aside

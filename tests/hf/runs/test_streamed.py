@@ -18,13 +18,13 @@ from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model, open_model
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.on_disk import NotStreamable, OnDisk
-from armorfact_hf.pruning import fingerprint
 from armorfact_hf.pruning import job as jobs
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.fingerprint import model_fingerprint
-from armorfact_hf.pruning.manifest import DifferentRun
 from armorfact_hf.pruning.memory import memory_of, model_bytes
 from armorfact_hf.pruning.plan import plan_job
+from armorfact_hf.pruning.resume import fingerprint
+from armorfact_hf.pruning.resume.fingerprint import model_fingerprint
+from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.pruning.workers import in_process
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import load_to_prune as choosing

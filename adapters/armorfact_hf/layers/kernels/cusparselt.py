@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from armorfact import Core
-from armorfact_hf.layers.strategy import PAIR, Kind
+from armorfact_hf.layers.strategies.strategy import PAIR, Kind
 
 # For float32 the hardware's pattern is 1:2, which a 2:4 core breaks wherever it keeps two neighbours of a pair.
 DTYPES = (torch.float16, torch.bfloat16)

@@ -17,7 +17,9 @@ def kernels_for(x: Tensor) -> ModuleType:
     """
     found = _kernels()
     if x.device.type == "cpu" and not found.INTERPRETED:
-        raise ValueError("expected tensors on a GPU, got x on the CPU; `armorfact_hf.layers.packed` runs on both")
+        raise ValueError(
+            "expected tensors on a GPU, got x on the CPU; `armorfact_hf.layers.strategies.packed` runs on both"
+        )
     return found
 
 

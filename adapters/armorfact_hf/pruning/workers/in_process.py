@@ -12,14 +12,14 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import Moments, Statistics
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import LayerReport, round_layer
-from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.memory import experts_at_once
 from armorfact_hf.pruning.progress import Progress
+from armorfact_hf.pruning.resume.entry import Pruned
 from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers, side_by_side, threads_each
+from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.pruning.workers.flow import Flow
 from armorfact_hf.pruning.workers.in_chunks import Gatherer, InChunks, chunks_of
 from armorfact_hf.pruning.workers.tuning import (

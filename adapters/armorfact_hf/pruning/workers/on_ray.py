@@ -17,11 +17,11 @@ import ray
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import agree
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.matching import BlockReport
 from armorfact_hf.pruning.progress import Progress
+from armorfact_hf.pruning.resume.entry import Pruned
 from armorfact_hf.pruning.side_by_side import Keep, forget, layer_flops, threads_each
+from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.pruning.workers import remote
 from armorfact_hf.pruning.workers.cluster import RETRIES, Cluster, get, joined
 from armorfact_hf.pruning.workers.gathered import Gathered

@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from typing import Protocol, TypeVar
 
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.pruning.entry import Pruned
-from armorfact_hf.pruning.matching import BlockReport
+from armorfact_hf.pruning.resume.entry import Pruned
 from armorfact_hf.pruning.side_by_side import Keep, forget
+from armorfact_hf.pruning.tuning.matching import BlockReport
 
 S = TypeVar("S")  # statistics, wherever they are kept
 

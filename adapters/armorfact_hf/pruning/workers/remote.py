@@ -24,11 +24,11 @@ from armorfact_hf.model.on_disk import HEAD, Key
 from armorfact_hf.model.stream import BlockStream
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.experts import Pool
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import LayerReport, prune_layer, round_layer, with_tuned_loss
 from armorfact_hf.pruning.notes import damping_noted
+from armorfact_hf.pruning.resume.entry import Pruned
 from armorfact_hf.pruning.spilled import Hidden
 from armorfact_hf.pruning.states import States
 from armorfact_hf.pruning.workers.flow import Flow

@@ -12,14 +12,14 @@ from torch import Tensor
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.moments import Moments
 from armorfact_hf.model.stream import frozen
-from armorfact_hf.pruning.aims import Aim, StateAim
-from armorfact_hf.pruning.entry import Pruned
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import with_tuned_loss
-from armorfact_hf.pruning.matching import BlockReport, distance_aside, match_block_
+from armorfact_hf.pruning.resume.entry import Pruned
 from armorfact_hf.pruning.schedule import Matching
 from armorfact_hf.pruning.states import States
 from armorfact_hf.pruning.tail import words_of
+from armorfact_hf.pruning.tuning.aims import Aim, StateAim
+from armorfact_hf.pruning.tuning.matching import BlockReport, distance_aside, match_block_
 
 Tuned = tuple[dict[str, FactorizedLinear], BlockReport]
 Told = Callable[[str], None]

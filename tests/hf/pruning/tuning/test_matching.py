@@ -10,11 +10,11 @@ from torch import nn
 
 from armorfact import factorize
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.pruning import matching
-from armorfact_hf.pruning.aims import StateAim, relative_error
-from armorfact_hf.pruning.matching import match_block_
-from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.schedule import LEAST, WARM_UP, Matching, kept_aside
+from armorfact_hf.pruning.tuning import matching
+from armorfact_hf.pruning.tuning.aims import StateAim, relative_error
+from armorfact_hf.pruning.tuning.matching import match_block_
+from armorfact_hf.pruning.tuning.muon import Muon
 
 QUICK = Matching(passes=4, rate=5e-3)
 

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from armorfact_hf.files import DiskFull
-from armorfact_hf.pruning import entry
-from armorfact_hf.pruning.entry import Finished
-from armorfact_hf.pruning.journal import Journal
-from armorfact_hf.pruning.seal import BLANK, seal
+from armorfact_hf.pruning.resume import entry
+from armorfact_hf.pruning.resume.entry import Finished
+from armorfact_hf.pruning.resume.journal import Journal
+from armorfact_hf.pruning.resume.seal import BLANK, seal
 from armorfact_hf.typed_json import to_json
 from tests.hf.pruning.entries import D_IN, D_OUT, MANIFEST, finished, same
 

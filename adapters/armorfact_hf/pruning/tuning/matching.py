@@ -1,8 +1,8 @@
 """Block matching: tune a pruned decoder block until it computes what the dense model computes there.
 
 After a block's layers are factorized one by one, their A, B and kept values of C are trained together, supports fixed,
-towards an aim (`armorfact_hf.pruning.aims`): the dense model's states behind the block. At the end the last few blocks
-are trained once more, together, towards its words.
+towards an aim (`armorfact_hf.pruning.tuning.aims`): the dense model's states behind the block. At the end the last few
+blocks are trained once more, together, towards its words.
 The block is given what the pruned model makes of the text. The target is the whole block's, so that one layer may make
 good what another lost, and what earlier blocks lost. (Aiming each *layer* at the dense output instead is a regression
 on noisy inputs: it shrinks, and shrinkage compounds; see docs/results.md.)
@@ -27,9 +27,9 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.stack import master_of
 from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.rehearsal import CANNOT_BE_TUNED
-from armorfact_hf.pruning.aims import Aim, StateAim
-from armorfact_hf.pruning.muon import Muon
 from armorfact_hf.pruning.schedule import FACTORS, Matching, kept_aside
+from armorfact_hf.pruning.tuning.aims import Aim, StateAim
+from armorfact_hf.pruning.tuning.muon import Muon
 
 MOST_HALVINGS = 8
 FULL_PRECISION = torch.float32, torch.float64  # precisions that a block can be tuned in without mixing
@@ -48,7 +48,7 @@ class BlockReport:
             and as tuned, in the dtype of the model.
         kept: whether the tuned factors are what is stored.
         notes: what went wrong on the way.
-        unit: of the distance, see `armorfact_hf.pruning.aims`.
+        unit: of the distance, see `armorfact_hf.pruning.tuning.aims`.
         through: the last of several decoder blocks that were tuned together, or None.
         rounded: the distance with the layers as they are stored, where the settings have a ``core_dtype``; it is
             rounded to after a block is tuned, and in the last blocks after they are tuned together.

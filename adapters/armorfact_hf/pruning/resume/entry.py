@@ -24,8 +24,8 @@ from armorfact_hf.files import room_for, written_beside
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning.layer import LayerReport
-from armorfact_hf.pruning.matching import BlockReport
-from armorfact_hf.pruning.seal import BLANK, check_seal, seal
+from armorfact_hf.pruning.resume.seal import BLANK, check_seal, seal
+from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.typed_json import from_json, to_json
 
 DAMAGE = (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError)

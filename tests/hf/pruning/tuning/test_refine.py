@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from armorfact_hf.observer import Observer
-from armorfact_hf.pruning import aims
-from armorfact_hf.pruning.aims import StateAim, WordAim, relative_error
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.schedule import FIRST, kept_aside
+from armorfact_hf.pruning.tuning import aims
+from armorfact_hf.pruning.tuning.aims import StateAim, WordAim, relative_error
 from armorfact_hf.pruning.workers import in_process, tuning
 from tests.hf.models import BLOCKS, VOCABULARY, random_tokens, tiny_model
 from tests.hf.pruning.test_prune import QUICK, grams_seen

@@ -18,9 +18,9 @@ from filelock import BaseFileLock
 
 from armorfact import Pattern
 from armorfact_hf.files import is_draft, remove
-from armorfact_hf.pruning.entry import Entry, Finished
-from armorfact_hf.pruning.lock import LOCK, WRITER, InUse, lock, unlock
-from armorfact_hf.pruning.manifest import (
+from armorfact_hf.pruning.resume.entry import Entry, Finished
+from armorfact_hf.pruning.resume.lock import LOCK, WRITER, InUse, lock, unlock
+from armorfact_hf.pruning.resume.manifest import (
     MANIFEST,
     check_same,
     digest_of,

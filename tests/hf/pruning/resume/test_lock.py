@@ -12,12 +12,12 @@ from threading import Thread
 
 import pytest
 
-from armorfact_hf.pruning.lock import InUse, lock, unlock
+from armorfact_hf.pruning.resume.lock import InUse, lock, unlock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from armorfact_hf.pruning.lock import lock
+from armorfact_hf.pruning.resume.lock import lock
 held = lock(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)

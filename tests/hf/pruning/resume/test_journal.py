@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from armorfact_hf.pruning import journal as journals
-from armorfact_hf.pruning import manifest
-from armorfact_hf.pruning.entry import Finished
-from armorfact_hf.pruning.journal import PRICES, Journal, layer_key, remove_leftover
-from armorfact_hf.pruning.manifest import DifferentRun, check_same, refuse_foreign
+from armorfact_hf.pruning.resume import journal as journals
+from armorfact_hf.pruning.resume import manifest
+from armorfact_hf.pruning.resume.entry import Finished
+from armorfact_hf.pruning.resume.journal import PRICES, Journal, layer_key, remove_leftover
+from armorfact_hf.pruning.resume.manifest import DifferentRun, check_same, refuse_foreign
 from tests.hf.pruning.entries import MANIFEST, finished, same
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from armorfact_hf.layers.strategy import Operands
+from armorfact_hf.layers.strategies.strategy import Operands
 
 
 def product(x: Tensor, operands: Operands) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from armorfact import Core
 from armorfact_hf.layers.kernels.cpu_packed import DTYPES, core_with_zeros
-from armorfact_hf.layers.strategy import PAIR, Kind, Operands
+from armorfact_hf.layers.strategies.strategy import PAIR, Kind, Operands
 
 # Bytes of the core that are unpacked at a time: an allocator hands such a piece out again without clearing it anew.
 UNPACKED_BYTES = 1 << 22

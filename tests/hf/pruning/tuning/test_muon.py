@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from armorfact_hf.pruning.muon import MOMENTUM, TILE, Muon, direction, orthogonal, unit
+from armorfact_hf.pruning.tuning.muon import MOMENTUM, TILE, Muon, direction, orthogonal, unit
 
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 128, 130, 192]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from armorfact_hf.layers.strategy import Kind, Operands
+from armorfact_hf.layers.strategies.strategy import Kind, Operands
 
 
 def refusal(kind: Kind) -> str | None:

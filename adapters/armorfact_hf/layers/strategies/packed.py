@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armorfact_hf.layers.kernels.blocks import block_product
 from armorfact_hf.layers.kernels.cpu_packed import DTYPES, FEW_TOKENS, FewTokens, Stored, packed_product
-from armorfact_hf.layers.strategy import PAIR, Kind, Operands
+from armorfact_hf.layers.strategies.strategy import PAIR, Kind, Operands
 
 HAS_TRITON = find_spec("triton") is not None
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from armorfact_hf.layers.kernels import cusparselt
 from armorfact_hf.layers.kernels.cusparselt import refusal as refusal
-from armorfact_hf.layers.strategy import Operands
+from armorfact_hf.layers.strategies.strategy import Operands
 
 
 def prepare(operands: Operands) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from armorfact_hf.files import is_draft, written_beside
-from armorfact_hf.pruning.lock import LOCK, WRITER
+from armorfact_hf.pruning.resume.lock import LOCK, WRITER
 
 MANIFEST = "manifest.json"
 

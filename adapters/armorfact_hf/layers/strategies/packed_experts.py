@@ -11,8 +11,8 @@ from torch import Tensor
 from armorfact_hf.layers.kernels import cpu_experts, cpu_packed, cpu_panels
 from armorfact_hf.layers.kernels.bf16 import beats_dense
 from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, LIKE, launching
-from armorfact_hf.layers.packed import refusal
-from armorfact_hf.layers.strategy import Kind
+from armorfact_hf.layers.strategies.packed import refusal
+from armorfact_hf.layers.strategies.strategy import Kind
 
 # Rows of an expert that was chosen, on average, up to which all go at once; any number in bfloat16 on a CPU that
 # multiplies pairs of them. On a GPU a product is bound by arithmetic above, which dense tensor cores do best, and

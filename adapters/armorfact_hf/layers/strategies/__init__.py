@@ -1,0 +1,1 @@
+"""The ways to multiply with a pruned layer, a file each."""

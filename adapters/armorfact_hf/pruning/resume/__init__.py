@@ -1,0 +1,1 @@
+"""What a killed run resumes from: its manifest, its journal of finished work, and the lock on its folder."""
