@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 Log = Callable[[str], None]  # takes a sentence
+Count = Callable[[int, int], object]  # takes the times that something was done, and those there will be
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Observer:
 
     def step(self, step: Step) -> None:
         """A unit of work begins."""
+
+    def counts(self, doing: str) -> Count:
+        """What tells `step` of something that is done many times."""
+        return lambda done, total: self.step(Step(done, total, doing))
 
     @property
     def wants_plan(self) -> bool:

@@ -14,7 +14,7 @@ from armorfact_hf.data.origin import DEMO
 from armorfact_hf.data.own_text import SELF, own_text
 from armorfact_hf.data.texts import Text, calibration_source, tokens_of
 from armorfact_hf.data.tokens import spread, windows
-from armorfact_hf.observer import Log
+from armorfact_hf.observer import Count, Log
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,18 @@ class Calibration:
         """Of the texts, without their folders."""
         return ", ".join(Path(text.removeprefix(DEMO)).name for text in self.texts)
 
-    def tokens(self, loaded: Loaded, log: Log) -> torch.Tensor:
+    def refuse_self(self) -> None:
+        """Raise ValueError if a text is `SELF` where a pruned model, or no end of it, is asked to write it."""
+        if SELF in self.texts:
+            raise ValueError(
+                f"{SELF!r} is for `armorfact prune`: let `armorfact write` write the text, and give that file"
+            )
+
+    def tokens(self, loaded: Loaded, log: Log, progress: Count | None = None) -> torch.Tensor:
         """(windows, length) int64; a bos heads every window if the tokenizer puts it before texts.
+
+        Args:
+            loaded: the model that they are for. log: is told of what takes time. progress: of the model's own writing.
 
         Raises:
             ValueError: no text, too few tokens in one of them, or fewer windows than texts; a model that cannot write
@@ -54,17 +64,18 @@ class Calibration:
         found = []
         for place, name in enumerate(texts):
             count = self._share(place)
-            text = self._own(loaded, count, length, log) if name == SELF else calibration_source(name, log)
+            own = name == SELF
+            text = self._own(loaded, count, length, log, progress) if own else calibration_source(name, log)
             tokens = tokens_of(text, loaded)
             windows(tokens, length, count, bos=loaded.bos)  # raises if there are too few tokens
             found += spread(windows(tokens, length, bos=loaded.bos), count)
         return torch.from_numpy(np.stack(found))
 
     @staticmethod
-    def _own(loaded: Loaded, count: int | None, length: int, log: Log) -> Text:
+    def _own(loaded: Loaded, count: int | None, length: int, log: Log, progress: Count | None) -> Text:
         if count is None:
             raise ValueError(f"the text {SELF!r} has no end: say how many windows (--windows)")
-        return Text(SELF, "drawn from the model", own_text(loaded, count * length, log))
+        return Text(SELF, "drawn from the model", own_text(loaded, count * length, log, progress))
 
     def _share(self, place: int) -> int | None:
         """How many windows the text at a place has."""

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,8 @@ from armorfact_hf.files import check_room, written_beside
 from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.model.causal_lm import CausalLM, cache_name
 from armorfact_hf.model.on_disk import OnDisk
-from armorfact_hf.observer import Log
+from armorfact_hf.observer import Count, Log
 from armorfact_hf.pruning.resume.fingerprint import config_fingerprint
-
-if TYPE_CHECKING:
-    from armorfact_hf.data.calibration import Calibration
 
 SELF = "self"  # the name of such a text among those to calibrate on
 LONGEST = 512  # tokens that are written in one go; documents that end before are followed by others
@@ -36,10 +33,10 @@ CACHE_BYTES = 2**31  # of keys and values that all rows may take, at most, as fa
 BYTES_A_TOKEN = 16  # of text, far more than there are
 SPARE = 1.2  # times as many tokens as are asked for: documents are put into words, and these into tokens again
 VERSION = 1  # of how a text is drawn
-Progress = Callable[[int, int], object]  # is given the steps done, and those there will be
+WRITING = "writing text"  # what is being done, for whoever watches
 
 
-def own_text(loaded: Loaded, tokens: int, log: Log) -> str:
+def own_text(loaded: Loaded, tokens: int, log: Log, progress: Count | None = None) -> str:
     """A text of so many tokens or more that a dense model wrote, kept in the cache for the next time.
 
     Raises:
@@ -53,7 +50,7 @@ def own_text(loaded: Loaded, tokens: int, log: Log) -> str:
         check_writer(loaded)
         check_room(path.parent, BYTES_A_TOKEN * tokens)
         log(f"{loaded.name} writes {tokens:,} tokens of text to be calibrated on; this takes some minutes.")
-        text = write_text(loaded.model, loaded.tokenizer, tokens)
+        text = write_text(loaded.model, loaded.tokenizer, tokens, progress=progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path) as draft:
             draft.write_text(text, encoding="utf-8")
@@ -73,13 +70,7 @@ def check_writer(loaded: Loaded) -> None:
         )
 
 
-def refuse_self(calibration: Calibration) -> None:
-    """Raise ValueError if a text is `SELF` where a pruned model, or no end of it, is asked to write it."""
-    if SELF in calibration.texts:
-        raise ValueError(f"{SELF!r} is for `armorfact prune`: let `armorfact write` write the text, and give that file")
-
-
-def write_text(model: CausalLM, tokenizer: Any, tokens: int, seed: int = 0, progress: Progress | None = None) -> str:
+def write_text(model: CausalLM, tokenizer: Any, tokens: int, seed: int = 0, progress: Count | None = None) -> str:
     """Documents that a model writes, one after another with an empty line between.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import Loaded, device_of, load_model, open_model
-from armorfact_hf.data.own_text import SELF
+from armorfact_hf.data.own_text import SELF, WRITING
 from armorfact_hf.free_memory import available
 from armorfact_hf.model.on_disk import NotStreamable
 from armorfact_hf.model.structure import Select
@@ -67,7 +67,7 @@ def job_of(
     states: str = "auto",
 ) -> Job:
     """The job of pruning a loaded model; see `make_job`."""
-    tokens = calibration.tokens(loaded, observer.say)
+    tokens = calibration.tokens(loaded, observer.say, observer.counts(WRITING))
     return make_job(loaded.model, tokens, config, select, weights=loaded.weights, states=states)
 
 

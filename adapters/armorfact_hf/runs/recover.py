@@ -14,7 +14,6 @@ from torch import nn
 from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.data.calibration import EVERYTHING, Calibration
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.data.own_text import refuse_self
 from armorfact_hf.files import check_room
 from armorfact_hf.free_memory import available
 from armorfact_hf.layers.stack import pruned_modules
@@ -63,7 +62,7 @@ def recover_to_folder(
     """
     settings, observer = settings or RecoverySettings(), observer or Observer()
     check_save_every(save_every)
-    refuse_self(calibration)
+    calibration.refuse_self()
     refuse_unfinished(out)
     describe_folder(folder)
     report = Report.read(folder)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from armorfact_hf.data.calibration import EVERYTHING, Calibration
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.data.own_text import refuse_self
 from armorfact_hf.files import check_room
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.checks import refuse_pruned
@@ -37,7 +36,7 @@ def teach_to_folder(
         DifferentRun: ``out`` holds something else. InUse: another process writes to it.
     """
     observer = observer or Observer()
-    refuse_self(calibration)
+    calibration.refuse_self()
     loaded = load_model(model, "bfloat16", device, observer.say)
     refuse_pruned(loaded.model)
     tokens = calibration.tokens(loaded, observer.say)

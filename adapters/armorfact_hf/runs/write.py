@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from armorfact_hf.data.load_model import load_model
-from armorfact_hf.data.own_text import BYTES_A_TOKEN, check_writer, write_text
+from armorfact_hf.data.own_text import BYTES_A_TOKEN, WRITING, check_writer, write_text
 from armorfact_hf.files import check_room, written_beside
-from armorfact_hf.observer import Observer, Step
+from armorfact_hf.observer import Observer
 
 
 def write_to_file(
@@ -39,13 +39,7 @@ def write_to_file(
     check_room(out.parent, BYTES_A_TOKEN * tokens)
     loaded = load_model(model, dtype, device, observer.say)
     check_writer(loaded)
-    text = write_text(
-        loaded.model,
-        loaded.tokenizer,
-        tokens,
-        seed,
-        lambda done, total: observer.step(Step(done, total, "writing text")),
-    )
+    text = write_text(loaded.model, loaded.tokenizer, tokens, seed, observer.counts(WRITING))
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(out) as draft:
         draft.write_text(text, encoding="utf-8")

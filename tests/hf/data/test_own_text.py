@@ -16,7 +16,7 @@ from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.runs import load_to_prune as choosing
-from armorfact_hf.runs.load_to_prune import load_to_prune
+from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
 from armorfact_hf.runs.recover import recover_to_folder
 from armorfact_hf.runs.teach import teach_to_folder
 from armorfact_hf.runs.write import write_to_file
@@ -145,6 +145,17 @@ def test_a_model_that_writes_is_loaded_into_memory(model_folder, monkeypatch):
         Calibration("self", 2, 24).tokens(loaded, silent)
     Calibration("self", 2, 24).tokens(found, silent)
     assert Calibration("self", 2, 24).tokens(loaded, silent).shape == (2, 24)  # what is in the cache needs no writing
+
+
+def test_whoever_watches_a_run_sees_it_write(model_folder):
+    class Watching(Silent):
+        def step(self, step):
+            seen.append(step)
+
+    seen = []
+    loaded = load_to_prune(str(model_folder), None, Calibration("self", 2, 24), observer=Watching())
+    job_of(loaded, None, Calibration("self", 2, 24), Watching())
+    assert seen and {step.doing for step in seen} == {"writing text"} and seen[0].done == 0 < seen[0].total
 
 
 @pytest.mark.parametrize("run", [recover_to_folder, teach_to_folder])
