@@ -13,14 +13,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from armorfact_hf.files import room_for, written_beside
-from armorfact_hf.pruning.resume.entry import DAMAGE
 from armorfact_hf.pruning.resume.journal import Journal
-from armorfact_hf.pruning.resume.seal import BLANK, check_seal, seal
+from armorfact_hf.pruning.resume.seal import open_sealed, save_sealed
 
 STATE = "state.safetensors"
 
@@ -61,11 +57,8 @@ def write_state(journal: Journal, tensors: Mapping[str, Tensor], progress: Progr
     Raises:
         DiskFull: the disk has no room for it; the state before is kept.
     """
-    path = journal.folder / STATE
     state = json.dumps({"run": journal.run, **asdict(progress)})
-    with room_for(path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(path) as draft:
-        save_file(dict(tensors), draft, metadata={"state": state, **BLANK})
-        seal(draft)
+    save_sealed(tensors, journal.folder / STATE, {"state": state})
 
 
 def read_state_(journal: Journal, tensors: Mapping[str, Tensor]) -> Progress | None:
@@ -77,18 +70,12 @@ def read_state_(journal: Journal, tensors: Mapping[str, Tensor]) -> Progress | N
     path = journal.folder / STATE
     if not path.exists():
         return None
-    try:
-        check_seal(path)
-        with safe_open(path, "pt") as stored:
-            state = json.loads(stored.metadata()["state"])
-            if state.pop("run") != journal.run:
-                raise ValueError("it is of another run")
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    # Copied into memory of PyTorch's own: aligned as in a run without interruption: the same bits.
-                    tensor.copy_(stored.get_tensor(name))
-            return Progress.from_dict(state)
-    except DAMAGE as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete that one file, and the recovery starts from its first step"
-        ) from error
+    with open_sealed(path, "the recovery starts from its first step") as stored:
+        state = json.loads(stored.metadata()["state"])
+        if state.pop("run") != journal.run:
+            raise ValueError("it is of another run")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                # Copied into memory of PyTorch's own: aligned as in a run without interruption: the same bits.
+                tensor.copy_(stored.get_tensor(name))
+        return Progress.from_dict(state)

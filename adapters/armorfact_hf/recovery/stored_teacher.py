@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import armorfact
-from armorfact_hf.files import is_draft, remove, room_for, written_beside
+from armorfact_hf.files import is_draft, remove
 from armorfact_hf.model.words import POSITIONS_AT_ONCE, Speaker
 from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
-from armorfact_hf.pruning.resume.entry import DAMAGE
 from armorfact_hf.pruning.resume.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.resume.lock import lock, unlock
 from armorfact_hf.pruning.resume.manifest import (
@@ -31,7 +28,7 @@ from armorfact_hf.pruning.resume.manifest import (
     refuse_foreign,
     write_manifest,
 )
-from armorfact_hf.pruning.resume.seal import BLANK, check_seal, seal
+from armorfact_hf.pruning.resume.seal import open_sealed, save_sealed
 from armorfact_hf.recovery.likeliest import Likeliest
 
 KIND = "likeliest"  # an entry that no other manifest has
@@ -90,19 +87,12 @@ class StoredTeacher:
         Raises:
             ValueError: the file is damaged, or not there.
         """
-        path = self._path(window)
-        try:
-            check_seal(path)
-            with safe_open(path, "pt") as stored:
-                if stored.metadata()["teacher"] != self.fingerprint:
-                    raise ValueError("it is of another teacher")
-                words, logs, rest = (stored.get_tensor(name) for name in ("words", "logs", "rest"))
-                self._check(words, logs, rest, len(window))
-                return Likeliest.from_tensors(words, logs, rest)
-        except DAMAGE as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); delete that one file, and `armorfact teach` writes it again"
-            ) from error
+        with open_sealed(self._path(window), "`armorfact teach` writes it again") as stored:
+            if stored.metadata()["teacher"] != self.fingerprint:
+                raise ValueError("it is of another teacher")
+            words, logs, rest = (stored.get_tensor(name) for name in ("words", "logs", "rest"))
+            self._check(words, logs, rest, len(window))
+            return Likeliest.from_tensors(words, logs, rest)
 
     def _check(self, words: Tensor, logs: Tensor, rest: Tensor, length: int) -> None:
         shapes = [tuple(tensor.shape) for tensor in (words, logs, rest)]
@@ -127,11 +117,8 @@ class StoredTeacher:
         Raises:
             DiskFull: the disk has no room for it.
         """
-        path = self._path(window)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in found.tensors.items()}
-        with room_for(path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(path) as draft:
-            save_file(tensors, draft, metadata={"teacher": self.fingerprint, **BLANK})
-            seal(draft)
+        save_sealed(tensors, self._path(window), {"teacher": self.fingerprint})
 
     def _path(self, window: Tensor) -> Path:
         return self.folder / f"{tokens_fingerprint(window.cpu())}.safetensors"

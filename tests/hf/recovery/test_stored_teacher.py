@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from armorfact_hf.model import words
 from armorfact_hf.pruning.resume.fingerprint import tokens_fingerprint
 from armorfact_hf.pruning.resume.lock import InUse, lock, unlock
 from armorfact_hf.pruning.resume.manifest import DifferentRun
-from armorfact_hf.pruning.resume.seal import BLANK, seal
+from armorfact_hf.pruning.resume.seal import save_sealed
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.recover import recover_
 from armorfact_hf.recovery.settings import RecoverySettings
@@ -122,10 +121,8 @@ def test_contents_that_mean_nothing_are_named(change, message, folder):
     names = ("words", "logs", "rest")
     harmed = dict(zip(names, change(*(taught[name] for name in names)), strict=True))
     path = folder / f"{tokens_fingerprint(TOKENS[0])}.safetensors"
-    save_file(
-        {name: tensor.contiguous() for name, tensor in harmed.items()}, path, {"teacher": teacher.fingerprint, **BLANK}
-    )
-    seal(path)
+    harmed = {name: tensor.contiguous() for name, tensor in harmed.items()}
+    save_sealed(harmed, path, {"teacher": teacher.fingerprint})
     with pytest.raises(ValueError, match=rf"is damaged .*{message}"):
         recovered(StoredTeacher(folder))
 

@@ -24,8 +24,8 @@ from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
 from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.evaluation.measure import Evaluation
+from armorfact_hf.pruning.resume import seal
 from armorfact_hf.pruning.resume.manifest import DifferentRun
-from armorfact_hf.recovery import state
 from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.run import kept_aside
 from armorfact_hf.recovery.settings import RecoverySettings
@@ -269,14 +269,14 @@ def test_a_full_disk_is_told_beforehand(refused, monkeypatch):
 
 
 def test_a_disk_that_fills_up_keeps_the_state_before(folder, out, text_file, monkeypatch):
-    saves, save_file = iter(range(10)), state.save_file
+    saves, save_file = iter(range(10)), seal.save_file
 
     def full(*arguments, **more):
         if next(saves) == 1:
             raise OSError(28, "No space left on device")
         save_file(*arguments, **more)
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(seal, "save_file", full)
     with pytest.raises(files.DiskFull, match=r"state\.safetensors could not be written"):
         recover(folder, out, text_file)
     told = []

@@ -1,42 +1,38 @@
 """Finished work of a run in one file: pruned layers, their reports, and what the file itself is.
 
 A safetensors file holds the tensors, and in its header the reports, its own name, the run that it belongs to and a
-digest over all of it. It is written beside its place and renamed, so a file that is there is whole.
+digest over all of it (`armorfact_hf.pruning.resume.seal`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from armorfact import Pattern
-from armorfact_hf.checkpoint.damage import without_way_out
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.verify import verify
-from armorfact_hf.files import room_for, written_beside
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning.layer import LayerReport
-from armorfact_hf.pruning.resume.seal import BLANK, check_seal, seal
+from armorfact_hf.pruning.resume.seal import open_sealed, save_sealed
 from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.typed_json import from_json, to_json
 
-DAMAGE = (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError)
 Pruned = list[tuple[FactorizedLinear, LayerReport]]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Pruned layers with their reports, the seconds that they took, and how their decoder block was tuned.
+    """Either pruned layers or, before any, prices.
 
-    Or no layers yet, and what pruning each of them costs the model, in nats a token (`armorfact_hf.pruning.prices`).
+    Args:
+        layers: with their reports. seconds: that they took. matched: how their decoder block was tuned.
+        prices: what pruning each layer costs the model, in nats a token (`armorfact_hf.pruning.prices`).
     """
 
     layers: Pruned
@@ -86,10 +82,7 @@ class Entry:
         }
         reports = tuple(report for _, report in finished.layers)
         header = _Header(self.path.stem, self.run, finished.seconds, reports, finished.matched, finished.prices)
-        block = json.dumps(to_json(header))
-        with room_for(self.path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(self.path) as draft:
-            save_file(tensors, draft, metadata={"block": block, **BLANK})
-            seal(draft)
+        save_sealed(tensors, self.path, {"block": json.dumps(to_json(header))})
 
     def read(self, device: Any = None) -> Finished | None:
         """What is stored, or None.
@@ -99,9 +92,8 @@ class Entry:
         """
         if not self.path.exists():
             return None
-        with self._told():
-            check_seal(self.path)
-            return self._read(device)
+        with self._open() as stored:
+            return self._read(stored, device)
 
     def names(self) -> list[str]:
         """Of the tensors that are stored.
@@ -109,21 +101,21 @@ class Entry:
         Raises:
             ValueError: see `read`.
         """
-        with self._told():
-            check_seal(self.path)
-            with safe_open(self.path, "pt") as stored:
-                return list(stored.keys())
+        with self._open() as stored:
+            return list(stored.keys())
 
-    def _read(self, device: Any) -> Finished:
-        with safe_open(self.path, "pt") as stored:
-            header = from_json(_Header, json.loads(stored.metadata()["block"]))
-            self._check_place(header)
-            formats = {report.name: self._format(stored, report) for report in header.reports}
-            if left_over := [name for name in sorted(stored.keys()) if name.rpartition(".")[0] not in formats]:
-                raise ValueError(f"it holds {', '.join(left_over)}, of which it has no report")
-            verify([self.path], Description(self.pattern, "float32", formats, {}))
-            layers = [(_layer(stored, formats[report.name], device), report) for report in header.reports]
-            return Finished(layers, header.seconds, header.matched, header.prices)
+    def _open(self) -> AbstractContextManager[Any]:
+        return open_sealed(self.path, f"{self.again} again")
+
+    def _read(self, stored: Any, device: Any) -> Finished:
+        header = from_json(_Header, json.loads(stored.metadata()["block"]))
+        self._check_place(header)
+        formats = {report.name: self._format(stored, report) for report in header.reports}
+        if left_over := [name for name in sorted(stored.keys()) if name.rpartition(".")[0] not in formats]:
+            raise ValueError(f"it holds {', '.join(left_over)}, of which it has no report")
+        verify([self.path], Description(self.pattern, "float32", formats, {}))
+        layers = [(_layer(stored, formats[report.name], device), report) for report in header.reports]
+        return Finished(layers, header.seconds, header.matched, header.prices)
 
     def _check_place(self, header: _Header) -> None:
         if header.run != self.run:
@@ -137,16 +129,6 @@ class Entry:
         whole = {name.rpartition(".")[2] for name in held if stored.get_slice(name).get_dtype() == "I8"}
         core, wrappers = ("int8" if part in whole else None for part in ("values", "left"))
         return LayerFormat(report.name, report.shape, self.pattern, report.block, None, core, wrappers)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Whatever reading a damaged file ends with becomes one error, with a sentence."""
-        try:
-            yield
-        except DAMAGE as error:
-            raise ValueError(
-                f"{self.path} is damaged ({without_way_out(error)}); delete that one file, and {self.again} again"
-            ) from error
 
 
 def _layer(stored: Any, layout: LayerFormat, device: Any) -> FactorizedLinear:

@@ -1,38 +1,65 @@
-"""A digest inside of a safetensors file over all the rest of it: whatever bit flips, it shows.
+"""Safetensors files with a digest inside over all the rest of them: whatever bit flips, it shows.
 
-`seal` puts the sha256 of the whole file, taken while 64 zeros stood in its place, into its metadata. It tells damage,
-not malice.
+The sha256 of the whole file, taken while 64 zeros stood in its place, is in its metadata. It tells damage, not malice.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
+from typing import Any
 
-BLANK = {"sha256": "0" * 64}  # the metadata to save a file with that is going to be sealed
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from armorfact_hf.checkpoint.damage import without_way_out
+from armorfact_hf.files import room_for, written_beside
+
+DAMAGE = (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError)
+BLANK = {"sha256": "0" * 64}
 FIELD = re.compile(rb'"sha256":"([0-9a-f]{64})"')  # quotes inside of names and values are escaped: there is one of it
 
 
-def seal(path: Path) -> None:
-    """Write the digest into a file that was saved with the metadata `BLANK`.
+def save_sealed(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors, beside their place and then renamed: a file that is there is whole.
 
     Raises:
-        ValueError: it was not.
+        DiskFull: the disk has no room for them; what was there before is kept.
     """
-    with path.open("rb+") as file:
-        place, _, digest = _digest(file)
-        file.seek(place)
-        file.write(digest)
+    with room_for(path, sum(tensor.nbytes for tensor in tensors.values())), written_beside(path) as draft:
+        save_file(dict(tensors), draft, metadata={**metadata, **BLANK})
+        with draft.open("rb+") as file:
+            place, _, digest = _digest(file)
+            file.seek(place)
+            file.write(digest)
 
 
-def check_seal(path: Path) -> None:
-    """Make sure that a file is as it was sealed.
+@contextmanager
+def open_sealed(path: Path, way_out: str) -> Iterator[Any]:
+    """A file that `save_sealed` wrote, to read from.
+
+    Args:
+        path: the file. way_out: what happens once it is deleted, in words.
 
     Raises:
-        ValueError: it is not, or never was sealed.
+        ValueError: it is damaged; whatever else goes wrong inside of the context ends so as well.
     """
+    try:
+        _check_seal(path)
+        with safe_open(path, "pt") as stored:
+            yield stored
+    except DAMAGE as error:
+        raise ValueError(
+            f"{path} is damaged ({without_way_out(error)}); delete that one file, and {way_out}"
+        ) from error
+
+
+def _check_seal(path: Path) -> None:
     with path.open("rb") as file:
         _, found, digest = _digest(file)
     if found != digest:

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from armorfact_hf.files import DiskFull
-from armorfact_hf.pruning.resume import entry
+from armorfact_hf.pruning.resume import seal
 from armorfact_hf.pruning.resume.entry import Finished
 from armorfact_hf.pruning.resume.journal import Journal
-from armorfact_hf.pruning.resume.seal import BLANK, seal
+from armorfact_hf.pruning.resume.seal import save_sealed
 from armorfact_hf.typed_json import to_json
 from tests.hf.pruning.entries import D_IN, D_OUT, MANIFEST, finished, same
 
@@ -30,8 +30,7 @@ def rewrite(path: Path, block=None, tensors=None) -> None:
     """Write a file of the journal anew, sealed, with changed reports or tensors."""
     with safe_open(path, "pt") as held:
         found = json.loads(held.metadata()["block"])
-    save_file(tensors or load_file(path), path, metadata={"block": json.dumps(found | (block or {})), **BLANK})
-    seal(path)
+    save_sealed(tensors or load_file(path), path, {"block": json.dumps(found | (block or {}))})
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -141,7 +140,7 @@ def test_a_disk_that_is_full_in_mid_run_is_told_and_nothing_is_lost(error, journ
     def save(*_, **__):
         raise error
 
-    monkeypatch.setattr(entry, "save_file", save)
+    monkeypatch.setattr(seal, "save_file", save)
     told = r"block-0001\.safetensors could not be written: it needs 0\.0 MB, [\d,.]+ MB are free now; make room, and"
     with pytest.raises(DiskFull, match=told):
         journal.write("block-0001", finished(1))
@@ -152,6 +151,6 @@ def test_other_failures_to_write_are_told_with_the_file(journal, monkeypatch):
     def save(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
 
-    monkeypatch.setattr(entry, "save_file", save)
+    monkeypatch.setattr(seal, "save_file", save)
     with pytest.raises(OSError, match=r"block-0001\.safetensors could not be written: .*os error 5"):
         journal.write("block-0001", finished(1))
