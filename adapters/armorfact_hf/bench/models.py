@@ -59,7 +59,8 @@ def throughput(
         loaded.refuse_other_than(fingerprint)
     if (prompt := loaded.window(prompt + new) - new) < 1:
         raise ValueError(f"{name} reads {prompt + new} tokens at most, {new} of which would be written: write fewer")
-    tokens = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, prompt), generator=generator, device="cpu").to(model.device)
     _run(model, tokens, 2)  # compiles kernels
     reading = median([_run(model, tokens, 0)[0] for _ in range(READINGS)])
     _, writing = _run(model, tokens, new)
@@ -97,9 +98,11 @@ def end_to_end(
     """`throughput` of the dense model that a folder was pruned from, and of the pruned one, each in its own process.
 
     Raises:
-        ValueError: the folder has no report that names its dense model, this has changed, or a model cannot be loaded
-            or reads no so long prompts.
+        ValueError: no token is read, or none written; the folder has no report that names its dense model, this has
+            changed, or a model cannot be loaded or reads no so long prompts.
     """
+    if min(prompt, new) < 1:
+        raise ValueError(f"expected one token or more to read, and to write, got {prompt} and {new}")
     facts = dense_of(folder)
     dtype = facts.dtype if dtype == "auto" else dtype
     results = []

@@ -7,13 +7,14 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from armorfact_hf.layers import operators as operators  # registers what `run` is
 from armorfact_hf.layers.execution import default_execution
 from armorfact_hf.layers.kernels.cpu_packed import FEW_TOKENS, FewTokens, Stored
 from armorfact_hf.layers.linear import FactorizedLinear
 
-Place = tuple[torch.dtype, int] | None  # in memory, of a tensor
+Place = tuple[torch.dtype, int, bool] | None  # in memory, of a tensor, and whether it is contiguous there
 State = list[tuple[str | Place, ...]]
 run = torch.ops.armorfact.factorized_linears.default
 
@@ -47,10 +48,10 @@ class JoinedLinears(nn.ModuleList):
         layers = cast(list[FactorizedLinear], list(self._modules.values()))
         dtype = layers[0].dtype
         x = layers[0].accepted(x, dtype)
-        if x.dtype != dtype or any(layer.passes_gradients(x) for layer in layers):
+        if x.dtype != dtype or any(layer.passes_gradients(x) for layer in layers) or _is_transformed():
             return torch.cat([layer(x) for layer in layers], dim=-1)
         flat = x.reshape(-1, x.shape[-1])
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and (few := self._few(layers, flat.shape[0])):
+        if _has_address(flat) and (few := self._few(layers, flat.shape[0])):
             y = few(flat)
         else:
             factors = [tensor for layer in layers for tensor in layer.tensors]
@@ -74,8 +75,19 @@ class JoinedLinears(nn.ModuleList):
         return super()._apply(fn, recurse)
 
 
+def _is_transformed() -> bool:
+    """Whether `torch.func.vmap` or its kin is at work, which knows rules for operators of one layer only."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+def _has_address(x: Tensor) -> bool:
+    """Whether a kernel may read x: it is on a CPU, and nobody traces what is computed."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+    return x.device.type == "cpu" and type(x) is Tensor and not traced
+
+
 def _place(tensor: Tensor | None) -> Place:
-    return None if tensor is None else (tensor.dtype, tensor.data_ptr())
+    return None if tensor is None else (tensor.dtype, tensor.data_ptr(), tensor.is_contiguous())
 
 
 class _Prepared(NamedTuple):
@@ -88,9 +100,14 @@ class _Prepared(NamedTuple):
     @classmethod
     def of(cls, layers: list[FactorizedLinear], state: State) -> _Prepared:
         executions = [layer.execution or default_execution(layer.kind) for layer in layers]
-        packed = [n for n in range(FEW_TOKENS + 1) if all(each.at(n) == "packed" for each in executions)]
+        numbers = range(FEW_TOKENS + 1) if _all_contiguous(state) else ()  # of copies the launch would miss a change
+        packed = [n for n in numbers if all(each.at(n) == "packed" for each in executions)]
         factors = [_stored(layer.tensors) for layer in layers]
         return cls(FewTokens(factors), frozenset(packed), state)
+
+
+def _all_contiguous(state: State) -> bool:
+    return all(place is None or place[2] for _, *places in state for place in cast(list[Place], places))
 
 
 def _stored(tensors: Sequence[Tensor | None]) -> Stored:

@@ -13,7 +13,16 @@ from armorfact import BlockDiagonal, Core, Pattern
 from armorfact_hf.layers import operators as operators  # registers what `forward` calls
 from armorfact_hf.layers.execution import STRATEGIES, Execution
 from armorfact_hf.layers.format import INTEGER_DTYPES, LayerFormat
-from armorfact_hf.layers.parts import PARTS, StoredParts, is_cast, name_of, put_empty_, scales_of, wrapper
+from armorfact_hf.layers.parts import (
+    PARTS,
+    StoredParts,
+    is_cast,
+    name_of,
+    pass_gradients,
+    put_empty_,
+    scales_of,
+    wrapper,
+)
 from armorfact_hf.layers.strategies import plain
 from armorfact_hf.layers.strategies.strategy import Kind, Operands
 
@@ -189,7 +198,8 @@ class FactorizedLinear(StoredParts):
         """Choose how this layer runs, in place; None goes by `default_execution`.
 
         "dense" and "semi_structured" keep a second form of the weight in memory, until the layer is moved, cast, or
-        loaded anew, which ends the choice. It is made of the factors as they are now: train them or write into them
+        loaded anew, which ends the choice (after a cast through `.data`, of which a module is not told, the default
+        runs). It is made of the factors as they are now: train them or write into them
         with None, and choose again. Where it does not fit in memory, the choice is None.
 
         Raises:
@@ -269,11 +279,8 @@ class FactorizedLinear(StoredParts):
         return [held.get(name) for name in OPERANDS]
 
     def passes_gradients(self, x: Tensor) -> bool:
-        """Whether autograd will ask for any, of x or of a factor."""
-        if not torch.is_grad_enabled():
-            return False
-        held = (x, self.values, self.left, self.right, self.left_scales, self.right_scales)
-        return any(tensor is not None and tensor.requires_grad for tensor in held)
+        """Whether autograd may ask for any, of x or of a factor."""
+        return pass_gradients((x, self.values, self.left, self.right, self.left_scales, self.right_scales))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorizedLinear:
         before = self.values.device, self.dtype
@@ -281,6 +288,11 @@ class FactorizedLinear(StoredParts):
         if before != (self.values.device, self.dtype):
             self.use_(None)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.compressed is not None:  # in a form that belongs to one kind of GPU, and this may be another machine
+            self.use_(None)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -23,6 +23,7 @@ from armorfact_hf.layers.strategies import packed
 from armorfact_hf.layers.strategies.strategy import Kind, Operands
 
 FACTORS = 8  # how many a layer has, see `FactorizedLinear.tensors`
+KEPT = {"dense": "merged", "semi_structured": "compressed"}  # what strategies keep beside the factors, in `Operands`
 
 _library = torch.library.Library("armorfact", "DEF")
 _library.define(
@@ -75,9 +76,20 @@ def _operands(factors: Sequence[Any], pattern: Pattern, d_in: int) -> Operands:
 
 
 def _strategy(x: Tensor, operands: Operands, execution: str) -> str:
+    """The one that was chosen, or by default where what that one keeps is not there any more.
+
+    Another thread may be choosing anew; and a cast through ``.data``, as PEFT makes it, leaves a copy behind.
+    """
     held = operands.values
-    shape = held.shape[0], x.shape[1]
-    return _chosen(execution, shape, operands.pattern, x.dtype, held.device, held.dtype).at(x.shape[0])
+    kind = (held.shape[0], x.shape[1]), operands.pattern, x.dtype, held.device, held.dtype
+    name = _chosen(execution, *kind).at(x.shape[0])
+    if name in KEPT and not _fits(getattr(operands, KEPT[name]), x):
+        return _chosen("", *kind).at(x.shape[0])
+    return name
+
+
+def _fits(kept: Tensor | None, x: Tensor) -> bool:
+    return kept is not None and kept.dtype == x.dtype and kept.device == x.device
 
 
 @cache

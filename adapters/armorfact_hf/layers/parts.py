@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from armorfact import BlockDiagonal
 from armorfact_hf.layers.format import dtype_name
@@ -63,11 +64,19 @@ def scales_of(side: BlockDiagonal) -> Tensor | None:
 
 def is_cast(x: Tensor) -> bool:
     """Whether autocast takes x in its own dtype, as PyTorch's products do."""
-    return x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    cast = x.is_floating_point() and x.dtype != torch.float64
+    return cast and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def pass_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd may ask for derivatives by one of these."""
+    if forward_ad._current_level >= 0:  # no `requires_grad` tells of the tangents of forward mode
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 class StoredParts(nn.Module):
-    """A module of `PARTS`, which loads whole numbers for whole numbers and floating ones for floating ones.
+    """A module of `PARTS`, which loads whole numbers for the same whole numbers and floating ones for floating ones.
 
     PyTorch would cut values to integers, most of them to 0, and say that all is well.
     """
@@ -79,9 +88,13 @@ class StoredParts(nn.Module):
         wrong = [
             f"{prefix}{part} is stored in {given.dtype}, and the module holds {own.dtype}: make one that is stored so"
             for part, (own, given) in held.items()
-            if own is not None and given is not None and own.is_floating_point() != given.is_floating_point()
+            if own is not None and isinstance(given, Tensor) and not _stands_for(given, own)
         ]
         *_, errors = rest
         errors += wrong
         if not wrong:
             super()._load_from_state_dict(state_dict, prefix, local, strict, *rest)
+
+
+def _stands_for(given: Tensor, own: Tensor) -> bool:
+    return given.is_floating_point() if own.is_floating_point() else given.dtype == own.dtype

@@ -104,7 +104,7 @@ class Run:
         """Every pass over the windows has an order of its own, drawn from the seed."""
         passes, place = divmod(step, len(self.training))
         generator = torch.Generator().manual_seed(self.settings.seed + passes)
-        return self.training[int(torch.randperm(len(self.training), generator=generator)[place])]
+        return self.training[int(torch.randperm(len(self.training), generator=generator, device="cpu")[place])]
 
     def _measure(self) -> float:
         """The divergence on the windows kept aside, of the factors as they would be stored; the best are kept."""

@@ -41,7 +41,8 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
             layer.use_(None)
     for factor in factors:
         factor.requires_grad_(True)
-    model.hf_quantizer.trains_factors = True
+    if (loader := getattr(model, "hf_quantizer", None)) is not None:  # transformers asks it whether a model is trained
+        loader.trains_factors = True
     return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -151,3 +153,27 @@ def test_a_weight_that_does_not_fit_leaves_no_choice(monkeypatch):
         layer.use_(Execution.always("dense"))
     assert layer.execution is None and layer.merged is None
     assert torch.equal(layer(x), wanted)
+
+
+def test_a_copy_that_a_cast_left_behind_is_not_used():
+    """PEFT casts through ``.data``, of which a module is not told."""
+    layer, x = random_layer(dtype=torch.bfloat16).use_(Execution.always("dense")), random_inputs(3, 36)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.float()
+    with torch.no_grad():
+        assert torch.equal(layer(x), copy.deepcopy(layer).use_(None)(x))
+
+
+def test_another_thread_may_choose_meanwhile():
+    layer, x = random_layer(), random_inputs(3, 36)
+    layer.use_(Execution.always("dense"))
+    layer.merged = None  # as in the middle of the next choice
+    with torch.no_grad():
+        assert torch.equal(layer(x), copy.deepcopy(layer).use_(None)(x))
+
+
+def test_a_copy_for_one_kind_of_gpu_stays_there():
+    layer = random_layer().use_(Execution.always("dense"))
+    assert copy.deepcopy(layer).choice == layer.choice
+    layer.compressed = torch.zeros(3)
+    assert pickle.loads(pickle.dumps(layer)).choice == ""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from armorfact import Core, Pattern
 from armorfact_hf.layers.execution import PACKED, Execution
+from armorfact_hf.layers.joined import JoinedLinears
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.strategies.strategy import PAIR
 from tests.hf.layers.cases import ON_CPU, in_float64, packed_operator, random_inputs, random_layer
@@ -60,3 +62,33 @@ def test_without_gradients_the_chosen_strategy_runs(mode, tokens):
         y, wanted = layer(x), packed_operator(layer, x)
     assert torch.equal(y, wanted) and not y.requires_grad
     assert not torch.equal(layer(x), wanted)  # or the comparison would tell nothing
+
+
+# What PyTorch itself says of its own forward mode.
+SCRIPTED = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+
+@SCRIPTED
+@pytest.mark.parametrize("joined", [False, True])
+def test_derivatives_in_forward_mode_are_those_of_the_dense_product(joined):
+    layer = random_layer(bias=False)
+    module = JoinedLinears([layer, layer]) if joined else layer
+    weight = torch.cat([layer.weight] * len(module)) if joined else layer.weight
+    x, change = random_inputs(3, 36), random_inputs(3, 36, seed=5)
+    torch.testing.assert_close(torch.func.jvp(module, (x,), (change,))[1], change @ weight.T)
+    torch.testing.assert_close(torch.func.jacfwd(module)(x[0]), weight)
+    with torch.no_grad(), forward_ad.dual_level():
+        y = module(forward_ad.make_dual(x, change))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, change @ weight.T)
+
+
+@SCRIPTED
+def test_the_change_of_a_factor_is_seen_in_forward_mode():
+    layer, x = random_layer(bias=False), random_inputs(3, 36)
+    change = torch.ones_like(layer.left)
+
+    def of_left(left):
+        return torch.func.functional_call(layer, {"left": left}, x)
+
+    found = torch.func.jvp(of_left, (layer.left,), (change,))[1]
+    torch.testing.assert_close(found, of_left(layer.left + change) - of_left(layer.left), rtol=1e-4, atol=1e-4)

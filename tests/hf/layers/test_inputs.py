@@ -80,6 +80,12 @@ def test_autocast_leaves_float64_as_a_linear_layer_does():
     torch.testing.assert_close(y, reference(layer, x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_autocast_takes_no_other_numbers(dtype):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=f"layer's own, got {dtype}"):
+        random_layer()(torch.ones(2, 36, dtype=dtype))
+
+
 def test_a_layer_without_memory_tells_the_shape_of_its_output():
     """On the meta device, where a linear layer runs too."""
     layer = FactorizedLinear(12, 36, block=(6, 12), bias=True, device="meta")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from armorfact_hf.layers.execution import Execution
 from armorfact_hf.layers.joined import JoinedLinears
@@ -143,3 +145,28 @@ def test_what_cannot_run_as_one_is_refused():
     ):
         with pytest.raises(ValueError, match=reason):
             JoinedLinears(others)
+
+
+@pytest.mark.parametrize("transform", [lambda f, x: torch.func.vmap(f)(x), lambda f, x: make_fx(f)(x)(x)])
+def test_they_can_be_transformed_and_traced(transform):
+    joined, x = JoinedLinears(layers_of(torch.float32)), random_inputs(3, 72)
+    with torch.no_grad():
+        wanted = joined(x)  # from here on a launch is prepared
+        torch.testing.assert_close(transform(joined, x), wanted)
+
+
+def test_inputs_without_memory_give_outputs_without_memory():
+    joined, x = JoinedLinears(layers_of(torch.float32)), random_inputs(3, 72)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert joined(mode.from_tensor(x)).shape == joined(x).shape
+
+
+def test_factors_that_are_not_contiguous_are_read_anew():
+    layers, x = layers_of(torch.float32), random_inputs(2, 72)
+    left = layers[1].left.transpose(1, 2).contiguous().transpose(1, 2)
+    layers[1].load_state_dict(layers[1].state_dict() | {"left": left}, assign=True)
+    joined = JoinedLinears(layers)
+    with torch.no_grad():
+        assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
+        layers[1].left.mul_(2)
+        assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))

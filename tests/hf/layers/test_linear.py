@@ -11,7 +11,7 @@ from armorfact import BlockDiagonal, factorize, wanda
 from armorfact.packed import Core
 from armorfact.pattern import Pattern
 from armorfact_hf.layers.linear import FactorizedLinear
-from tests.hf.layers.cases import random_inputs, random_layer, runs
+from tests.hf.layers.cases import int8_layer, random_inputs, random_layer, runs
 
 
 def random_weight(d_out=24, d_in=32):
@@ -116,3 +116,24 @@ def test_the_floating_dtype_may_be_named():
     assert FactorizedLinear(12, 36, block=(np.int64(6), np.int64(12))).block == (6, 12)
     with pytest.raises(TypeError, match="float"):
         FactorizedLinear(12, 36, block=(6.9, 12))
+
+
+@pytest.mark.parametrize("name", ["positions", "values"])
+def test_whole_numbers_of_another_kind_are_not_loaded(name):
+    layer = int8_layer()
+    held = layer.state_dict()
+    with pytest.raises(RuntimeError, match=f"{name} is stored in torch.int64, and the module holds torch"):
+        layer.load_state_dict(held | {name: held[name].long()}, assign=True)
+
+
+def test_what_is_no_tensor_is_named_by_pytorch():
+    layer = random_layer()
+    with pytest.raises(RuntimeError, match=r"(?s)values.*received <class 'numpy.ndarray'>"):
+        layer.load_state_dict(layer.state_dict() | {"values": layer.values.numpy()})
+
+
+def test_wrappers_of_two_dtypes_are_not_read_past_their_end():
+    layer = random_layer()
+    layer.right.data = layer.right.data.half()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"A and B in one dtype, got .*torch\.float16"):
+        layer(random_inputs(1, 36))

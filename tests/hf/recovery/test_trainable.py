@@ -82,3 +82,9 @@ def test_what_cannot_be_trained_is_told(folder):
     prune_(core_only, random_tokens(), PruneConfig(method="wanda", baselines=()))
     with pytest.raises(ValueError, match="the model has no wrappers to train"):
         train_factors_(core_only, train="wrappers")
+
+
+def test_a_model_of_layers_made_by_hand(folder):
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj = next(iter(layers(load_pruned(folder)).values()))
+    assert train_factors_(model) is model and len(layers(model)) == 1

@@ -21,7 +21,7 @@ FEW_TOKENS = 24
 MOST_ROWS = 512
 # numba knows no 16-bit float: float16 goes as int16, bfloat16 as uint16.
 _STORED = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
-LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype)).numpy() for dtype in (*DTYPES, torch.int8)}
+LIKE = {dtype: torch.empty(1, dtype=_STORED.get(dtype, dtype), device="cpu").numpy() for dtype in (*DTYPES, torch.int8)}
 # Values, positions, left and right of a layer, and the scales of these two where they are int8.
 Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # numba's simplest pool of threads aborts the process when two threads of Python enter it at once.
@@ -57,13 +57,23 @@ class FewTokens:
 
     Args:
         layers: the factors of each, as there; the values of all in one dtype, and so are the blocks.
+
+    Raises:
+        ValueError: they are not, or positions are no bytes: the kernel goes by addresses alone.
     """
 
     def __init__(self, layers: Sequence[Stored]) -> None:
         self.held = [[_contiguous(tensor) for tensor in layer] for layer in layers]  # so that no address goes stale
         self.parts = np.array([_described(*layer) for layer in self.held])
-        self.values_like = LIKE[layers[0][0].dtype]
-        self.blocks_dtype = next((left.dtype for _, _, left, *_ in layers if left is not None), None)
+        values, positions = {layer[0].dtype for layer in layers}, {layer[1].dtype for layer in layers}
+        blocks = {side.dtype for layer in layers for side in layer[2:4] if side is not None}
+        if len(values) > 1 or positions != {torch.uint8} or len(blocks) > 1:
+            raise ValueError(
+                "expected kept values of one dtype, positions in uint8 and A and B in one dtype, got "
+                + ", ".join(map(str, (*values, *positions, *blocks)))
+            )
+        self.values_like = LIKE[next(iter(values))]
+        self.blocks_dtype = next(iter(blocks), None)
         self.d_out = sum(layer[0].shape[0] for layer in layers)
 
     def __call__(self, x: Tensor) -> Tensor:
