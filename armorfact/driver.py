@@ -88,7 +88,7 @@ def run(
     budget: Budget,
     seed: int,
     callback: Callable[[Progress], object] | None,
-    reported: Callable[[float], float] = float,
+    reported: Callable[[float], float],
 ) -> Run:
     """Step until a budget is spent; a sweep whose loss is above the best is not accepted.
 

@@ -9,7 +9,7 @@ from typing import Any
 from armorfact import arrays, driver, sizes, validate
 from armorfact.driver import Budget, Progress
 from armorfact.gauge import canonical
-from armorfact.initial import CHECKED, METHODS
+from armorfact.initial import METHODS
 from armorfact.initial.sparsegpt import within_range
 from armorfact.objective import Objective
 from armorfact.packed import Core
@@ -126,7 +126,7 @@ def _start(init: Any, stated: Statement) -> tuple[Factors, Notes]:
     if not isinstance(init, str):
         xp = arrays.namespace(weight)
         return problem.identity_wrapped(xp.where(init, weight, xp.zeros_like(weight))), ()
-    pruned = CHECKED[init](weight, gram, problem.pattern)
+    pruned = METHODS[init](weight, gram, problem.pattern)
     if init != "sparsegpt":
         return problem.identity_wrapped(pruned), ()
     home = objective.units.weight, objective.weight.dtype
@@ -157,14 +157,6 @@ def _measured(objective: Objective, problem: Problem, start: Factors, run: drive
     found, loss, initial_loss, why = better(objective, initial, found)
     if why:
         notes += (f"in {weight.dtype} the initialization {why} and is returned",)
-    return Result(
-        left=BlockDiagonal(found.left),
-        core=Core.from_dense(found.core, problem.pattern),
-        right=BlockDiagonal(found.right),
-        loss=objective.reported(loss),
-        initial_loss=objective.reported(initial_loss),
-        weight_loss=objective.reported(objective.weight_loss(problem.block_out)),
-        history=run.history,
-        status=run.status.noting(*notes),
-        original_nbytes=arrays.nbytes(weight),
-    )
+    core = Core.from_dense(found.core, problem.pattern)
+    parts = BlockDiagonal(found.left), core, BlockDiagonal(found.right)
+    return objective.result(parts, loss, initial_loss, run.history, run.status.noting(*notes))

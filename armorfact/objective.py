@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from armorfact import arrays, validate
+from armorfact.driver import Sweep
 from armorfact.gram import Gram
+from armorfact.packed import Core
 from armorfact.problem import Factors, residual_panels, row_panels
+from armorfact.result import BlockDiagonal, Result
 from armorfact.scaling import Scaling
+from armorfact.status import Status
 
 Array = Any
 
@@ -68,9 +72,20 @@ class Objective:
         residuals = residual_panels(self.weight, factors, -self.units.weight)
         return sum(self._inner(rows, residual) for rows, residual in residuals)
 
-    def reported(self, loss: float) -> float:
-        """A loss in ``units`` as it is told: of W, and not below zero."""
-        return self.units.loss(max(loss, 0.0))
+    def result(
+        self,
+        parts: tuple[BlockDiagonal, Core, BlockDiagonal],
+        loss: float,
+        initial_loss: float,
+        history: tuple[Sweep, ...],
+        status: Status,
+    ) -> Result:
+        """Factors as they are returned, with their loss and that of the initialization, both in ``units``."""
+        left, core, right = parts
+        losses = loss, initial_loss, self.weight_loss(left.blocks.shape[-1])
+        loss, initial_loss, weight_loss = (self.units.loss(max(each, 0.0)) for each in losses)
+        size = arrays.nbytes(self.weight)
+        return Result(left, core, right, loss, initial_loss, weight_loss, history, status, size)
 
     def usable(self, factors: Factors) -> bool:
         """Whether all entries are finite and those of A C B in proportion to those of W."""

@@ -85,20 +85,9 @@ def quantize_core(
         run = driver.run(solver, stated.problem, start.factors, budget, 0, callback, objective.units.loss)
         before, after = (_stored(objective, factors, dtype) for factors in (start.factors, run.factors))
         found, loss, _, why = better(objective, before, after)
-        weight_loss = objective.weight_loss(blocks[0])
-    notes = (f"in {dtype} what A and B were before {why} and is returned",) if why else ()
-    loss, initial_loss, weight_loss = map(objective.reported, (loss, initial_loss, weight_loss))
-    return Result(
-        left=BlockDiagonal(found.left),
-        core=start.core,
-        right=BlockDiagonal(found.right),
-        loss=loss,
-        initial_loss=initial_loss,
-        weight_loss=weight_loss,
-        history=run.history,
-        status=run.status.noting(*notes),
-        original_nbytes=arrays.nbytes(weight),
-    )
+        notes = (f"in {dtype} what A and B were before {why} and is returned",) if why else ()
+        parts = BlockDiagonal(found.left), start.core, BlockDiagonal(found.right)
+        return objective.result(parts, loss, initial_loss, run.history, run.status.noting(*notes))
 
 
 @dataclass(frozen=True)

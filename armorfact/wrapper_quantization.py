@@ -70,13 +70,9 @@ def quantize_wrappers(
         plain = round_plainly(left.blocks, dtype), core, round_plainly(right.blocks, dtype)
         solved = _solved(stated, core, left.blocks, right.blocks)
         losses = [_loss(objective, found) for found in (plain, solved)]
-        weight_loss = objective.weight_loss(sizes[0])
-    best = int(losses[1] < losses[0])
-    left, core, right = (plain, solved)[best]
-    loss, initial_loss, weight_loss = map(objective.reported, (losses[best], losses[0], weight_loss))
-    told = ("A and B rounded to nearest", "A and B rounded in turn, C after each")[best]
-    status = Status(Ending.ROUNDED, told)
-    return Result(left, core, right, loss, initial_loss, weight_loss, (), status, arrays.nbytes(weight))
+        best = int(losses[1] < losses[0])
+        told = ("A and B rounded to nearest", "A and B rounded in turn, C after each")[best]
+        return objective.result((plain, solved)[best], losses[best], losses[0], (), Status(Ending.ROUNDED, told))
 
 
 def _solved(stated: Statement, layout: Core, left: Array, right: Array) -> Triple:

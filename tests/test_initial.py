@@ -85,9 +85,9 @@ def test_dtype_comes_back(dtype):
 
 def test_the_methods_are_one_table_with_one_signature():
     weight, gram = np.random.default_rng(0).standard_normal((4, 8)), np.eye(8)
-    assert list(METHODS) == ["sparsegpt", "wanda", "nowag", "magnitude"]
-    for name, method in METHODS.items():
-        assert method.__name__ == name
+    methods = (sparsegpt, wanda, nowag, magnitude)
+    assert list(METHODS) == [method.__name__ for method in methods]
+    for method in methods:
         assert Pattern(1, 4).most_kept(method(weight, gram, pattern="1:4")) == 1
 
 

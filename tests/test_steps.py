@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from armorfact import blocks
 from armorfact.arrays import batched, kernels
+from armorfact.blocks import diagonal_blocks
 from armorfact.problem import Factors
 from armorfact.solvers.adam import gradients
 from armorfact.solvers.gradient import core_gradient_step, left_gradient_step, right_gradient_step
 from armorfact.steps import core as core_module
 from armorfact.steps import damping
-from armorfact.steps.core import best_group, core_step, core_step_naive, group_grams, support_inverses
+from armorfact.steps.core import best_group, core_step, core_step_naive, support_inverses
 from armorfact.steps.left import LeftProducts, left_step, left_step_naive
 from armorfact.steps.right import right_step, right_step_naive
 from armorfact.steps.smoothness import core_smoothness, left_smoothness, right_smoothness
@@ -194,7 +195,7 @@ def test_the_batched_sweep_is_the_compiled_one(problem, seed):
     rows, columns, group = problem.block_out, problem.block_in, problem.pattern.group
     rng = np.random.default_rng(seed)
     grams = np.stack([m @ m.T for m in rng.standard_normal((3, columns, columns))])
-    inverses = np.stack([support_inverses(group_grams(m, problem.pattern), problem.pattern) for m in grams])
+    inverses = np.stack([support_inverses(diagonal_blocks(m, problem.pattern.group), problem.pattern) for m in grams])
     gradient = np.ascontiguousarray(blocks.split_grid(rng.standard_normal(factors.core.shape), rows, columns))
     core = np.ascontiguousarray(blocks.split_grid(factors.core, rows, columns))
     visit = rng.random((2, 3, rows, columns // group)) < 0.8

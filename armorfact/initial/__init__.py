@@ -18,19 +18,12 @@ from armorfact.initial.sparsegpt import sparsegpt
 from armorfact.initial.wanda import prune as by_wanda
 from armorfact.initial.wanda import wanda
 
+# On arguments that were checked, in one working dtype: ``prune(weight, gram, pattern)``.
 METHODS: dict[str, Callable[..., Any]] = {
-    "sparsegpt": sparsegpt,
-    "wanda": wanda,
-    "nowag": nowag,
-    "magnitude": magnitude,
-}
-
-# The same on arguments that were checked, in one working dtype: ``prune(weight, gram, pattern)``.
-CHECKED: dict[str, Callable[..., Any]] = {
     "sparsegpt": by_sparsegpt,
     "wanda": by_wanda,
     "nowag": by_nowag,
     "magnitude": by_magnitude,
 }
 
-__all__ = ["CHECKED", "METHODS", "magnitude", "nowag", "sparsegpt", "wanda"]
+__all__ = ["METHODS", "magnitude", "nowag", "sparsegpt", "wanda"]

@@ -92,7 +92,7 @@ def _independent_blocks(problem: Problem, factors: Factors, gradient: Array, vis
         blocks.split_grid(visit, rows, columns // problem.pattern.group),
         arrays.transpose(factors.left) @ factors.left,
         gram,
-        support_inverses(group_grams(gram, problem.pattern), problem.pattern),
+        support_inverses(blocks.diagonal_blocks(gram, problem.pattern.group), problem.pattern),
     )
     return factors.replace(core=blocks.join_grid(core)), fallen
 
@@ -108,7 +108,8 @@ def _panels(
     """
     xp = arrays.namespace(residual_gram)
     on_diagonal = factors.right @ h.diagonal_blocks(problem.block_in) @ arrays.transpose(factors.right)
-    groups = xp.reshape(group_grams(on_diagonal, problem.pattern), (-1, problem.pattern.group, problem.pattern.group))
+    group = problem.pattern.group
+    groups = xp.reshape(blocks.diagonal_blocks(on_diagonal, group), (-1, group, group))
     inverses = support_inverses(groups, problem.pattern)
     left_gram = arrays.transpose(factors.left) @ factors.left
     core = xp.asarray(factors.core, copy=True)
@@ -168,11 +169,6 @@ def _sweep(
     supports = xp.asarray(problem.pattern.supports, device=arrays.device(core))
     visit = xp.asarray(visit, copy=True)
     return arrays.total(arrays.sweep_blocks(gradient, core, visit, left_gram, gram, inverses, supports))
-
-
-def group_grams(gram: Array, pattern: Pattern) -> Array:
-    """S_gg of every group, (..., groups, M, M), of (batches of) S or blocks on its diagonal."""
-    return blocks.diagonal_blocks(gram, pattern.group)
 
 
 def support_inverses(group_gram: Array, pattern: Pattern) -> Array:

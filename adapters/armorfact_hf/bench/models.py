@@ -15,7 +15,7 @@ from torch import nn
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.free_memory import peak_memory
 from armorfact_hf.model.causal_lm import CausalLM, cache_name
-from armorfact_hf.report.record import ModelFacts, Report
+from armorfact_hf.report.record import Report
 
 READINGS = 3  # of the prompt, whose median counts
 
@@ -103,19 +103,10 @@ def end_to_end(
     """
     if min(prompt, new) < 1:
         raise ValueError(f"expected one token or more to read, and to write, got {prompt} and {new}")
-    facts = dense_of(folder)
+    facts = Report.read(folder).model
     dtype = facts.dtype if dtype == "auto" else dtype
     results = []
     for name, fingerprint in ((facts.name, facts.fingerprint if dtype == facts.dtype else None), (str(folder), None)):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
             results.append(own.submit(throughput, name, prompt, new, dtype, device, fingerprint).result())
     return results
-
-
-def dense_of(folder: Path) -> ModelFacts:
-    """The dense model that a folder was pruned from.
-
-    Raises:
-        ValueError: the folder has no report, which names it.
-    """
-    return Report.read(folder).model

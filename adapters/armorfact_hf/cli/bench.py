@@ -44,13 +44,14 @@ def bench(
     """
     from armorfact_hf.bench import layers as benches
     from armorfact_hf.bench import models as throughput
+    from armorfact_hf.report.record import Report
 
     with errors_as_sentences():
         counts = _counts(tokens)
         if not end_to_end and (prompt, new) != (PROMPT, NEW):
             raise ValueError("--prompt and --new would not act: they are for --end-to-end")
         if end_to_end:
-            throughput.dense_of(folder)  # raises before the work if it is not known
+            Report.read(folder)  # raises before the work if it is not known
         with shown_progress() as observer:
             timings = benches.bench_folder(
                 folder,

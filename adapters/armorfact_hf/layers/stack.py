@@ -118,12 +118,10 @@ class FactorizedStack(StoredParts):
         return f"experts={self.layout.experts}, shape={self.layout.shape}, pattern={self.pattern}"
 
 
-PRUNED = (FactorizedLinear, FactorizedStack)  # what holds the factors of a pruned model
-
-
-def pruned_modules(model: nn.Module) -> list[FactorizedLinear | FactorizedStack]:
-    """All those of a model."""
-    return [module for module in model.modules() if isinstance(module, PRUNED)]
+def pruned_modules(model: nn.Module) -> dict[str, FactorizedLinear | FactorizedStack]:
+    """What holds the factors of a pruned model, by name."""
+    kinds = (FactorizedLinear, FactorizedStack)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 Layer = TypeVar("Layer", bound=FactorizedLinear | FactorizedStack)

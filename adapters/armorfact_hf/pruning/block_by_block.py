@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from armorfact_hf.pruning.progress import Clock, Progress
 from armorfact_hf.pruning.resume.entry import Finished, Pruned
 from armorfact_hf.pruning.resume.journal import Journal, layer_key
 from armorfact_hf.pruning.spilled import set_aside
-from armorfact_hf.pruning.tail import Tail
 from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.pruning.workers.protocol import Workers
 
@@ -25,8 +25,8 @@ from armorfact_hf.pruning.workers.protocol import Workers
 class BlockByBlock:
     """The loop over the decoder blocks: their order, the journal, the reports. Workers do all that computes.
 
-    Only one block's statistics are in memory at a time, but for the last blocks: they wait in ``tail`` to be tuned once
-    more, together.
+    Only one block's statistics are in memory at a time, but for the last blocks: they wait to be tuned once more,
+    together. Nothing follows these but a norm and the head, so words can be looked at.
 
     Args:
         job: what is pruned; its model is in evaluation mode, and its layers are replaced.
@@ -34,7 +34,7 @@ class BlockByBlock:
         workers: hold the states of the windows.
         progress, clock: how far the run is. They move on.
         blocks: how each decoder block was tuned. It grows.
-        tail: see there.
+        waiting: for each of the last blocks, its layers, tuned by themselves, and the statistics of their inputs.
         folder: for files of what waits, or None.
     """
 
@@ -44,7 +44,7 @@ class BlockByBlock:
     progress: Progress
     clock: Clock
     blocks: list[BlockReport] = field(default_factory=list)
-    tail: Tail[Any] = field(default_factory=Tail)
+    waiting: list[tuple[Pruned, Any]] = field(default_factory=list)
     folder: Path | None = None
 
     def reports(self) -> tuple[LayerReport, ...]:
@@ -59,12 +59,15 @@ class BlockByBlock:
         self.progress.tell(0, "done")
         return tuple(found.values())
 
+    @cached_property
+    def finished_tail(self) -> Finished | None:
+        """What a killed run left of the last blocks, tuned together."""
+        return self._finished("tail")
+
     def _prune_block(self, index: int, layers: list[Layer]) -> dict[str, LayerReport]:
         key = f"block-{index:04}"
-        if index == self.job.tail.start and self.job.tail:
-            self.tail.finished = self._finished("tail")
         pruned = self._restored(key) if layers else []
-        waits = index in self.job.tail and not self.tail.finished
+        waits = index in self.job.tail and not self.finished_tail
         known = self._known(key) if pruned is None else []
         if pruned is not None:
             self._tell_finished(index, layers)
@@ -78,7 +81,7 @@ class BlockByBlock:
                     matched = self._as_stored(index, pruned, matched)
                 pruned = self._kept(key, pruned, matched)
             if waits:
-                self.tail.blocks.append((pruned, set_aside(statistics, self.folder)))
+                self.waiting.append((pruned, set_aside(statistics, self.folder)))
         else:
             self.workers.pass_by(index)
         self.workers.replace(pruned)
@@ -117,14 +120,14 @@ class BlockByBlock:
         """Tune the last blocks together towards the dense model's words; the reports of their layers."""
         if not self.job.tail:
             return {}
-        if self.tail.finished is None:
-            pruned, matched = self.workers.match_tail(self.tail.blocks)
+        if self.finished_tail is None:
+            pruned, matched = self.workers.match_tail(self.waiting)
             pruned = self._rounded_tail(pruned)
             pruned = self._kept("tail", pruned, self._as_stored(None, pruned, matched))
         else:
             self.progress.tell(self.job.tail_steps, "the last blocks are tuned already")
-            pruned = self._counted(self.tail.finished)
-        self.tail.blocks.clear()
+            pruned = self._counted(self.finished_tail)
+        self.waiting.clear()
         self.workers.replace(pruned)
         if self.job.config.head:
             self.workers.follow_tail()
@@ -141,7 +144,7 @@ class BlockByBlock:
         tuned = {report.name: (layer, report) for layer, report in pruned}
         return [
             rounded
-            for layers, statistics in self.tail.blocks
+            for layers, statistics in self.waiting
             for rounded in self.workers.round([tuned[report.name] for _, report in layers], statistics)
         ]
 

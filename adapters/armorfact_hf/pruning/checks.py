@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armorfact_hf.layers.experts import FactorizedExperts
-from armorfact_hf.layers.linear import FactorizedLinear
+from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.model.causal_lm import CausalLM
 
 MATRIX = "calibration must be a (windows, length) matrix of token numbers"
@@ -19,9 +18,8 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def refuse_pruned(model: nn.Module) -> None:
     """Raise ValueError if the model holds pruned layers already."""
-    for name, module in model.named_modules():
-        if isinstance(module, FactorizedLinear | FactorizedExperts):
-            raise ValueError(f"the model is pruned already ({name}); load the dense model again")
+    for name in pruned_modules(model):
+        raise ValueError(f"the model is pruned already ({name}); load the dense model again")
 
 
 def check_states(states: str) -> None:

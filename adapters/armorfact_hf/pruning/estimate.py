@@ -33,14 +33,13 @@ def estimated_seconds(job: Job, experts: int | None = None) -> float:
         experts: of each experts module, so many have their statistics in memory at a time; None is all.
     """
     first = min(job.last_block if layer.decoder_block is None else layer.decoder_block for layer in job.layers)
-    here = [layer for layer in job.layers if layer.decoder_block == first]
+    modules = job.modules_of(first)
     statistics = Statistics()
-    with evaluating(job.model), run_by_expert(job.modules), _states_before(job, first) as states:
+    with evaluating(job.model), run_by_expert(modules), _states_before(job, first) as states:
         states.inputs(first, 0, {}, advance=False)  # warms caches and lazily built parts
         plain = _seconds(lambda: states.inputs(first, 0, {}, advance=False))
-        modules = {layer.name: layer.module for layer in here}
         gathering = _seconds(lambda: statistics.add(states.inputs(first, 0, modules, advance=False)))
-        reached = [layer for layer in here if layer.name in statistics.leader]
+        reached = [layer for layer in job.layers_of(first) if layer.name in statistics.leader]
         solving = _seconds_a_flop(reached[0], statistics, job.config) * _flops(job) if reached else 0.0
     passes = job.follows_pruned + job.follows_dense * job.follows_pruned
     flowing = len(job.tokens) * ((job.last_block + 1) * (gathering + passes * plain) + _again(job, experts) * gathering)

@@ -166,9 +166,13 @@ class Job:
         return max(final if layer.decoder_block is None else layer.decoder_block for layer in self.layers)
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The layers' modules by name."""
-        return {layer.name: layer.module for layer in self.layers}
+    def by_name(self) -> dict[str, Layer]:
+        """The layers by name."""
+        return {layer.name: layer for layer in self.layers}
+
+    def modules_of(self, block: int | None) -> dict[str, nn.Module]:
+        """The modules of `layers_of`, by name."""
+        return {layer.name: layer.module for layer in self.layers_of(block)}
 
     def layers_of(self, block: int | None) -> list[Layer]:
         """The layers to prune in a decoder block; with None, the head if it is among them."""

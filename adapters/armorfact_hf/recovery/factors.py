@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.stack import PRUNED, master_of
+from armorfact_hf.layers.stack import master_of, pruned_modules
 from armorfact_hf.model.stream import frozen
 
 
@@ -27,7 +27,7 @@ class TrainedFactors:
 
     def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
         self.model = model
-        self.stored = {name: module for name, module in model.named_modules() if isinstance(module, PRUNED)}
+        self.stored = pruned_modules(model)
         self.masters = {name: master_of(layer) for name, layer in self.stored.items()}
         self.parameters = {
             f"{name}.{part}": tensor

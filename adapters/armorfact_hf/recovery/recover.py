@@ -116,7 +116,7 @@ def checked_request(model: nn.Module, calibration: Any, teacher: AnyTeacher, set
 
 
 def _check_models(model: Any, teacher: Any, settings: RecoverySettings) -> None:
-    layers = pruned_modules(model)
+    layers = pruned_modules(model).values()
     if not layers:
         raise ValueError("the model holds no pruned layer: prune it first, or load a folder that is pruned")
     if settings.train == "wrappers" and all(layer.left is None for layer in layers):
@@ -145,7 +145,7 @@ def _opened(
 ) -> AbstractContextManager[Journal | None]:
     if state is None:
         return nullcontext()
-    pattern = pruned_modules(model)[0].pattern
+    pattern = next(iter(pruned_modules(model).values())).pattern
     return Journal.open(Path(state), manifest_of(model, teacher, tokens, settings), pattern)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.stack import PRUNED, pruned_modules
+from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.recovery.settings import TRAINED
 
@@ -28,7 +28,7 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
     if train not in TRAINED:
         raise ValueError(f"train must be one of {', '.join(TRAINED)}, got {train!r}")
     refuse_integers(model, train)
-    layers = pruned_modules(model)
+    layers = pruned_modules(model).values()
     factors = [tensor for layer in layers for part in TRAINED[train] if (tensor := getattr(layer, part)) is not None]
     if not factors:
         raise ValueError(
@@ -48,9 +48,7 @@ def train_factors_(model: CausalLM, train: str = "factors") -> CausalLM:
 
 def refuse_integers(model: nn.Module, train: str) -> None:
     """Raise ValueError if kept values or wrappers are to be trained that are integers."""
-    for name, module in model.named_modules():
-        if not isinstance(module, PRUNED):
-            continue
+    for name, module in pruned_modules(model).items():
         if module.layout.wrapper_dtype is not None:
             raise ValueError(
                 f"the wrappers of {name} are {module.layout.wrapper_dtype}, which cannot be trained: train a folder "

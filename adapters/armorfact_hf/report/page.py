@@ -11,10 +11,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from armorfact_hf.files import written_beside
 from armorfact_hf.pruning.layer import LayerReport
 from armorfact_hf.report.plots import Chart, Series, depth_chart, drawable, panel_charts, scatter_chart
-from armorfact_hf.report.record import PerplexityRecord, Report
+from armorfact_hf.report.record import FILE, PerplexityRecord, Report
+from armorfact_hf.typed_json import to_json
 
+PAGE = "report.html"
 MOST_PANELS = 12  # more kinds of layers than these are not drawn one by one: nobody would read that picture
 
 
@@ -56,6 +59,14 @@ class EvaluationView:
     stored: MethodRow | None
     plot: Chart | None
     undrawn: list[str]
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write `report.json` and `report.html` into an existing folder, each beside its target and then renamed."""
+    page = render_html(report)
+    for name, text in ((FILE, json.dumps(to_json(report), indent=1) + "\n"), (PAGE, page)):
+        with written_beside(folder / name) as draft:
+            draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may hold a lone surrogate
 
 
 def render_html(report: Report) -> str:

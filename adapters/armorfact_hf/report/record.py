@@ -12,17 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from armorfact_hf.data.origin import Origin
-from armorfact_hf.files import written_beside
 from armorfact_hf.layers.format import shown
 from armorfact_hf.model.structure import DenseLayer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.layer import LayerReport, mean_loss
 from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.recovery.report import Recovery
-from armorfact_hf.typed_json import from_json, to_json
+from armorfact_hf.typed_json import from_json
 
 FORMAT_VERSION = 1
-FILE, PAGE = "report.json", "report.html"
+FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -177,15 +176,6 @@ class Report:
             return from_json(cls, found)
         except ValueError as error:
             raise ValueError(f"{folder / FILE}: {error}") from error
-
-    def write(self, folder: Path) -> None:
-        """Write `report.json` and `report.html` into an existing folder, each beside its target and then renamed."""
-        from armorfact_hf.report.page import render_html  # the page is made of this module's records
-
-        page = render_html(self)
-        for name, text in ((FILE, json.dumps(to_json(self), indent=1) + "\n"), (PAGE, page)):
-            with written_beside(folder / name) as draft:
-                draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may hold a lone surrogate
 
     def mean_loss(self, method: str | None = None) -> float:
         """`armorfact_hf.pruning.layer.mean_loss` of the method that was stored, or of a baseline."""

@@ -14,6 +14,7 @@ from armorfact_hf.evaluation.tasks import TaskScore, check_request, evaluate_tas
 from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.observer import Log, Observer
 from armorfact_hf.report.card import write_card
+from armorfact_hf.report.page import write_report
 from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
 
 
@@ -78,7 +79,7 @@ def evaluate_folder(
             for record, score in zip(dense.tasks, own.scores, strict=True)
         ],
     )
-    report.write(folder)
+    write_report(report, folder)
     if not write_card(folder):
         observer.say(f"{folder / CARD} was edited by hand: it is left as it is, without the new figures.")
     return report

@@ -28,6 +28,7 @@ from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.resume.journal import Journal, remove_leftover
 from armorfact_hf.pruning.resume.manifest import DifferentRun, check_same
 from armorfact_hf.report.card import write_card
+from armorfact_hf.report.page import write_report
 from armorfact_hf.report.record import FILE, Report
 
 
@@ -49,7 +50,7 @@ def finish(loaded: Loaded, report: Report, out: Path, journal: Journal) -> None:
                 loaded.tokenizer.save_pretrained(draft)
         else:
             save_pruned(model, draft, loaded.tokenizer)
-        report.write(draft)
+        write_report(report, draft)
         flush(draft)
         _check_written(draft, model, out)
         write_card(draft)

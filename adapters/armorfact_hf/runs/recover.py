@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def _check_memory(model: Any, settings: RecoverySettings, teacher: str | None) -
     That is the dense model, a copy of every factor to train, and of each trained number its gradient, its momentum, the
     one before and the best. What the blocks keep of a window comes on top.
     """
-    layers = pruned_modules(model)
+    layers = pruned_modules(model).values()
     needed = sum(_trained_bytes(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
     parts = [getattr(layer, name) for layer in layers for name in TRAINED[settings.train]]
     needed += sum(part.nbytes + 3 * _trained_bytes(part) for part in parts if part is not None)
@@ -125,7 +125,7 @@ def _trained_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * (max(tensor.itemsize, 4) if tensor.is_floating_point() else tensor.itemsize)
 
 
-def _dense_numbers(model: Any, layers: Sequence[Any]) -> int:
+def _dense_numbers(model: Any, layers: Iterable[Any]) -> int:
     """How many numbers the dense model has."""
     factors = {parameter for layer in layers for parameter in layer.parameters()}
     others = sum(parameter.numel() for parameter in model.parameters() if parameter not in factors)
@@ -139,7 +139,7 @@ def _shown(teacher: str | None) -> str | None:
 
 def _needed(model: nn.Module) -> int:
     """Bytes on disk: the state and the one that takes its place, then the finished folder."""
-    layers = pruned_modules(model)
+    layers = pruned_modules(model).values()
     tensors = [tensor for layer in layers for tensor in layer.parameters()]
     state = sum(tensor.nbytes + 3 * tensor.numel() * max(tensor.itemsize, 4) for tensor in tensors)
     return 2 * state + sum(tensor.nbytes for tensor in model.state_dict().values())

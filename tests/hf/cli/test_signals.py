@@ -13,6 +13,7 @@ import pytest
 from armorfact_hf import __main__ as program
 from armorfact_hf.pruning.resume.journal import Journal
 from armorfact_hf.report.record import Report
+from armorfact_hf.runs import finish
 from tests.hf.processes import begin, exit_code
 
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -141,14 +142,14 @@ def prune_until(number: int | None, method: str, arguments: list[str]) -> None:
 
     if method == "Journal.write":
         Journal.write = write_and_send
-    elif method == "Report.write":
-        Report.write = send
+    elif method == "write_report":
+        finish.write_report = send
     sys.argv = ["armorfact", *arguments]
     program.main()
 
 
 @by_each_signal
-@pytest.mark.parametrize("method", ["Journal.write", "Report.write"])
+@pytest.mark.parametrize("method", ["Journal.write", "write_report"])
 def test_a_run_that_is_asked_to_end_says_how_to_go_on_and_does(number, method, model_folder, text_file, tmp_path):
     out, says = tmp_path / "out", tmp_path / "says"
     arguments = [

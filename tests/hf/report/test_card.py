@@ -13,6 +13,7 @@ from armorfact_hf.data.origin import Origin, origin_of
 from armorfact_hf.evaluation.measure import Evaluation
 from armorfact_hf.observer import Observer
 from armorfact_hf.report.card import write_card
+from armorfact_hf.report.page import write_report
 from armorfact_hf.report.record import Report, TaskRecord
 from tests.hf.models import random_tokens, tiny_model, word_tokenizer
 from tests.hf.observers import Silent
@@ -37,7 +38,7 @@ def folder(model_folder, text_file, tmp_path):
 
 def retold(folder, **changes):
     report = replace(Report.read(folder), **changes)
-    report.write(folder)
+    write_report(report, folder)
     write_card(folder)
     return ModelCard.load(folder / "README.md")
 

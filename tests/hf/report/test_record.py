@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from armorfact_hf.report.page import write_report
 from armorfact_hf.report.record import FILE, MethodPerplexity, Report, TaskRecord
 from armorfact_hf.typed_json import to_json
 from tests.hf.report.records import HOSTILE, evaluation, layer, record
@@ -31,7 +32,7 @@ def found():
 def test_what_is_written_is_read_back(tmp_path):
     report = replace(record(), layers=(replace(layer(0, HOSTILE), notes=("damped", "again"), block=None),))
     report = replace(report, evaluations=(evaluation(armorfact=math.inf),))
-    report.write(tmp_path)
+    write_report(report, tmp_path)
     assert Report.read(tmp_path) == report
 
 
@@ -45,7 +46,7 @@ def without(found: object, *names: str) -> object:
 def test_a_report_of_version_1_reads_and_gains_no_more_than_newer_fields(tmp_path):
     (tmp_path / FILE).write_bytes(VERSION_1.read_bytes())
     report = Report.read(tmp_path)
-    report.write(tmp_path)
+    write_report(report, tmp_path)
     found = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
     assert found["blocks"] == [] and found["recovery"] is None and found["layers"][0]["factorized_loss"] is None
     newer = ("blocks", "recovery", "factorized_loss", "refine", "passes", "rate", "tail", "tensor_parallel", "origin")
@@ -114,7 +115,7 @@ def test_both_files_are_written_whole(tmp_path):
     first, *rest = record().layers
     report = replace(record(), layers=(replace(first, name=HOSTILE), *rest))
     (tmp_path / "report.json").write_text("of an earlier run")
-    report.write(tmp_path)
+    write_report(report, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == to_json(report)
     assert "demo:tiny" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -27,6 +27,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.resume.journal import Journal
 from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.report.record import Report
+from armorfact_hf.runs import finish
 from armorfact_hf.runs import prune_to_folder as workflow
 from armorfact_hf.runs.evaluate import evaluate_folder
 from armorfact_hf.runs.inspect import inspect_folder
@@ -176,7 +177,7 @@ def run_until(place: str, at: int | None, model: Path, out: Path, text: Path, co
     if place == "file":
         files.os.fsync = killer
     elif place == "report":
-        Report.write = killer
+        finish.write_report = killer
     prune(model, out, text, config, observer=Stepping(killer) if place == "step" else Silent())
 
 

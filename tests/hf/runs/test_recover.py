@@ -31,6 +31,7 @@ from armorfact_hf.recovery.run import kept_aside
 from armorfact_hf.recovery.settings import RecoverySettings
 from armorfact_hf.report.page import render_html
 from armorfact_hf.report.record import Report
+from armorfact_hf.runs import finish
 from armorfact_hf.runs import recover as workflow
 from armorfact_hf.runs.evaluate import evaluate_folder
 from armorfact_hf.runs.inspect import inspect_folder
@@ -153,7 +154,7 @@ def run_until(place: str, at: int | None, folder: Path, out: Path, text: Path) -
     if place == "file":
         files.os.fsync = killer
     elif place == "report":
-        Report.write = killer
+        finish.write_report = killer
     recover(folder, out, text, observer=Stepping(killer) if place == "step" else Silent())
 
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from armorfact_hf.model.experts import run_by_expert
 from armorfact_hf.model.moments import Inputs
 from armorfact_hf.model.stream import BlockStream
@@ -60,7 +58,7 @@ class Flow:
         Of the two, the first is what statistics are taken from; the other is left out where they are not paired. The
         dense model's states move on.
         """
-        layers = self._modules(index)
+        layers = self.job.modules_of(index)
         seen = []
         for states in self._followed:
             if index is None:
@@ -74,16 +72,13 @@ class Flow:
 
     def pass_by(self, index: int) -> None:
         """Move the dense model's states on through a block while it is dense."""
-        with run_by_expert(self._modules(index)):  # as where statistics are gathered, for the sake of equal bits
+        with run_by_expert(self.job.modules_of(index)):  # as where statistics are gathered, for the sake of equal bits
             for window in self.windows:
                 if self.pruned is not None:
                     self.told(index, window)
                 if self.dense is not None:
                     self.told(index, window)
                     self.dense.advance(index, window)
-
-    def _modules(self, index: int | None) -> dict[str, nn.Module]:
-        return {layer.name: layer.module for layer in self.job.layers_of(index)}
 
     def advance(self, index: int) -> None:
         """Move the pruned model's states on through a block as it is now."""

@@ -8,6 +8,7 @@ from itertools import cycle
 from typing import Any, Protocol
 
 import ray
+import torch
 
 from armorfact_hf.pruning.workers.cluster import RETRIES
 from armorfact_hf.pruning.workers.remote import Ref
@@ -16,17 +17,18 @@ from armorfact_hf.pruning.workers.remote import Ref
 class Hands(Protocol):
     """Somebody who calls functions."""
 
-    def do(self, function: Callable[..., Any], cores: int, *arguments: Any) -> Ref:
-        """Refers to what a function returns, which computes by so many threads."""
+    def do(self, function: Callable[..., Any], threads: int, *arguments: Any) -> Ref:
+        """Refers to what a function returns, which computes by so many threads on a CPU."""
 
 
 @dataclass(frozen=True)
 class Tasks:
     """Whatever process has the cores."""
 
-    def do(self, function: Callable[..., Any], cores: int, *arguments: Any) -> Ref:
+    def do(self, function: Callable[..., Any], threads: int, *arguments: Any) -> Ref:
         """See `Hands`."""
-        return ray.remote(function).options(num_cpus=cores, max_retries=RETRIES).remote(*arguments)
+        task = ray.remote(by_threads).options(num_cpus=threads, max_retries=RETRIES)
+        return task.remote(threads, function, *arguments)
 
 
 @dataclass
@@ -42,9 +44,15 @@ class Turns:
     def __post_init__(self) -> None:
         self._turns = cycle(self.actors)
 
-    def do(self, function: Callable[..., Any], cores: int, *arguments: Any) -> Ref:
+    def do(self, function: Callable[..., Any], threads: int, *arguments: Any) -> Ref:
         """See `Hands`."""
         return next(self._turns).act.remote(function, *arguments)
+
+
+def by_threads(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns that computes by so many threads."""
+    torch.set_num_threads(threads)
+    return function(*arguments)
 
 
 def hands_of(actors: Sequence[Any], on_gpus: bool) -> Hands:

@@ -33,7 +33,7 @@ class Gatherer:
     def statistics(self, layers: Iterable[Layer]) -> Statistics:
         """Those of some of the block's layers, over all windows."""
         names = {layer.name for layer in layers}
-        modules = {layer.name: layer.module for layer in self.job.layers_of(self.index)}
+        modules = self.job.modules_of(self.index)
         found = Statistics()
         with dense_again(self.job.model, modules), run_by_expert(modules):
             for window in range(len(self.job.tokens)):

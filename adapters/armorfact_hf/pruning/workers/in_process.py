@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.experts import put_layers_
-from armorfact_hf.model.moments import Moments, Statistics
+from armorfact_hf.model.moments import Statistics
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.experts import pool_
 from armorfact_hf.pruning.job import Job
@@ -23,7 +23,6 @@ from armorfact_hf.pruning.tuning.matching import BlockReport
 from armorfact_hf.pruning.workers.flow import Flow
 from armorfact_hf.pruning.workers.in_chunks import Gatherer, InChunks, chunks_of
 from armorfact_hf.pruning.workers.tuning import (
-    Tuned,
     distance_from_aim,
     layers_by_name,
     tune_block,
@@ -108,7 +107,7 @@ class InProcess:
             return pruned, None
         self.replace(pruned)
         tuned = tune_block(self.job, index, layers_by_name(pruned), self.flow.around_block, self._told)
-        found = self._with_losses(pruned, tuned, statistics.of)
+        found = with_losses(self.job, pruned, tuned, statistics.of), tuned[1]
         _rest(statistics)
         return found
 
@@ -119,13 +118,13 @@ class InProcess:
         tuned = tune_tail(self.job, layers_by_name(pruned), self.flow.around_tail, self._told)
         found: Pruned = []
         for layers, statistics in blocks:
-            found += self._with_losses(layers, tuned, statistics.of)[0]
+            found += with_losses(self.job, layers, tuned, statistics.of)
             _rest(statistics)
         return found, tuned[1]
 
     def round(self, pruned: Pruned, statistics: Statistics | InChunks) -> Pruned:
         """The layers with their cores rounded to the dtype that the settings ask for; as they are, if to none."""
-        config, dense = self.job.config, {layer.name: layer for layer in self.job.layers}
+        config, dense = self.job.config, self.job.by_name
         if config.core_dtype is None:
             return pruned
         given, done = {report.name: (layer, report) for layer, report in pruned}, {}
@@ -155,11 +154,6 @@ class InProcess:
     def follow_tail(self) -> None:
         """Bring the pruned model's states to where the blocks of the tail, as they are now, bring them."""
         self.flow.follow_tail()
-
-    def _with_losses(
-        self, pruned: Pruned, tuned: Tuned, moments: Callable[[str], Moments]
-    ) -> tuple[Pruned, BlockReport]:
-        return with_losses(self.job, pruned, tuned, moments), tuned[1]
 
     def _told(self, what: str) -> None:
         self.progress.tell(int(torch.is_grad_enabled()), what)

@@ -18,6 +18,7 @@ from armorfact_hf.model.experts import put_layers_
 from armorfact_hf.model.moments import agree
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
+from armorfact_hf.pruning.layer import round_layer, with_tuned_loss
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.resume.entry import Pruned
 from armorfact_hf.pruning.side_by_side import Keep, forget, layer_flops, threads_each
@@ -108,7 +109,7 @@ class OnRay:
         work = {layer.name: layer for layer in layers if layer.name in statistics.leader}
         threads = threads_each(list(work.values()), self.cluster.threads)
         waiting = [
-            self.hands.do(remote.prune, threads, alone(layer), statistics.of(layer.name), self.job.config, threads)
+            self.hands.do(remote.prune, threads, alone(layer), statistics.of(layer.name), self.job.config)
             for layer in sorted(work.values(), key=layer_flops, reverse=True)
             if layer.name not in known
         ]
@@ -135,12 +136,12 @@ class OnRay:
 
     def round(self, pruned: Pruned, statistics: Gathered) -> Pruned:
         """The layers with their cores rounded to the dtype that the settings ask for, each by a task of its own."""
-        config, dense = self.job.config, {layer.name: layer for layer in self.job.layers}
+        config, dense = self.job.config, self.job.by_name
         if config.core_dtype is None:
             return pruned
         threads = threads_each([dense[report.name] for _, report in pruned], self.cluster.threads)
         given = [(alone(dense[report.name]), layer, report, statistics.of(report.name)) for layer, report in pruned]
-        return get([self.hands.do(remote.round_core, threads, *those, config, threads) for those in given])
+        return get([self.hands.do(round_layer, threads, *those, config) for those in given])
 
     def distance(self, index: int | None, pruned: Pruned) -> float:
         """How far a block with these layers, or, with None, the last ones, is from what it was tuned towards."""
@@ -190,8 +191,7 @@ class OnRay:
         return method.remote(index, window, pruned, dense, self.replaced)
 
     def _gathered(self, name: str, parts: Sequence[Ref]) -> Ref:
-        threads = self.cluster.threads
-        return self.hands.do(remote.gather, threads, name, list(parts), threads)
+        return self.hands.do(remote.gather, self.cluster.threads, name, list(parts))
 
     def _advanced(self, blocks: Collection[int], held: Held) -> list[list[Ref]]:
         """For each window, a sign that it is done and its state, both references."""
@@ -211,15 +211,13 @@ class OnRay:
         layers, matched = get(self.actors[0].tune.remote(index, pruned, given, self.dense, self.replaced))
         if not matched.kept:
             return pruned, matched
-        dense, threads = {layer.name: layer for layer in self.job.layers}, self.cluster.threads
+        dense, threads = self.job.by_name, self.cluster.threads
         given_each = [
             (x, alone(dense[x.name]), layers[x.name], statistics.of(x.name))
             for given_layers, statistics in blocks
             for _, x in given_layers
         ]
-        reports = [
-            self.hands.do(remote.report_again, threads, *those, self.job.config, threads) for those in given_each
-        ]
+        reports = [self.hands.do(with_tuned_loss, threads, *those, self.job.config) for those in given_each]
         return [(layers[x.name], x) for x in get(reports)], matched
 
     def _actor(self, window: int) -> Any:

@@ -26,7 +26,7 @@ from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.experts import Pool
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.layer import LayerReport, prune_layer, round_layer, with_tuned_loss
+from armorfact_hf.pruning.layer import LayerReport, prune_layer
 from armorfact_hf.pruning.notes import damping_noted
 from armorfact_hf.pruning.resume.entry import Pruned
 from armorfact_hf.pruning.spilled import Hidden
@@ -188,13 +188,12 @@ class Worker:
         return Held(states.hidden[window], dict(self.stream.extras))
 
 
-def gather(name: str, parts: Sequence[Ref], threads: int) -> Moments:
+def gather(name: str, parts: Sequence[Ref]) -> Moments:
     """The moments of a leader's inputs, window by window: the same sum in the same order as in one process.
 
     Args:
         parts: references to what `Worker.inputs` returned for this layer, in the order of the windows.
     """
-    torch.set_num_threads(threads)
     found = Statistics()
     for ref in parts:  # one at a time: those of a wide layer do not fit into memory together
         part: Part = ray.get(ref)
@@ -228,27 +227,10 @@ def alone(layer: Layer) -> Layer:
     return replace(layer, module=linear)
 
 
-def prune(layer: Layer, moments: Moments, config: PruneConfig, threads: int) -> tuple[FactorizedLinear, LayerReport]:
+def prune(layer: Layer, moments: Moments, config: PruneConfig) -> tuple[FactorizedLinear, LayerReport]:
     """What replaces a layer, and the report."""
-    torch.set_num_threads(threads)
     with damping_noted():
         return prune_layer(layer, moments, config)
-
-
-def round_core(
-    layer: Layer, pruned: FactorizedLinear, report: LayerReport, moments: Moments, config: PruneConfig, threads: int
-) -> tuple[FactorizedLinear, LayerReport]:
-    """A layer with its core rounded, and its report."""
-    torch.set_num_threads(threads)
-    return round_layer(layer, pruned, report, moments, config)
-
-
-def report_again(
-    report: LayerReport, layer: Layer, tuned: FactorizedLinear, moments: Moments, config: PruneConfig, threads: int
-) -> LayerReport:
-    """The report of a layer, with its loss now that it is tuned."""
-    torch.set_num_threads(threads)
-    return with_tuned_loss(report, layer, tuned, moments, config)
 
 
 def _untold(index: int, window: int) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.moments import Moments
 from armorfact_hf.model.stream import frozen
+from armorfact_hf.model.words import Speaker, WordsApart
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import with_tuned_loss
 from armorfact_hf.pruning.resume.entry import Pruned
 from armorfact_hf.pruning.schedule import Matching
 from armorfact_hf.pruning.states import States
-from armorfact_hf.pruning.tail import words_of
-from armorfact_hf.pruning.tuning.aims import Aim, StateAim
+from armorfact_hf.pruning.tuning.aims import Aim, StateAim, WordAim
 from armorfact_hf.pruning.tuning.matching import BlockReport, distance_aside, match_block_
 
 Tuned = tuple[dict[str, FactorizedLinear], BlockReport]
@@ -62,7 +62,7 @@ def with_losses(job: Job, pruned: Pruned, tuned: Tuned, moments: Callable[[str],
     layers, matched = tuned
     if not matched.kept:
         return pruned
-    dense = {layer.name: layer for layer in job.layers}
+    dense = job.by_name
     return [
         (layers[x.name], with_tuned_loss(x, dense[x.name], layers[x.name], moments(x.name), job.config))
         for _, x in pruned
@@ -76,7 +76,7 @@ def layers_by_name(pruned: Pruned) -> dict[str, FactorizedLinear]:
 
 def _aim(job: Job, index: int | None, states: tuple[States, States], told: Told) -> Aim:
     if index is None:
-        return words_of(job, *states, lambda: _told(told, "the last decoder blocks"))
+        return _words(job, *states, lambda: _told(told, "the last decoder blocks"))
     given, dense = states
 
     def run(window: int) -> Tensor:
@@ -84,6 +84,25 @@ def _aim(job: Job, index: int | None, states: tuple[States, States], told: Told)
         return given.stream.run(index, given.windows[window], given.hidden[window], gradients)
 
     return StateAim(run, cast(Sequence[Tensor], dense.hidden))
+
+
+def _words(job: Job, given: States, dense: States, told: Callable[[], bool]) -> WordAim:
+    """The words of the dense model.
+
+    Args:
+        given: the states before the first of the last blocks. dense: those of the dense model behind the last one.
+        told: is called before each window; says whether gradients are going to be asked for.
+    """
+    stream, tokens = given.stream, given.windows
+    speaker = Speaker(job.model, stream)
+
+    def run(window: int) -> Tensor:
+        return stream.head_input(speaker.head, tokens[window], given.hidden[window], job.tail.start, told())
+
+    def taught(window: int) -> Tensor:
+        return stream.head_input(speaker.head, tokens[window], dense.hidden[window])
+
+    return WordAim(run, job.tokens, taught, WordsApart(speaker, speaker))
 
 
 def _tune(job: Job, layers: Mapping[str, FactorizedLinear], aim: Aim, matching: Matching, index: int) -> Tuned:
