@@ -54,11 +54,16 @@ class Form:
         return scaled + torch.diag_embed(self.mean + self.own * own)
 
 
+QUERY_AND_KEY, GATE_AND_UP = ("q_proj", "k_proj"), ("gate_proj", "up_proj")
 FORMS = {
     "H": None,
     "G-H, its diagonal added": Form(own=1.0),
     "G-H, hardly damped": Form(mean=0.02),
-    "G-H of q, k and v": Form(mean=0.02, kinds=("q_proj", "k_proj", "v_proj")),
+    "G-H of q, k and v": Form(mean=0.02, kinds=(*QUERY_AND_KEY, "v_proj")),
+    "G-H of q, k, gate and up, its diagonal added": Form(own=1.0, kinds=(*QUERY_AND_KEY, *GATE_AND_UP)),
+    "G-H of q, k, gate and up, hardly damped": Form(mean=0.02, kinds=(*QUERY_AND_KEY, *GATE_AND_UP)),
+    "G-H of gate and up, its diagonal added": Form(own=1.0, kinds=GATE_AND_UP),
+    "G-H of q and k, hardly damped": Form(mean=0.02, kinds=QUERY_AND_KEY),
 }
 
 

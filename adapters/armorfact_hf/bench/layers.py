@@ -150,7 +150,7 @@ def crossover(timings: Sequence[Timing]) -> dict[str, int | None]:
 
 
 def bench_folder(
-    folder: Path,
+    folder: Path | str,
     tokens: Sequence[int],
     *,
     dtype: str = "auto",
@@ -164,6 +164,7 @@ def bench_folder(
     Raises:
         ValueError: the folder holds no pruned model, or is damaged.
     """
+    folder = Path(folder)
     describe_folder(folder)
     model = load_model(str(folder), dtype, device, log).model
     timings = time_layers(model, tokens, progress) if _by_shape(model) else []

@@ -93,7 +93,7 @@ def _weights(model: nn.Module) -> int:
 
 
 def end_to_end(
-    folder: Path, prompt: int = 512, new: int = 64, dtype: str = "auto", device: str | None = None
+    folder: Path | str, prompt: int = 512, new: int = 64, dtype: str = "auto", device: str | None = None
 ) -> list[Throughput]:
     """`throughput` of the dense model that a folder was pruned from, and of the pruned one, each in its own process.
 
@@ -103,7 +103,7 @@ def end_to_end(
     """
     if min(prompt, new) < 1:
         raise ValueError(f"expected one token or more to read, and to write, got {prompt} and {new}")
-    facts = Report.read(folder).model
+    facts = Report.read(Path(folder)).model
     dtype = facts.dtype if dtype == "auto" else dtype
     results = []
     for name, fingerprint in ((facts.name, facts.fingerprint if dtype == facts.dtype else None), (str(folder), None)):

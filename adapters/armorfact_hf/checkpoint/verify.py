@@ -62,7 +62,7 @@ class _Stored:
         return math.prod(self.shape) * (FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 1)
 
 
-def verify_folder(folder: Path, description: Description | None = None) -> Verified:
+def verify_folder(folder: Path | str, description: Description | None = None) -> Verified:
     """`verify` the files of a folder, and its index if it has one.
 
     Args:
@@ -73,6 +73,7 @@ def verify_folder(folder: Path, description: Description | None = None) -> Verif
         ValueError: a file that is missing or damaged, an index that is damaged, names a file outside of the folder or
             disagrees with the files; and whatever `verify` finds.
     """
+    folder = Path(folder)
     return _verify(_folder_headers(folder), description or describe_folder(folder))
 
 

@@ -19,7 +19,7 @@ def plan_lines(plan: Any) -> Iterator[str]:
     yield (
         f"Plan: {len(plan.layers)} linear layers of a model with {plan.parameters:,} parameters; "
         f"{plan.dense_bytes / 1e6:,.1f} MB become {plan.bytes / 1e6:,.1f} MB ({ratio:.3f} of dense, "
-        f"{100 * plan.wrapper_overhead:.1f}% of it for wrappers); about {plan.peak_bytes / 1e9:.1f} GB of memory"
+        f"of which {plan.wrapper_overhead:.3f} for wrappers); about {plan.peak_bytes / 1e9:.1f} GB of memory"
     )
     yield from _room(plan)
     if plan.tensor_parallel > 1:

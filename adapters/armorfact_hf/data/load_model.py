@@ -74,7 +74,7 @@ class Loaded:
         return min(wanted, getattr(self.model.config, "max_position_embeddings", None) or wanted)
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None, log: Log = print) -> Loaded:
+def load_model(name: Path | str, dtype: str = "auto", device: str | None = None, log: Log = print) -> Loaded:
     """A causal language model and its tokenizer, dense or pruned by armorfact.
 
     No code of a checkpoint is run, and only safetensors files are read.
@@ -91,7 +91,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    place = device_of(device)
+    place, name = device_of(device), str(name)
     where = _folder_or_hub_name(name, log)
     if Path(where).is_dir():
         check_files(Path(where))

@@ -82,8 +82,8 @@ def _the_same_layers(loaded: Loaded, config: PruneConfig, other: PruneConfig) ->
 
 
 def compare(
-    model: str,
-    out: Path,
+    model: Path | str,
+    out: Path | str,
     config: PruneConfig,
     methods: Sequence[str],
     calibration: Calibration,
@@ -108,7 +108,7 @@ def compare(
         workers: see `prune_`.
     """
     check_workers(workers)
-    observer = Observer() if observer is None else observer
+    model, out, observer = str(model), Path(out), Observer() if observer is None else observer
     for evaluation in evaluations:
         check_name(evaluation.text)
     beside = {method: out.with_name(f"{out.name}-{method}") for method in methods if method != config.method}

@@ -39,13 +39,13 @@ def dense_model(report: Report, device: str | None = None, log: Log = print) -> 
 
 
 def evaluate_folder(
-    folder: Path,
+    folder: Path | str,
     evaluations: Sequence[Evaluation] = (Evaluation(),),
     tasks: Sequence[str] = (),
     limit: int | None = None,
     *,
     device: str | None = None,
-    beside: Sequence[Path] = (),
+    beside: Sequence[Path | str] = (),
     observer: Observer | None = None,
 ) -> Report:
     """Measure a finished folder beside its dense model, and write the figures into its report and its model card.
@@ -60,14 +60,15 @@ def evaluate_folder(
         observer: is told how it goes; prints sentences by default.
     """
     observer = Observer() if observer is None else observer
+    folder, paths = Path(folder), [Path(path) for path in beside]
     report = Report.read(folder)
-    _check_beside(report, beside)
+    _check_beside(report, paths)
     for evaluation in evaluations:
         check_name(evaluation.text)
     if tasks:
         check_request(tasks, limit)
     dense = evaluate_dense(dense_model(report, device, observer.say), evaluations, tasks, limit, observer=observer)
-    others = [_measured(path, evaluations, (), None, device, observer).perplexities for path in beside]
+    others = [_measured(path, evaluations, (), None, device, observer).perplexities for path in paths]
     own = _measured(folder, evaluations, tasks, limit, device, observer)
     report = Report.read(folder).merged(  # with what others have measured meanwhile
         [

@@ -11,13 +11,14 @@ from armorfact_hf.files import check_room, room_for, workshop
 from armorfact_hf.observer import Log
 
 
-def export_dense(folder: Path, out: Path, log: Log = print) -> None:
+def export_dense(folder: Path | str, out: Path | str, log: Log = print) -> None:
     """Write the model of a pruned folder with dense weights A C B, as an ordinary folder for any other tool.
 
     Raises:
         NotPruned: the folder holds no pruned model.
         FileExistsError: ``out`` exists. OSError: too little room on disk.
     """
+    folder, out = Path(folder), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists already: name a new folder")
     describe_folder(folder)

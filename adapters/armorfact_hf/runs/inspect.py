@@ -40,13 +40,14 @@ class HeldLayer:
     sparsegpt_loss: float | None
 
 
-def inspect_folder(folder: Path) -> list[HeldLayer]:
+def inspect_folder(folder: Path | str) -> list[HeldLayer]:
     """Every pruned layer of a folder, in the order of the model, after all its files were found whole.
 
     Raises:
         NotPruned: the folder holds no pruned model.
         ValueError: whatever `armorfact_hf.checkpoint.verify.verify_folder` finds wrong.
     """
+    folder = Path(folder)
     description = describe_folder(folder)
     held = verify_folder(folder, description)
     report = Report.read(folder) if (folder / FILE).exists() else None

@@ -27,11 +27,13 @@ from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
 
 
 def prune_to_folder(
-    model: str | Loaded,
-    out: Path,
+    model: Path | str | Loaded,
+    out: Path | str,
     config: PruneConfig | None = None,
     calibration: Calibration | None = None,
     *,
+    dtype: str = "auto",
+    device: str | None = None,
     observer: Observer | None = None,
     select: Select | None = None,
     stream: bool | None = None,
@@ -45,6 +47,7 @@ def prune_to_folder(
 
     Args:
         model: a name for `load_model`, or a loaded dense model, which is pruned in place.
+        dtype, device: see `load_model`; of a model given by name.
         out: the folder to write.
         config, calibration: what to prune and how, and on which tokens.
         observer: is told of slow steps, of the plan, and of every unit of work; it prints sentences by default.
@@ -60,13 +63,24 @@ def prune_to_folder(
             before the work starts. InUse: another process writes the same folder. ImportError: workers of Ray,
             and no Ray. DiskFull, NonFiniteActivations: in mid-run; what is finished is kept.
     """
-    observer, calibration = observer or Observer(), calibration or Calibration()
+    observer, calibration, out = observer or Observer(), calibration or Calibration(), Path(out)
     refuse_unfinished(out)
     check_workers(workers)
-    loaded = model
-    if isinstance(loaded, str):
+    if isinstance(model, Loaded):
+        if (dtype, device, stream) != ("auto", None, None):
+            raise ValueError("dtype, device and stream would not act on a model that is loaded: name it instead")
+        loaded = model
+    else:
         loaded = load_to_prune(
-            loaded, config, calibration, stream=stream, observer=observer, states=states, workers=workers
+            str(model),
+            config,
+            calibration,
+            stream=stream,
+            dtype=dtype,
+            device=device,
+            observer=observer,
+            states=states,
+            workers=workers,
         )
     job = checked_job(loaded, out, config, calibration, observer, select, states, workers)
     if out.exists():

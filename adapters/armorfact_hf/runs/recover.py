@@ -28,12 +28,12 @@ from armorfact_hf.runs.finish import finish, found_finished, journal_of, refuse_
 
 
 def recover_to_folder(
-    folder: Path,
-    out: Path,
+    folder: Path | str,
+    out: Path | str,
     settings: RecoverySettings | None = None,
     calibration: Calibration = EVERYTHING,
     *,
-    teacher: str | None = None,
+    teacher: Path | str | None = None,
     device: str | None = None,
     save_every: int = 10,
     observer: Observer | None = None,
@@ -61,6 +61,7 @@ def recover_to_folder(
             in mid-run; what was kept last is still there.
     """
     settings, observer = settings or RecoverySettings(), observer or Observer()
+    folder, out, teacher = Path(folder), Path(out), None if teacher is None else str(teacher)
     check_save_every(save_every)
     calibration.refuse_self()
     refuse_unfinished(out)

@@ -14,8 +14,8 @@ from armorfact_hf.recovery.stored_teacher import StoredTeacher, missing_windows,
 
 
 def teach_to_folder(
-    model: str,
-    out: Path,
+    model: Path | str,
+    out: Path | str,
     likeliest: int = 128,
     calibration: Calibration = EVERYTHING,
     *,
@@ -35,9 +35,9 @@ def teach_to_folder(
         ValueError, OSError: bad arguments, a pruned model, too little room on disk; before the work starts.
         DifferentRun: ``out`` holds something else. InUse: another process writes to it.
     """
-    observer = observer or Observer()
+    observer, out = observer or Observer(), Path(out)
     calibration.refuse_self()
-    loaded = load_model(model, "bfloat16", device, observer.say)
+    loaded = load_model(str(model), "bfloat16", device, observer.say)
     refuse_pruned(loaded.model)
     tokens = calibration.tokens(loaded, observer.say)
     missing = missing_windows(out, tokens)

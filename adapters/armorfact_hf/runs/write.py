@@ -11,8 +11,8 @@ from armorfact_hf.observer import Observer
 
 
 def write_to_file(
-    model: str,
-    out: Path,
+    model: Path | str,
+    out: Path | str,
     tokens: int = 32768,
     seed: int = 0,
     *,
@@ -31,13 +31,13 @@ def write_to_file(
         FileExistsError: ``out`` exists. OSError: it cannot be written there. ValueError: no such model, one that cannot
             write text, or less than one token.
     """
-    observer = observer or Observer()
+    observer, out = observer or Observer(), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists already: name a new file")
     if tokens < 1:
         raise ValueError(f"expected one token of text or more, got {tokens}")
     check_room(out.parent, BYTES_A_TOKEN * tokens)
-    loaded = load_model(model, dtype, device, observer.say)
+    loaded = load_model(str(model), dtype, device, observer.say)
     check_writer(loaded)
     text = write_text(loaded.model, loaded.tokenizer, tokens, seed, observer.counts(WRITING))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -118,7 +118,7 @@ def test_the_plan_says_what_ranks_cost(model_folder, text_file, out):
 def test_a_dry_run_prints_the_plan_and_writes_nothing(model_folder, text_file, out, tmp_path):
     before = files_below(tmp_path)
     output = armorfact(*pruning(model_folder, out, text_file, "--dry-run", "--ignore", "down_proj"))
-    assert re.search(r"Plan: 18 linear layers of .* become .* of dense, 0\.0% of it for wrappers\); about", output)
+    assert re.search(r"Plan: 18 linear layers of .* become .* of dense, of which 0\.000 for wrappers\); about", output)
     assert "Left dense, ignored by 'down_proj': model.layers.0.mlp.down_proj, " in output
     assert re.search(r"Estimated time, from a measured first layer: \d+ s\n", output)
     assert files_below(tmp_path) == before

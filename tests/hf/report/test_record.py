@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     (tmp_path / "report.json").write_text("of an earlier run")
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
-        record().write(tmp_path)
+        write_report(record(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert (tmp_path / "report.json").read_text() == "of an earlier run"
 
