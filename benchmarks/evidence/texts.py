@@ -14,7 +14,7 @@ from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.data.questions import fetch_questions
 from armorfact_hf.data.texts import TO_MEASURE, evaluation_source, tokens_of
 from armorfact_hf.data.tokens import spread, tokenize, windows
-from armorfact_hf.model.words import Speaker, WordsApart
+from armorfact_hf.model.token_divergence import BodyAndHead, TokenDivergence
 from armorfact_hf.runs.evaluate import dense_model
 from benchmarks.evidence.folders import key_of, reports_of
 from benchmarks.evidence.tables import table
@@ -67,10 +67,10 @@ def kinds(loaded: Loaded, length: int) -> dict[str, list[Tensor]]:
 
 def _measured(folder: Path, dense: Loaded, texts: Mapping[str, Sequence[Tensor]], out: Path) -> dict[str, Vector]:
     """The divergence on each window, by kind of text; what is in no file of ``out`` is measured."""
-    apart = cache(lambda: WordsApart(Speaker(load_model(str(folder)).model), Speaker(dense.model)))
+    divergence = cache(lambda: TokenDivergence(BodyAndHead(load_model(str(folder)).model), BodyAndHead(dense.model)))
 
     def measured(tokens: Sequence[Tensor]) -> list[float]:
-        return [_divergence(apart(), window) for window in tokens]
+        return [_divergence(divergence(), window) for window in tokens]
 
     return {
         kind: np.array(kept(out, "texts", [key_of(folder), [w.tolist() for w in tokens]], partial(measured, tokens)))
@@ -78,8 +78,8 @@ def _measured(folder: Path, dense: Loaded, texts: Mapping[str, Sequence[Tensor]]
     }
 
 
-def _divergence(apart: WordsApart, window: Tensor) -> float:
-    return apart.of(window, apart.student.states(window), apart.teacher.taught(window))
+def _divergence(divergence: TokenDivergence, window: Tensor) -> float:
+    return divergence.of(window, divergence.student.states(window), divergence.teacher.recall(window))
 
 
 def _shown(values: Vector) -> str:

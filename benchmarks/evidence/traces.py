@@ -20,7 +20,7 @@ from armorfact_hf.files import written_beside
 from armorfact_hf.model.moments import Inputs, recorded_gradients, recorded_inputs
 from armorfact_hf.model.stream import BlockStream, replaced_forward, starting_at_embedding
 from armorfact_hf.model.structure import Layer, decoder_blocks
-from armorfact_hf.model.words import drawn_gradient
+from armorfact_hf.model.token_divergence import drawn_gradient
 
 
 @dataclass(frozen=True)

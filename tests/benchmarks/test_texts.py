@@ -45,7 +45,7 @@ def test_the_divergence_of_every_kind_is_measured_and_kept(model_folder, text_fi
                 p, q = (each.model(window[None]).logits[0].log_softmax(-1) for each in (dense, pruned))
             by_hand.append(float(functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()))
         assert cell.startswith(f"{np.mean(by_hand):.3f} ± {np.std(by_hand, ddof=1) / len(by_hand) ** 0.5:.3f}")
-    monkeypatch.setattr(texts, "WordsApart", None)
+    monkeypatch.setattr(texts, "TokenDivergence", None)
     assert text_table([out], kept).splitlines()[2] == line
     (out / "config.json").write_text((out / "config.json").read_text() + "\n")  # something else in the same folder
     with pytest.raises(TypeError):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from armorfact_hf.model import words
+from armorfact_hf.model import token_divergence
 from armorfact_hf.model.structure import chosen_layers
 from benchmarks.evidence.proxies import PROXIES, Grams, mean_gram, token_weights, top_share
 from benchmarks.evidence.traces import Trace, read_trace, trace_window, write_traces
@@ -52,7 +52,7 @@ def test_logits_in_parts_give_the_same_gradients(monkeypatch):
     layers = layers_of(model)
     blocks = {layer.name: BLOCK for layer in layers}
     whole = trace_window(model, layers, tokens, blocks, seed=0)
-    monkeypatch.setattr(words, "POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr(token_divergence, "POSITIONS_AT_ONCE", 7)
     torch.testing.assert_close(trace_window(model, layers, tokens, blocks, seed=0), whole)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from armorfact_hf.data.tokens import spread
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.words import Speaker
+from armorfact_hf.model.token_divergence import BodyAndHead
 
 # Positions whose logits stand in memory at a time: with 262k words in the vocabulary, 0.3 GB in float32.
 POSITIONS_AT_ONCE = 256
@@ -115,10 +115,10 @@ def token_losses(model: CausalLM, row: Tensor) -> Tensor:
 
     The logits come from the model's own head, which may scale or cap them, a few positions at a time.
     """
-    row, speaker, losses = row.to(model.device), Speaker(model), []
-    given = speaker.states(row)
+    row, parts, losses = row.to(model.device), BodyAndHead(model), []
+    given = parts.states(row)
     for lo in range(0, len(row) - 1, POSITIONS_AT_ONCE):
         part = slice(lo, min(lo + POSITIONS_AT_ONCE, len(row) - 1))
-        logits = speaker.logits(row[part], given[:, part]).values
+        logits = parts.logits(row[part], given[:, part]).values
         losses.append(functional.cross_entropy(logits.float(), row[1:][part], reduction="none"))
     return torch.cat(losses).cpu()

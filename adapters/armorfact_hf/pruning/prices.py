@@ -29,7 +29,7 @@ from armorfact_hf.model.on_disk import HEAD
 from armorfact_hf.model.rehearsal import HAVE_NO_PRICES
 from armorfact_hf.model.stream import BlockStream, starting_at_embedding
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.model.words import drawn_gradient
+from armorfact_hf.model.token_divergence import drawn_gradient
 from armorfact_hf.pruning.config import DEFAULT_SHRINKAGE
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import shrunk

@@ -1,4 +1,4 @@
-"""How far a pruned model's words are from its dense model's (`armorfact_hf.model.words`), and the gradient of that.
+"""The divergence of a pruned model from its dense one (`armorfact_hf.model.token_divergence`), and its gradients.
 
 The gradients of all the states that the head is given go back through the body at once.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from armorfact_hf.model.stream import replaced_forward
-from armorfact_hf.model.words import Speaker, WordsApart
+from armorfact_hf.model.token_divergence import BodyAndHead, TokenDivergence
 from armorfact_hf.recovery.stored_teacher import StoredTeacher
 
 
@@ -28,15 +28,15 @@ class Divergence:
     """
 
     def __init__(self, student: Any, teacher: Any, gradient_checkpointing: bool = False) -> None:
-        self.student = Speaker(student)
-        self.teacher = teacher if isinstance(teacher, StoredTeacher) else Speaker(teacher)
-        self.apart = WordsApart(self.student, self.teacher)
+        self.student = BodyAndHead(student)
+        self.teacher = teacher if isinstance(teacher, StoredTeacher) else BodyAndHead(teacher)
+        self.divergence = TokenDivergence(self.student, self.teacher)
         self.again = gradient_checkpointing
 
     @torch.no_grad()
     def of(self, window: Tensor) -> float:
         """D on a window (length,) of token numbers, each model computing as it is."""
-        return self.apart.of(window, self.student.states(window), self.teacher.taught(window))
+        return self.divergence.of(window, self.student.states(window), self.teacher.recall(window))
 
     def backward(self, window: Tensor) -> float:
         """D on a window, products of the student in bfloat16; gradients are added to what asks for them in it.
@@ -44,7 +44,7 @@ class Divergence:
         Raises:
             ValueError: nothing that asks for them is reached.
         """
-        taught = self.teacher.taught(window)
+        recalled = self.teacher.recall(window)
         with torch.autocast(self.student.model.device.type, torch.bfloat16):
             states = self.states_with_gradients(window)
         if not states.requires_grad:
@@ -52,7 +52,7 @@ class Divergence:
                 "no gradient reaches the pruned layers through this model: a module after them cuts it off (some "
                 "quantized layers do); load the other weights in float32 or bfloat16"
             )
-        total, gradients = self.apart.gradient(window, states.detach(), taught)
+        total, gradients = self.divergence.gradient(window, states.detach(), recalled)
         states.backward(gradients)
         return total
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import armorfact
 from armorfact_hf.files import is_draft, remove
-from armorfact_hf.model.words import POSITIONS_AT_ONCE, Speaker
+from armorfact_hf.model.token_divergence import POSITIONS_AT_ONCE, BodyAndHead
 from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
 from armorfact_hf.pruning.resume.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
@@ -29,7 +29,7 @@ from armorfact_hf.pruning.resume.manifest import (
     write_manifest,
 )
 from armorfact_hf.pruning.resume.seal import open_sealed, save_sealed
-from armorfact_hf.recovery.likeliest import Likeliest
+from armorfact_hf.recovery.top_tokens import TopTokens
 
 KIND = "likeliest"  # an entry that no other manifest has
 
@@ -79,9 +79,9 @@ class StoredTeacher:
                 "same text, windows and length; it adds what is missing"
             )
         for window in tokens:
-            self.taught(window)
+            self.recall(window)
 
-    def taught(self, window: Tensor) -> Likeliest:
+    def recall(self, window: Tensor) -> TopTokens:
         """See `Teacher`.
 
         Raises:
@@ -92,7 +92,7 @@ class StoredTeacher:
                 raise ValueError("it is of another teacher")
             words, logs, rest = (stored.get_tensor(name) for name in ("words", "logs", "rest"))
             self._check(words, logs, rest, len(window))
-            return Likeliest.from_tensors(words, logs, rest)
+            return TopTokens.from_tensors(words, logs, rest)
 
     def _check(self, words: Tensor, logs: Tensor, rest: Tensor, length: int) -> None:
         shapes = [tuple(tensor.shape) for tensor in (words, logs, rest)]
@@ -103,16 +103,16 @@ class StoredTeacher:
         if not (logs.isfinite().all() and rest.isfinite().all()):
             raise ValueError("it holds probabilities that are NaN or zero")
 
-    def told(self, window: Tensor, part: slice, taught: Likeliest) -> Likeliest:
+    def distribution(self, window: Tensor, part: slice, recalled: TopTokens) -> TopTokens:
         """See `Teacher`: divergences are of the likeliest words and all others together, never above the whole ones."""
-        return taught.at(part)
+        return recalled.at(part)
 
     def has(self, window: Tensor) -> bool:
         """Whether a window (length,) is there."""
         return self._path(window).exists()
 
-    def keep(self, window: Tensor, found: Likeliest) -> None:
-        """Store what was taught of a window.
+    def keep(self, window: Tensor, found: TopTokens) -> None:
+        """Store what a teacher recalls of a window.
 
         Raises:
             DiskFull: the disk has no room for it.
@@ -165,30 +165,30 @@ def store_teacher(
     folder, observer = Path(folder), observer or Observer()
     refuse_pruned(model)
     check_teacher(model)
-    speaker, tokens = Speaker(model.eval()), checked_tokens(model, tokens)
-    if not 1 <= likeliest <= speaker.vocabulary:
-        raise ValueError(f"expected 1 to {speaker.vocabulary} likeliest words, got {likeliest}")
+    teacher, tokens = BodyAndHead(model.eval()), checked_tokens(model, tokens)
+    if not 1 <= likeliest <= teacher.vocabulary:
+        raise ValueError(f"expected 1 to {teacher.vocabulary} likeliest words, got {likeliest}")
     refuse_foreign(folder, "words of a teacher")
     held = lock(folder)
     try:
-        stored = _begun(folder, speaker, likeliest)
+        stored = _begun(folder, teacher, likeliest)
         for index, window in enumerate(tokens):
             observer.step(Step(index, len(tokens), "asking the teacher"))
             if not stored.has(window):
-                stored.keep(window, _likeliest(speaker, window, likeliest))
+                stored.keep(window, _likeliest(teacher, window, likeliest))
         observer.step(Step(len(tokens), len(tokens), "the teacher's words are stored"))
         return stored
     finally:
         unlock(held)
 
 
-def _begun(folder: Path, speaker: Speaker, likeliest: int) -> StoredTeacher:
+def _begun(folder: Path, teacher: BodyAndHead, likeliest: int) -> StoredTeacher:
     """The folder, of this teacher and without what kills left half written; for the writer."""
     manifest = {
-        "teacher": model_fingerprint(speaker.model),
-        "teacher_config": config_fingerprint(speaker.model),
+        "teacher": model_fingerprint(teacher.model),
+        "teacher_config": config_fingerprint(teacher.model),
         KIND: likeliest,
-        "vocabulary": speaker.vocabulary,
+        "vocabulary": teacher.vocabulary,
         "armorfact": armorfact.__version__,
     }
     if (folder / MANIFEST).exists():
@@ -200,13 +200,13 @@ def _begun(folder: Path, speaker: Speaker, likeliest: int) -> StoredTeacher:
     return StoredTeacher(folder)
 
 
-def _likeliest(speaker: Speaker, window: Tensor, count: int) -> Likeliest:
-    states = speaker.states(window)
+def _likeliest(teacher: BodyAndHead, window: Tensor, count: int) -> TopTokens:
+    states = teacher.states(window)
     found = []
     for start in range(0, len(window), POSITIONS_AT_ONCE):
         part = slice(start, start + POSITIONS_AT_ONCE)
-        found.append(Likeliest.of(speaker.logits(window[part], states[:, part]).logs(), count))
-    whole = Likeliest(torch.cat([one.words for one in found]), torch.cat([one.logs for one in found]))
+        found.append(TopTokens.of(teacher.logits(window[part], states[:, part]).logs(), count))
+    whole = TopTokens(torch.cat([one.words for one in found]), torch.cat([one.logs for one in found]))
     if not math.isfinite(float(whole.logs.sum())):
         raise ValueError("the teacher has NaN or infinite logits: load it in float32 or bfloat16, or download it again")
     return whole

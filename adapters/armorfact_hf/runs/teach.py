@@ -9,8 +9,8 @@ from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.checks import refuse_pruned
-from armorfact_hf.recovery.likeliest import BYTES_A_WORD, BYTES_OF_REST
 from armorfact_hf.recovery.stored_teacher import StoredTeacher, missing_windows, store_teacher
+from armorfact_hf.recovery.top_tokens import BYTES_A_WORD, BYTES_OF_REST
 
 
 def teach_to_folder(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from armorfact_hf.model import words as module
-from armorfact_hf.model.words import Speaker
+from armorfact_hf.model import token_divergence as module
+from armorfact_hf.model.token_divergence import BodyAndHead
 from armorfact_hf.recovery.divergence import Divergence
 from tests.hf.models import VOCABULARY, random_tokens
 from tests.hf.recovery.models import dense_model, pruned_layers, pruned_model
@@ -146,9 +146,9 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_part_of_the_states_meets_the_head_in_one_product(every):
     """As a batch of one it would be multiplied by a copy of the head's weight, made anew each time."""
-    speaker = Speaker(dense_model().requires_grad_(False))
-    states = speaker.states(WINDOW)
+    parts = BodyAndHead(dense_model().requires_grad_(False))
+    states = parts.states(WINDOW)
     with Products() as products, torch.no_grad():
-        found = speaker.logits(WINDOW[:6:every], states[:, :6:every]).values
+        found = parts.logits(WINDOW[:6:every], states[:, :6:every]).values
     assert not products.seen["aten.bmm.default"] and products.seen["aten.mm.default"] == 1
-    torch.testing.assert_close(found, speaker.logits(WINDOW, states).values[:6:every])
+    torch.testing.assert_close(found, parts.logits(WINDOW, states).values[:6:every])

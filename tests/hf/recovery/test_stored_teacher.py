@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from armorfact_hf.model import words
+from armorfact_hf.model import token_divergence
 from armorfact_hf.pruning.resume.fingerprint import tokens_fingerprint
 from armorfact_hf.pruning.resume.lock import InUse, lock, unlock
 from armorfact_hf.pruning.resume.manifest import DifferentRun
@@ -26,8 +26,8 @@ SETTINGS = RecoverySettings(steps=12, rate=0.004, warm_up=4, measure_every=6)
 
 @pytest.fixture(autouse=True)
 def _few_positions(monkeypatch):
-    monkeypatch.setattr(words, "POSITIONS_AT_ONCE", 7)  # does not divide the window
-    monkeypatch.setattr(words, "LOGARITHMS_AT_ONCE", 3 * VOCABULARY)  # which does not divide that
+    monkeypatch.setattr(token_divergence, "POSITIONS_AT_ONCE", 7)  # does not divide the window
+    monkeypatch.setattr(token_divergence, "LOGARITHMS_AT_ONCE", 3 * VOCABULARY)  # which does not divide that
 
 
 @pytest.fixture
@@ -67,8 +67,10 @@ def test_a_few_words_are_a_lower_bound_and_bring_the_whole_divergence_down(folde
 
 def test_a_run_goes_on_where_it_was_killed_and_adds_other_texts(folder, monkeypatch):
     asked = []
-    states = words.Speaker.states
-    monkeypatch.setattr(words.Speaker, "states", lambda self, window: asked.append(1) or states(self, window))
+    states = token_divergence.BodyAndHead.states
+    monkeypatch.setattr(
+        token_divergence.BodyAndHead, "states", lambda self, window: asked.append(1) or states(self, window)
+    )
     stored(folder, 4, tokens=TOKENS[:3])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     teacher = stored(folder, 4)
@@ -117,7 +119,7 @@ def test_a_damaged_file_is_named_and_nothing_is_learned_from_it(harm, folder, tm
 def test_contents_that_mean_nothing_are_named(change, message, folder):
     """A seal can be made by anyone."""
     teacher = stored(folder, 4)
-    taught = teacher.taught(TOKENS[0]).tensors
+    taught = teacher.recall(TOKENS[0]).tensors
     names = ("words", "logs", "rest")
     harmed = dict(zip(names, change(*(taught[name] for name in names)), strict=True))
     path = folder / f"{tokens_fingerprint(TOKENS[0])}.safetensors"

@@ -8,7 +8,7 @@ relative, since a norm follows in every model and a few tokens with huge states 
 channel on a scale of its own, since a few huge channels would own that as well. Those of Gemma 3 carry nearly all of
 the energy, and the weights of the norms that follow take it away again: for them the rest of the state was given up
 (docs/results.md). Nothing follows the last block but a norm and the head, so there the divergence of the words can be
-had at once (`armorfact_hf.model.words`), and it is what the whole work is for.
+had at once (`armorfact_hf.model.token_divergence`), and it is what the whole work is for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from armorfact_hf.model.words import WordsApart
+from armorfact_hf.model.token_divergence import TokenDivergence
 
 LOGITS_A_STEP = 2**26  # of one window; of longer windows and larger vocabularies, some positions are looked at
 
@@ -98,20 +98,20 @@ def relative_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WordAim:
+class TokenAim:
     """The words of the dense model.
 
     Args:
         run: gives what the head is given for a window, (1, length, width).
         tokens: (windows, length).
-        taught: what the head is given by the dense model, the same shape as ``run`` returns.
-        apart: compares them.
+        recall: gives what the head is given by the dense model, as ``run`` does.
+        divergence: compares them.
     """
 
     run: Callable[[int], Tensor]
     tokens: Tensor
-    taught: Callable[[int], Tensor]
-    apart: WordsApart
+    recall: Callable[[int], Tensor]
+    divergence: TokenDivergence
     unit: ClassVar[str] = "nats a token"
 
     @property
@@ -122,15 +122,15 @@ class WordAim:
     @property
     def every(self) -> int:
         """One position in so many is looked at."""
-        logits = self.tokens.shape[1] * self.apart.student.vocabulary
+        logits = self.tokens.shape[1] * self.divergence.student.vocabulary
         return -(-logits // LOGITS_A_STEP)
 
     def distance(self, output: Tensor, window: int) -> float:
         """The divergence, the mean over positions."""
-        return self.apart.of(self.tokens[window], output, self.taught(window), self.every)
+        return self.divergence.of(self.tokens[window], output, self.recall(window), self.every)
 
     def gradient(self, output: Tensor, window: int, step: int) -> tuple[float, Tensor]:
         """The divergence at other positions from step to step, and its gradient."""
-        return self.apart.gradient(
-            self.tokens[window], output.detach(), self.taught(window), self.every, step % self.every
+        return self.divergence.gradient(
+            self.tokens[window], output.detach(), self.recall(window), self.every, step % self.every
         )

@@ -12,7 +12,7 @@ from armorfact_hf.model.stream import BlockStream
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.states import States
 
-Told = Callable[[int, int], None]
+Notify = Callable[[int, int], None]
 
 
 @dataclass
@@ -25,26 +25,26 @@ class Flow:
     Args:
         job: what is pruned.
         windows: the numbers of those held here.
-        told: is called with a block and a window before one is run through the other for the first time.
+        notify: is called with a block and a window before one is run through the other for the first time.
         pruned, dense: the states of the model being pruned and of the dense one, or None. They move on.
         given: the states that the block at work is given. before_tail: those that the first of the last blocks is.
     """
 
     job: Job
     windows: Sequence[int]
-    told: Told
+    notify: Notify
     pruned: States | None
     dense: States | None
     given: States | None = None
     before_tail: States | None = None
 
     @classmethod
-    def of(cls, job: Job, windows: Sequence[int], told: Told, folder: Path | None = None) -> Flow:
+    def of(cls, job: Job, windows: Sequence[int], notify: Notify, folder: Path | None = None) -> Flow:
         """The windows before the first block; their states wait in files of ``folder`` if there is one."""
         stream = BlockStream(job.model, job.blocks)
         start = States.before_the_first(stream, job.prefix, job.tokens.split(1), folder)
         pruned, dense = (start.copy() if followed else None for followed in (job.follows_pruned, job.follows_dense))
-        return cls(job, windows, told, pruned, dense)
+        return cls(job, windows, notify, pruned, dense)
 
     def begin(self, index: int) -> None:
         """Come to a block: keep what it is given, as the states of the dense model are about to move on."""
@@ -65,7 +65,7 @@ class Flow:
                 [(name, head)] = layers.items()
                 seen.append(states.head_input(name, head, window))
             else:
-                self.told(index, window)
+                self.notify(index, window)
                 with run_by_expert(layers):
                     seen.append(states.inputs(index, window, layers, advance=states is self.dense))
         return seen if self.job.config.target == "output" else seen[:1]
@@ -75,9 +75,9 @@ class Flow:
         with run_by_expert(self.job.modules_of(index)):  # as where statistics are gathered, for the sake of equal bits
             for window in self.windows:
                 if self.pruned is not None:
-                    self.told(index, window)
+                    self.notify(index, window)
                 if self.dense is not None:
-                    self.told(index, window)
+                    self.notify(index, window)
                     self.dense.advance(index, window)
 
     def advance(self, index: int) -> None:
@@ -85,7 +85,7 @@ class Flow:
         self.given = None  # or every state would be there twice
         if self.pruned is not None:
             for window in self.windows:
-                self.told(index, window)
+                self.notify(index, window)
                 self.pruned.advance(index, window)
 
     def follow_tail(self) -> None:

@@ -12,49 +12,49 @@ from torch import Tensor
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.moments import Moments
 from armorfact_hf.model.stream import frozen
-from armorfact_hf.model.words import Speaker, WordsApart
+from armorfact_hf.model.token_divergence import BodyAndHead, TokenDivergence
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import with_tuned_loss
 from armorfact_hf.pruning.resume.entry import Pruned
 from armorfact_hf.pruning.schedule import Matching
 from armorfact_hf.pruning.states import States
-from armorfact_hf.pruning.tuning.aims import Aim, StateAim, WordAim
+from armorfact_hf.pruning.tuning.aims import Aim, StateAim, TokenAim
 from armorfact_hf.pruning.tuning.matching import BlockReport, distance_aside, match_block_
 
 Tuned = tuple[dict[str, FactorizedLinear], BlockReport]
-Told = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 def tune_block(
-    job: Job, index: int, layers: Mapping[str, FactorizedLinear], states: tuple[States, States], told: Told
+    job: Job, index: int, layers: Mapping[str, FactorizedLinear], states: tuple[States, States], notify: Notify
 ) -> Tuned:
     """Tune the layers of a block, which are in the model, towards the states of the dense model behind it.
 
     Args:
         states: those that the block is given, and the dense model's behind it.
-        told: is called with what is done before a window trains.
+        notify: is called with what is done before a window trains.
     """
-    return _tune(job, layers, _aim(job, index, states, told), _matching(job).of(index), index)
+    return _tune(job, layers, _aim(job, index, states, notify), _matching(job).of(index), index)
 
 
-def tune_tail(job: Job, layers: Mapping[str, FactorizedLinear], states: tuple[States, States], told: Told) -> Tuned:
+def tune_tail(job: Job, layers: Mapping[str, FactorizedLinear], states: tuple[States, States], notify: Notify) -> Tuned:
     """Tune the layers of the last blocks, which are in the model, towards the words of the dense model.
 
     Args:
         states: those before the first of these blocks, and the dense model's behind the last.
-        told: as for `tune_block`.
+        notify: as for `tune_block`.
     """
-    tuned, matched = _tune(job, layers, _aim(job, None, states, told), _matching(job).of_tail, job.tail[0])
+    tuned, matched = _tune(job, layers, _aim(job, None, states, notify), _matching(job).of_tail, job.tail[0])
     return tuned, replace(matched, through=job.tail[-1])
 
 
-def distance_from_aim(job: Job, index: int | None, states: tuple[States, States], told: Told) -> float:
+def distance_from_aim(job: Job, index: int | None, states: tuple[States, States], notify: Notify) -> float:
     """How far a block as it is in the model, or, with None, the last ones, is from what it is tuned towards.
 
     Args:
         states: as for `tune_block` or `tune_tail`.
     """
-    return distance_aside(_aim(job, index, states, told))
+    return distance_aside(_aim(job, index, states, notify))
 
 
 def with_losses(job: Job, pruned: Pruned, tuned: Tuned, moments: Callable[[str], Moments]) -> Pruned:
@@ -74,35 +74,35 @@ def layers_by_name(pruned: Pruned) -> dict[str, FactorizedLinear]:
     return {report.name: layer for layer, report in pruned}
 
 
-def _aim(job: Job, index: int | None, states: tuple[States, States], told: Told) -> Aim:
+def _aim(job: Job, index: int | None, states: tuple[States, States], notify: Notify) -> Aim:
     if index is None:
-        return _words(job, *states, lambda: _told(told, "the last decoder blocks"))
+        return _words(job, *states, lambda: _notified(notify, "the last decoder blocks"))
     given, dense = states
 
     def run(window: int) -> Tensor:
-        gradients = _told(told, f"decoder block {index + 1}")
+        gradients = _notified(notify, f"decoder block {index + 1}")
         return given.stream.run(index, given.windows[window], given.hidden[window], gradients)
 
     return StateAim(run, cast(Sequence[Tensor], dense.hidden))
 
 
-def _words(job: Job, given: States, dense: States, told: Callable[[], bool]) -> WordAim:
+def _words(job: Job, given: States, dense: States, notify: Callable[[], bool]) -> TokenAim:
     """The words of the dense model.
 
     Args:
         given: the states before the first of the last blocks. dense: those of the dense model behind the last one.
-        told: is called before each window; says whether gradients are going to be asked for.
+        notify: is called before each window; says whether gradients are going to be asked for.
     """
     stream, tokens = given.stream, given.windows
-    speaker = Speaker(job.model, stream)
+    parts = BodyAndHead(job.model, stream)
 
     def run(window: int) -> Tensor:
-        return stream.head_input(speaker.head, tokens[window], given.hidden[window], job.tail.start, told())
+        return stream.head_input(parts.head, tokens[window], given.hidden[window], job.tail.start, notify())
 
-    def taught(window: int) -> Tensor:
-        return stream.head_input(speaker.head, tokens[window], dense.hidden[window])
+    def recall(window: int) -> Tensor:
+        return stream.head_input(parts.head, tokens[window], dense.hidden[window])
 
-    return WordAim(run, job.tokens, taught, WordsApart(speaker, speaker))
+    return TokenAim(run, job.tokens, recall, TokenDivergence(parts, parts))
 
 
 def _tune(job: Job, layers: Mapping[str, FactorizedLinear], aim: Aim, matching: Matching, index: int) -> Tuned:
@@ -116,7 +116,7 @@ def _matching(job: Job) -> Matching:
     return job.matching
 
 
-def _told(told: Told, what: str) -> bool:
+def _notified(notify: Notify, what: str) -> bool:
     """Whether gradients are enabled: a window is a unit of work then."""
-    told(f"{what}, tuned as a whole")
+    notify(f"{what}, tuned as a whole")
     return torch.is_grad_enabled()

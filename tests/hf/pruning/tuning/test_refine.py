@@ -10,7 +10,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.schedule import FIRST, kept_aside
 from armorfact_hf.pruning.tuning import aims
-from armorfact_hf.pruning.tuning.aims import StateAim, WordAim, relative_error
+from armorfact_hf.pruning.tuning.aims import StateAim, TokenAim, relative_error
 from armorfact_hf.pruning.workers import in_process, tuning
 from tests.hf.models import BLOCKS, VOCABULARY, random_tokens, tiny_model
 from tests.hf.pruning.test_prune import QUICK, grams_seen
@@ -68,7 +68,7 @@ def test_the_last_blocks_are_tuned_towards_the_words_of_the_dense_model(family, 
     model, dense, tokens = tiny_model(family), tiny_model(family), random_tokens(9)
     *blocks, tail = prune_(model, tokens, PruneConfig(**QUICK, tail=2)).blocks
     assert [block.decoder_block for block in blocks] == list(range(BLOCKS))
-    assert (tail.decoder_block, tail.through, tail.unit) == (BLOCKS - 2, BLOCKS - 1, WordAim.unit)
+    assert (tail.decoder_block, tail.through, tail.unit) == (BLOCKS - 2, BLOCKS - 1, TokenAim.unit)
     every = -(-tokens.shape[1] * VOCABULARY // logits)
     assert stored(tail) == pytest.approx(divergence(dense, model, tokens[kept_aside(9)], every), rel=1e-3)
     assert tail.kept == (tail.after < tail.before)
@@ -91,7 +91,7 @@ def test_a_run_that_is_killed_while_the_last_blocks_wait_ends_with_the_same_bits
     killed = tuning.match_block_
 
     def kill(*args):
-        if isinstance(args[2], WordAim):
+        if isinstance(args[2], TokenAim):
             raise KeyboardInterrupt
         return killed(*args)
 

@@ -22,7 +22,7 @@ BYTES_A_WORD, BYTES_OF_REST = 6, 4  # on disk, at a position
 
 
 @dataclass(frozen=True)
-class Likeliest:
+class TopTokens:
     """What is kept of a teacher's words.
 
     Args:
@@ -34,7 +34,7 @@ class Likeliest:
     logs: Tensor
 
     @classmethod
-    def of(cls, logs: Tensor, count: int) -> Likeliest:
+    def of(cls, logs: Tensor, count: int) -> TopTokens:
         """Of whole vocabularies.
 
         Args:
@@ -50,17 +50,17 @@ class Likeliest:
         return {"words": self.words.int(), "logs": logs.half(), "rest": rest.float()}
 
     @classmethod
-    def from_tensors(cls, words: Tensor, logs: Tensor, rest: Tensor) -> Likeliest:
+    def from_tensors(cls, words: Tensor, logs: Tensor, rest: Tensor) -> TopTokens:
         """The inverse of `tensors`, scaled so that probabilities add up to 1 again."""
         together = torch.cat([logs.float(), rest[:, None]], dim=-1)
         return cls(words.long(), functional.log_softmax(together, dim=-1).clamp_min(NOTHING))
 
-    def at(self, part: slice) -> Likeliest:
+    def at(self, part: slice) -> TopTokens:
         """Of some of the positions."""
-        return Likeliest(self.words[part], self.logs[part])
+        return TopTokens(self.words[part], self.logs[part])
 
     def divergence(self, said: Tensor, rows: slice = slice(None)) -> Tensor:
-        """D_K summed over positions, see `armorfact_hf.model.words.Told`.
+        """D_K summed over positions, see `armorfact_hf.model.token_divergence.Distribution`.
 
         Args:
             said: the logarithms of the student's probabilities there, (rows, vocabulary). rows: the positions.

@@ -1,8 +1,8 @@
-r"""How far the words of one model are from those of another, and the gradient of that at what its head is given.
+r"""The divergence of next-token distributions of two models, and its gradient at what the head is given.
 
 .. math:: D = \operatorname{mean}_t \; \sum_w p_t(w) \log\bigl(p_t(w) / q_t(w)\bigr)
 
-over positions t of a window, p what the dense model (the teacher) says there, q what the pruned one (the student) does.
+over positions t of a window, p those of the dense model (the teacher), q those of the pruned one (the student).
 The logits of a whole window never stand in memory: the head is run on a few positions at a time.
 """
 
@@ -30,8 +30,8 @@ HEAD_CUTS_OFF = (
 LOGARITHMS_AT_ONCE = 2**20
 
 
-class Told(Protocol):
-    """What a teacher says at some positions: its `Logits`, or what was kept of them on disk."""
+class Distribution(Protocol):
+    """A teacher's probabilities of the next token at some positions: its `Logits`, or what was kept of them on disk."""
 
     def divergence(self, said: Tensor, rows: slice) -> Tensor:
         """The sum over some of these positions of the divergence of what a student says there.
@@ -42,7 +42,7 @@ class Told(Protocol):
 
 
 class Teacher(Protocol):
-    """Whose words a student's are compared with: a `Speaker`, or what was kept of one on disk.
+    """Whose words a student's are compared with: a `BodyAndHead`, or what was kept of one on disk.
 
     Attributes:
         vocabulary: the number of words.
@@ -50,11 +50,11 @@ class Teacher(Protocol):
 
     vocabulary: int
 
-    def taught(self, window: Tensor) -> Any:
-        """What there is to know of a window (length,), to be handed to `told`."""
+    def recall(self, window: Tensor) -> Any:
+        """What there is to know of a window (length,), to be handed to `distribution`."""
 
-    def told(self, window: Tensor, part: slice, taught: Any) -> Told:
-        """What the teacher says at some positions of a window; without gradients."""
+    def distribution(self, window: Tensor, part: slice, recalled: Any) -> Distribution:
+        """The teacher's at some positions of a window; without gradients."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Logits:
         return functional.log_softmax(values.to(torch.promote_types(values.dtype, torch.float32)), dim=-1)
 
     def divergence(self, said: Tensor, rows: slice) -> Tensor:
-        """See `Told`; the gradient is that at ``said``."""
+        """See `Distribution`; the gradient is that at ``said``."""
         with torch.no_grad():
             wanted = self.logs(rows).to(said.device)
         return functional.kl_div(said, wanted, reduction="sum", log_target=True)
@@ -86,7 +86,7 @@ class Logits:
         return (slice(lo, min(lo + step, count)) for lo in range(0, count, step))
 
 
-class Speaker:
+class BodyAndHead:
     """A causal language model in two parts: the body, and the head that makes words of its states.
 
     Args:
@@ -115,51 +115,52 @@ class Speaker:
         """
         return Logits(self.stream.logits(self.head, window[None], states)[0])
 
-    def taught(self, window: Tensor) -> Tensor:
+    def recall(self, window: Tensor) -> Tensor:
         """See `Teacher`: the `states`."""
         return self.states(window)
 
-    def told(self, window: Tensor, part: slice, taught: Tensor) -> Logits:
+    def distribution(self, window: Tensor, part: slice, recalled: Tensor) -> Logits:
         """See `Teacher`."""
         with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
-            return self.logits(window[part], taught[:, part])
+            return self.logits(window[part], recalled[:, part])
 
 
 @dataclass(frozen=True)
-class WordsApart:
+class TokenDivergence:
     """D of a student from a teacher, of states that the student's head is given; the two may be one and the same.
 
     Args:
         student, teacher: of one vocabulary.
     """
 
-    student: Speaker
+    student: BodyAndHead
     teacher: Teacher
 
     @torch.no_grad()
-    def of(self, window: Tensor, states: Tensor, taught: Any, every: int = 1) -> float:
+    def of(self, window: Tensor, states: Tensor, recalled: Any, every: int = 1) -> float:
         """D on a window.
 
         Args:
-            window: (length,) token numbers. states: of the student, (1, length, width). taught: of the teacher.
+            window: (length,) token numbers. states: of the student, (1, length, width). recalled: of the teacher.
             every: look at each so-manieth position only.
         """
         total, count = 0.0, len(range(0, len(window), every))
         for part in _parts(window, 0, every):
-            told, said = self.teacher.told(window, part, taught), self.student.logits(window[part], states[:, part])
-            total += sum(float(told.divergence(said.logs(rows), rows)) for rows in said.few_rows)
+            wanted = self.teacher.distribution(window, part, recalled)
+            said = self.student.logits(window[part], states[:, part])
+            total += sum(float(wanted.divergence(said.logs(rows), rows)) for rows in said.few_rows)
         return total / count
 
     @torch.enable_grad()
     def gradient(
-        self, window: Tensor, states: Tensor, taught: Any, every: int = 1, first: int = 0
+        self, window: Tensor, states: Tensor, recalled: Any, every: int = 1, first: int = 0
     ) -> tuple[float, Tensor]:
         """D on a window, products of the student in bfloat16, and its gradient at ``states``.
 
         Gradients at the parameters of the student's head are added to those that ask for them.
 
         Args:
-            window, states, taught, every: as in `of`. first: the first position that is looked at.
+            window, states, recalled, every: as in `of`. first: the first position that is looked at.
         """
         total, gradients, count = 0.0, torch.zeros_like(states), len(range(first, len(window), every))
         for part in _parts(window, first, every):
@@ -168,19 +169,20 @@ class WordsApart:
                 logits = self.student.logits(window[part], piece).values
             if not logits.requires_grad:
                 raise ValueError(HEAD_CUTS_OFF)
-            found, gradient = _at_logits(logits.detach(), self.teacher.told(window, part, taught), count)
+            wanted = self.teacher.distribution(window, part, recalled)
+            found, gradient = _at_logits(logits.detach(), wanted, count)
             logits.backward(gradient)
             gradients[:, part] = cast(Tensor, piece.grad)
             total += found
         return total, gradients
 
 
-def _at_logits(logits: Tensor, told: Told, count: int) -> tuple[float, Tensor]:
+def _at_logits(logits: Tensor, wanted: Distribution, count: int) -> tuple[float, Tensor]:
     """What some of ``count`` positions add to D, and the gradient of that at the student's logits."""
     total, gradient = 0.0, torch.empty_like(logits)
     for rows in Logits(logits).few_rows:
         piece = logits[rows].requires_grad_()
-        found = told.divergence(Logits(piece).logs(), rows) / count
+        found = wanted.divergence(Logits(piece).logs(), rows) / count
         gradient[rows] = torch.autograd.grad(found, piece)[0]
         total += float(found.detach())
     return total, gradient
