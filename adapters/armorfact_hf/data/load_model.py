@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 from armorfact_hf.checkpoint.config_file import CONFIG
 from armorfact_hf.checkpoint.description import NotPruned
+from armorfact_hf.checkpoint.fingerprint import disk_fingerprint, model_fingerprint
 from armorfact_hf.checkpoint.folder import (
     ADAPTER,
     describe_folder,
@@ -26,7 +27,6 @@ from armorfact_hf.data.origin import DEMO
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk, Weights
 from armorfact_hf.observer import Log
-from armorfact_hf.pruning.resume.fingerprint import disk_fingerprint, model_fingerprint
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from armorfact_hf.checkpoint.fingerprint import config_fingerprint
 from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.files import check_room, written_beside
@@ -24,7 +25,6 @@ from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.model.causal_lm import CausalLM, cache_name
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.observer import Count, Log
-from armorfact_hf.pruning.resume.fingerprint import config_fingerprint
 
 SELF = "self"  # the name of such a text among those to calibrate on
 LONGEST = 512  # tokens that are written in one go; documents that end before are followed by others

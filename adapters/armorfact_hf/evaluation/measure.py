@@ -12,13 +12,13 @@ import torch
 import transformers
 
 import armorfact
+from armorfact_hf.checkpoint.fingerprint import config_fingerprint, tokens_fingerprint
 from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.data.texts import Text, evaluation_source, tokens_of
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.evaluation.perplexity import evaluate_perplexity, starts_of
 from armorfact_hf.files import remember
 from armorfact_hf.observer import Log, Observer, Step
-from armorfact_hf.pruning.resume.fingerprint import config_fingerprint, tokens_fingerprint
 from armorfact_hf.typed_json import from_json, to_json
 
 

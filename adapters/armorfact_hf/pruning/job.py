@@ -11,6 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 import armorfact
+from armorfact_hf.checkpoint.fingerprint import (
+    config_fingerprint,
+    disk_fingerprint,
+    model_fingerprint,
+    tokens_fingerprint,
+)
 from armorfact_hf.free_memory import available
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import InMemory, OnDisk, Weights
@@ -25,12 +31,6 @@ from armorfact_hf.model.structure import DenseLayer, Layer, Select, decoder_bloc
 from armorfact_hf.pruning.checks import check_experts, check_model, check_states, checked_tokens
 from armorfact_hf.pruning.config import PRICED, PruneConfig
 from armorfact_hf.pruning.fitting import fitting_layers
-from armorfact_hf.pruning.resume.fingerprint import (
-    config_fingerprint,
-    disk_fingerprint,
-    model_fingerprint,
-    tokens_fingerprint,
-)
 from armorfact_hf.pruning.resume.manifest import flat_manifest
 from armorfact_hf.pruning.schedule import Matching
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import armorfact
+from armorfact_hf.checkpoint.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.checks import checked_tokens
-from armorfact_hf.pruning.resume.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.resume.journal import Journal
 from armorfact_hf.pruning.resume.manifest import flat_manifest
 from armorfact_hf.recovery.divergence import Divergence

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import armorfact
+from armorfact_hf.checkpoint.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.files import is_draft, remove
 from armorfact_hf.model.token_divergence import POSITIONS_AT_ONCE, BodyAndHead
 from armorfact_hf.observer import Observer, Step
 from armorfact_hf.pruning.checks import checked_tokens, refuse_pruned
-from armorfact_hf.pruning.resume.fingerprint import config_fingerprint, model_fingerprint, tokens_fingerprint
 from armorfact_hf.pruning.resume.lock import lock, unlock
 from armorfact_hf.pruning.resume.manifest import (
     MANIFEST,

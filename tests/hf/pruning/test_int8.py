@@ -11,13 +11,13 @@ import torch
 from safetensors import safe_open
 
 from armorfact_hf.checkpoint.dense import to_dense_
+from armorfact_hf.checkpoint.fingerprint import model_fingerprint
 from armorfact_hf.checkpoint.folder import describe_folder, load_pruned
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import make_job
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_
-from armorfact_hf.pruning.resume.fingerprint import model_fingerprint
 from armorfact_hf.pruning.resume.journal import Journal
 from armorfact_hf.pruning.schedule import kept_aside
 from armorfact_hf.recovery.recover import recover_

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from armorfact_hf.checkpoint.fingerprint import model_fingerprint
 from armorfact_hf.pruning import side_by_side
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import make_job
 from armorfact_hf.pruning.layer import prune_layer
 from armorfact_hf.pruning.prune import prune_
-from armorfact_hf.pruning.resume.fingerprint import model_fingerprint
 from armorfact_hf.pruning.resume.journal import Journal, layer_key
 from tests.hf.models import random_tokens, tiny_model
 from tests.hf.observers import Stepping

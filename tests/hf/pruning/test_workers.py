@@ -14,13 +14,13 @@ from unittest import mock
 import pytest
 import torch
 
+from armorfact_hf.checkpoint.fingerprint import model_fingerprint
 from armorfact_hf.cli.tables import plan_lines
 from armorfact_hf.model.nonfinite import NonFiniteActivations
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import make_job
 from armorfact_hf.pruning.plan import plan_job
 from armorfact_hf.pruning.prune import prune_
-from armorfact_hf.pruning.resume.fingerprint import model_fingerprint
 from armorfact_hf.pruning.workers import choice
 from armorfact_hf.pruning.workers.choice import check_workers, gpu_share
 from armorfact_hf.pruning.workers.sent import sent

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
+from armorfact_hf.checkpoint.fingerprint import tokens_fingerprint
 from armorfact_hf.model import token_divergence
-from armorfact_hf.pruning.resume.fingerprint import tokens_fingerprint
 from armorfact_hf.pruning.resume.lock import InUse, lock, unlock
 from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.pruning.resume.seal import save_sealed

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import ZambaConfig, ZambaForCausalLM
 
+from armorfact_hf.checkpoint import fingerprint
+from armorfact_hf.checkpoint.fingerprint import model_fingerprint
 from armorfact_hf.checkpoint.folder import load_pruned
 from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.data.load_model import load_model, open_model
@@ -22,8 +24,6 @@ from armorfact_hf.pruning import job as jobs
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.memory import memory_of, model_bytes
 from armorfact_hf.pruning.plan import plan_job
-from armorfact_hf.pruning.resume import fingerprint
-from armorfact_hf.pruning.resume.fingerprint import model_fingerprint
 from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.pruning.workers import in_process
 from armorfact_hf.report.record import Report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from armorfact_hf.pruning.resume.fingerprint import model_fingerprint
+from armorfact_hf.checkpoint.fingerprint import model_fingerprint
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1,), (0,), ()])
