@@ -13,8 +13,8 @@ from armorfact.result import Result
 from armorfact.statement import Statement
 from armorfact.status import Ending, Status
 from armorfact.steps.feedback import round_columns, round_plainly, round_rows
+from armorfact.steps.integer import integer_core_step
 from armorfact.steps.left import LeftProducts, left_step
-from armorfact.steps.whole import whole_core_step
 
 Array = Any
 
@@ -30,7 +30,7 @@ def quantize_wrappers(
 ) -> Result:
     r"""Round A and B to int8 and minimize :math:`\operatorname{tr}((W - ACB)\,H\,(W - ACB)^\top)` over what stays free.
 
-    B is rounded first, and C, whose entries stay whole numbers, makes up for that (`armorfact.steps.whole`); then A
+    B is rounded first, and C, whose entries stay whole numbers, makes up for that (`armorfact.steps.integer`); then A
     takes its exact step and is rounded (`armorfact.steps.feedback`), and C makes up for that. Every row and column of a
     block has a scale. The loss returned is never above that of plain rounding, one scale a row of each block.
 
@@ -60,7 +60,7 @@ def quantize_wrappers(
     left, core, right = validate.factorization(factorization)
     weight = validate.weight(W, core.pattern)
     validate.fits((left, core, right), weight)
-    validate.whole(core)
+    validate.integer_core(core)
     sizes = left.blocks.shape[-1], right.blocks.shape[-1]
     with arrays.plain_arithmetic(weight):
         stated = Statement.of(
@@ -84,11 +84,11 @@ def _solved(stated: Statement, layout: Core, left: Array, right: Array) -> Tripl
     outer = blocks.split_columns(blocks.left_product(seen.left, seen.core), problem.block_in)
     whole_right = round_columns(stored.right, arrays.transpose(outer) @ outer, dtype)
     seen = _seen(objective, stored.replace(right=whole_right.scaled(working)))
-    seen, _ = left_step(problem, whole_core_step(problem, seen, kept))
+    seen, _ = left_step(problem, integer_core_step(problem, seen, kept))
     stored = _stored(objective, seen)
     whole_left = round_rows(stored.left, LeftProducts(problem, seen).gram, dtype)
     seen = _seen(objective, stored.replace(left=whole_left.scaled(working), right=whole_right.scaled(working)))
-    return whole_left, _packed(whole_core_step(problem, seen, kept).core, layout), whole_right
+    return whole_left, _packed(integer_core_step(problem, seen, kept).core, layout), whole_right
 
 
 def _packed(whole: Array, layout: Core) -> Core:

@@ -21,7 +21,7 @@ from armorfact.steps.feedback import (
     round_rows,
     with_feedback_naive,
 )
-from armorfact.steps.whole import whole_core_step, whole_core_step_naive
+from armorfact.steps.integer import integer_core_step, integer_core_step_naive
 from tests.conftest import KINDS, gram_matrix, random_factors, random_problem
 from tests.test_quantization import as64, converted, dense64, true_loss
 
@@ -118,7 +118,7 @@ def test_the_core_step_agrees_with_its_twin_and_lowers_the_loss(seed, diagonal, 
     factors = factors.replace(core=np.rint(factors.core * 20), left=factors.left / 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core_module, "PANEL", 8)  # several of them, where errors of one move the next
-        after, naive = (step(problem, factors, kept) for step in (whole_core_step, whole_core_step_naive))
+        after, naive = (step(problem, factors, kept) for step in (integer_core_step, integer_core_step_naive))
     np.testing.assert_array_equal(after.core, naive.core)
     assert problem.loss(after) <= problem.loss(factors) * (1 + 1e-12)
     assert not after.core[~kept].any()

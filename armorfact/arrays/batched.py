@@ -54,8 +54,10 @@ def sweep_blocks(
     return fallen
 
 
-def sweep_whole(gradient: Array, core: Array, kept: Array, left_gram: Array, right_gram: Array, largest: int) -> None:
-    """`armorfact.arrays.kernels.sweep_whole` on any device: an entry of every block at a time, in the same order."""
+def sweep_integers(
+    gradient: Array, core: Array, kept: Array, left_gram: Array, right_gram: Array, largest: int
+) -> None:
+    """`armorfact.arrays.kernels.sweep_integers` on any device: an entry of every block at a time, in the same order."""
     xp = arrays.namespace(core)
     for r in range(core.shape[1]):
         t = left_gram[:, r, r]

@@ -140,7 +140,7 @@ def sweep_blocks(gradient, core, visit, left_gram, right_gram, inverses, support
 
 
 @numba.njit(cache=True, nogil=True)
-def _sweep_whole_range(gradient, core, kept, left_gram, right_gram, largest, start, stop):
+def _sweep_integers_range(gradient, core, kept, left_gram, right_gram, largest, start, stop):
     _, rows, columns = core.shape
     carried = np.empty(columns, dtype=core.dtype)
     for i in range(start, stop):
@@ -167,7 +167,7 @@ def _sweep_whole_range(gradient, core, kept, left_gram, right_gram, largest, sta
                         gradient[i, other, c] += weight * carried[c]
 
 
-def sweep_whole(gradient, core, kept, left_gram, right_gram, largest):
+def sweep_integers(gradient, core, kept, left_gram, right_gram, largest):
     """Move every kept entry of C to the best whole number in its turn; rows of different blocks do not interact.
 
     The entry (r, k) moves by the nearest whole number to ``-q / (T_rr S_kk)``, so that no move raises the loss.
@@ -179,7 +179,7 @@ def sweep_whole(gradient, core, kept, left_gram, right_gram, largest):
         left_gram: T, (I, rows, rows). right_gram: S, (columns, columns).
         largest: magnitude that an entry may have.
     """
-    _side_by_side(_sweep_whole_range, len(core), core.size, (gradient, core, kept, left_gram, right_gram, largest))
+    _side_by_side(_sweep_integers_range, len(core), core.size, (gradient, core, kept, left_gram, right_gram, largest))
 
 
 def _side_by_side(sweep, blocks, size, arguments):

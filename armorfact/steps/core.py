@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from armorfact import arrays, blocks
+from armorfact.arrays.sweeps import sweep_blocks
 from armorfact.definite import unit_scale
 from armorfact.gram import DiagonalGram, FullGram
 from armorfact.pattern import Pattern
@@ -168,7 +169,7 @@ def _sweep(
     xp = arrays.namespace(core)
     supports = xp.asarray(problem.pattern.supports, device=arrays.device(core))
     visit = xp.asarray(visit, copy=True)
-    return arrays.total(arrays.sweep_blocks(gradient, core, visit, left_gram, gram, inverses, supports))
+    return arrays.total(sweep_blocks(gradient, core, visit, left_gram, gram, inverses, supports))
 
 
 def support_inverses(group_gram: Array, pattern: Pattern) -> Array:

@@ -43,21 +43,21 @@ def round_rows(blocks: Array, gram: Array, dtype: Any) -> BlockDiagonal:
     rows, columns = equilibrated(xp.abs(blocks))
     rows, columns = _stored(rows / LARGEST, columns / costs, dtype)
     step = arrays.float64(rows)[..., :, None] * (arrays.float64(columns) * costs)[..., None, :]
-    near = _whole(blocks / step)
+    near = _rounded(blocks / step)
     fed = _with_feedback(blocks, gram, step)
     if fed is None:
         return BlockDiagonal(xp.astype(near, xp.int8), rows, columns)
     better = _errors(blocks - fed * step, gram) < _errors(blocks - near * step, gram)
-    whole = xp.where(better[..., None], fed, near)
-    return BlockDiagonal(xp.astype(whole, xp.int8), rows, columns)
+    integers = xp.where(better[..., None], fed, near)
+    return BlockDiagonal(xp.astype(integers, xp.int8), rows, columns)
 
 
 def round_columns(blocks: Array, gram: Array, dtype: Any) -> BlockDiagonal:
     """`round_rows` for the columns of blocks."""
     xp = arrays.namespace(blocks)
     found = round_rows(arrays.transpose(blocks), gram, dtype)
-    whole = xp.asarray(arrays.transpose(found.blocks), copy=True)
-    return BlockDiagonal(whole, found.columns, found.rows)
+    integers = xp.asarray(arrays.transpose(found.blocks), copy=True)
+    return BlockDiagonal(integers, found.columns, found.rows)
 
 
 def round_plainly(blocks: Array, dtype: Any) -> BlockDiagonal:
@@ -67,7 +67,7 @@ def round_plainly(blocks: Array, dtype: Any) -> BlockDiagonal:
     rows = largest(xp.abs(blocks), -1) / LARGEST
     rows, columns = _stored(rows, xp.ones_like(rows), dtype)
     step = arrays.float64(rows)[..., :, None] * arrays.float64(columns)[..., None, :]
-    return BlockDiagonal(xp.astype(_whole(blocks / step), xp.int8), rows, columns)
+    return BlockDiagonal(xp.astype(_rounded(blocks / step), xp.int8), rows, columns)
 
 
 def _stored(rows: Array, columns: Array, dtype: Any) -> tuple[Array, Array]:
@@ -80,7 +80,7 @@ def _stored(rows: Array, columns: Array, dtype: Any) -> tuple[Array, Array]:
     return tuple(xp.where(scale > 0, scale, xp.ones_like(scale)) for scale in (rows, columns))
 
 
-def _whole(values: Array) -> Array:
+def _rounded(values: Array) -> Array:
     xp = arrays.namespace(values)
     return xp.clip(xp.round(values), -LARGEST, LARGEST)
 
@@ -105,18 +105,18 @@ def _with_feedback(blocks: Array, gram: Array, step: Array) -> Array | None:
     if lower is None:
         return None
     upper = arrays.transpose(lower)
-    free, whole = xp.asarray(blocks, copy=True), xp.empty_like(blocks)
+    free, integers = xp.asarray(blocks, copy=True), xp.empty_like(blocks)
     for k in range(blocks.shape[-1]):
-        whole[:, :, k] = _whole(free[:, :, k] / step[:, :, k])
-        error = (free[:, :, k] - whole[:, :, k] * step[:, :, k]) / upper[:, k, k][:, None]
+        integers[:, :, k] = _rounded(free[:, :, k] / step[:, :, k])
+        error = (free[:, :, k] - integers[:, :, k] * step[:, :, k]) / upper[:, k, k][:, None]
         free[:, :, k:] -= error[:, :, None] * upper[:, k, k:][:, None, :]
-    return whole
+    return integers
 
 
 def with_feedback_naive(blocks: np.ndarray, gram: np.ndarray, step: np.ndarray) -> np.ndarray:
     """Twin of the loop of `round_rows` in NumPy: after each entry the rest of its row by least squares."""
-    whole = np.empty_like(blocks)
-    for block, matrix, steps, found in zip(blocks, gram, step, whole, strict=True):
+    integers = np.empty_like(blocks)
+    for block, matrix, steps, found in zip(blocks, gram, step, integers, strict=True):
         root = np.linalg.cholesky(matrix + MENDING * np.eye(len(matrix)))
         for row, scale, into in zip(block, steps, found, strict=True):
             free = row.copy()
@@ -125,4 +125,4 @@ def with_feedback_naive(blocks: np.ndarray, gram: np.ndarray, step: np.ndarray) 
                 done = (row[: k + 1] - into[: k + 1] * scale[: k + 1]) @ root[: k + 1]
                 rest = np.linalg.lstsq(root[k + 1 :].T, done + row[k + 1 :] @ root[k + 1 :], rcond=None)[0]
                 free[k + 1 :] = rest
-    return whole
+    return integers

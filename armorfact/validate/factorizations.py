@@ -51,7 +51,7 @@ def fits(parts: tuple[BlockDiagonal, Core, BlockDiagonal], weight: Array) -> Non
         raise TypeError(f"the wrappers must have one dtype, got {left.blocks.dtype} and {right.blocks.dtype}")
 
 
-def whole(core: Core) -> None:
+def integer_core(core: Core) -> None:
     """That a core holds whole numbers.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from armorfact import arrays, blocks
+from armorfact.arrays.sweeps import sweep_integers
 from armorfact.gram import DiagonalGram
 from armorfact.problem import Factors, Problem
 from armorfact.steps.core import core_gradient, gradient_panels, wrapped_gram
@@ -23,7 +24,7 @@ from armorfact.steps.rounding import LARGEST
 Array = Any
 
 
-def whole_core_step(problem: Problem, factors: Factors, kept: Array) -> Factors:
+def integer_core_step(problem: Problem, factors: Factors, kept: Array) -> Factors:
     """One pass over the kept entries of C, panel of columns after panel.
 
     Args:
@@ -40,7 +41,7 @@ def whole_core_step(problem: Problem, factors: Factors, kept: Array) -> Factors:
             gradient = gradient + carried[:, :lo] @ above
         panel = xp.asarray(blocks.split_rows(core[:, lo:hi], size), copy=True)
         slopes = xp.asarray(blocks.split_rows(gradient, size), copy=True)
-        arrays.sweep_whole(slopes, panel, blocks.split_rows(kept[:, lo:hi], size), left_gram, gram, LARGEST)
+        sweep_integers(slopes, panel, blocks.split_rows(kept[:, lo:hi], size), left_gram, gram, LARGEST)
         new = blocks.join_rows(panel)
         carried[:, lo:hi] = blocks.left_product(left_gram, new - core[:, lo:hi])
         core[:, lo:hi] = new
@@ -62,8 +63,8 @@ def _panels(
         yield lo, hi, gradient[:, lo:hi], None, xp.asarray(gram[j, ...], copy=True)
 
 
-def whole_core_step_naive(problem: Problem, factors: Factors, kept: np.ndarray) -> Factors:
-    """Twin of `whole_core_step` in NumPy: every entry by least squares, the residual from scratch, and rounded."""
+def integer_core_step_naive(problem: Problem, factors: Factors, kept: np.ndarray) -> Factors:
+    """Twin of `integer_core_step` in NumPy: every entry by least squares, the residual from scratch, and rounded."""
     root = gram_root(problem)
     left, right = (np.asarray(blocks.dense(x), dtype=np.float64) for x in (factors.left, factors.right))
     core = np.array(factors.core, dtype=np.float64)
