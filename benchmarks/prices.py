@@ -27,7 +27,7 @@ from armorfact_hf.data.load_model import load_model
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
-from armorfact_hf.pruning.prices import Shown, shown
+from armorfact_hf.pruning.prices import FisherSample, fisher_samples
 from armorfact_hf.pruning.progress import Progress
 from benchmarks.evidence.tables import kind, table
 from benchmarks.kept import kept
@@ -44,7 +44,7 @@ def job_of(model: str, every: int, calibration: Calibration) -> Job:
     return make_job(loaded.model.eval(), calibration.tokens(loaded, lambda _: None), config)
 
 
-def measured(one: Shown) -> Json:
+def measured(one: FisherSample) -> Json:
     """The prices of a layer by SparseGPT (a share of 0), with the blocks that it has and with larger ones."""
     d_out, d_in = one.layer.shape
     least = one.layer.block[0] if one.layer.block else 0
@@ -106,7 +106,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
     def found() -> list[Json]:
         job = job_of(arguments.model, arguments.every, calibration)
-        return [measured(one) for one in shown(job, Progress(Observer(), 0), None)]
+        return [measured(one) for one in fisher_samples(job, Progress(Observer(), 0), None)]
 
     layers = kept(arguments.out, "prices", [arguments.model, arguments.every, asdict(calibration)], found)
     print(rate_table(layers), foretold(layers), share_table(layers), sep="\n\n")

@@ -119,7 +119,7 @@ def measured_run(settings: argparse.Namespace) -> None:
         "statistics": plan.memory.statistics,
         "small": small,
         "worker": largest - small,
-        "planned worker": 0 if plan.spread is None else plan.spread.worker.peak,
+        "planned worker": 0 if plan.cluster is None else plan.cluster.worker.peak,
         "seconds": time.perf_counter() - start,
     }
     print(json.dumps(found))

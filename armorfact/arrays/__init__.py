@@ -129,7 +129,7 @@ def total(array: Array) -> float:
 
 
 def panels(rows: int) -> Iterator[slice]:
-    """So many rows, a few at a time."""
+    """Slices of `PANEL` rows that cover so many."""
     return (slice(lo, min(lo + PANEL, rows)) for lo in range(0, rows, PANEL))
 
 

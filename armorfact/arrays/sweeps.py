@@ -43,5 +43,5 @@ def sweep_integers(
         return
     from armorfact.arrays import kernels
 
-    held = (arrays.as_numpy(each) for each in (gradient, core, kept, left_gram, right_gram))
-    kernels.sweep_integers(*held, largest)
+    q, c, kept, t, s = map(arrays.as_numpy, (gradient, core, kept, left_gram, right_gram))
+    kernels.sweep_integers(q, c, kept, t, s, largest)

@@ -19,7 +19,7 @@ from torch import Tensor
 from armorfact_hf.data.calibration import Calibration
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
-from armorfact_hf.pruning.prices import shown
+from armorfact_hf.pruning.prices import fisher_samples
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.side_by_side import Keep, forget, prune_layers
 from benchmarks.evidence.tables import kind, table
@@ -70,7 +70,7 @@ FORMS = {
 def output_grams(model: str, calibration: Calibration) -> dict[str, Tensor]:
     """G by layer, (blocks, size, size) float64, of the decoder blocks that are pruned."""
     found = {}
-    for one in shown(job_of(model, EVERY, calibration), Progress(Observer(), 0), None):
+    for one in fisher_samples(job_of(model, EVERY, calibration), Progress(Observer(), 0), None):
         if one.layer.block is not None:
             found[one.layer.name] = output_gram(one.gradients, one.layer.block[0])
     return found

@@ -22,8 +22,8 @@ from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk
 from armorfact_hf.typed_json import from_json, to_json
 
-# Of a config: where it comes from, and what the tensors say themselves.
-OF_NO_ACCOUNT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config")
+# Keys of a config that do not change what a model computes: where it comes from, and what the tensors say themselves.
+IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 PORTION = 1 << 24  # numbers that are looked at together: PyTorch makes copies to tell whether they are any
 
 
@@ -40,9 +40,9 @@ def fingerprint_of(tensors: Mapping[str, str]) -> str:
 
 def config_fingerprint(model: CausalLM) -> str:
     """The sha256, in hexadecimal, of what a model computes by beside its tensors: its class, and its config."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in OF_NO_ACCOUNT}
-    told = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()
+    config = {key: value for key, value in model.config.to_dict().items() if key not in IGNORED}
+    described = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def tokens_fingerprint(tokens: Tensor) -> str:

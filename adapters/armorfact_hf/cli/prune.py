@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -153,20 +153,41 @@ def prune(  # typer reads options from the signature: it is as long as there are
         )
         from armorfact_hf.data.calibration import Calibration
 
-        _prune(
-            model,
-            out,
-            chosen,
-            Calibration(calibration, samples, length),
-            methods=[name.strip() for name in compare.split(",") if name.strip()],
-            evaluations=evaluations_of(text, windows, length) if evaluate else [],
-            dtype=dtype,
-            device=device,
-            stream=stream,
-            states=states,
-            workers=workers,
-            dry_run=dry_run,
-        )
+        how = {"dtype": dtype, "device": device, "stream": stream, "states": states, "workers": workers}
+        methods = [name.strip() for name in compare.split(",") if name.strip()]
+        evaluations = evaluations_of(text, windows, length) if evaluate else []
+        texts = Calibration(calibration, samples, length)
+        for name in methods:
+            settings.PruneConfig(method=name)
+        if dry_run:
+            _plan(model, chosen, texts, methods, evaluations, **how)
+        else:
+            _prune(model, out, chosen, texts, methods, evaluations, **how)
+
+
+def _plan(
+    model: str,
+    config: settings.PruneConfig,
+    calibration: Calibration,
+    methods: list[str],
+    evaluations: list[Evaluation],
+    **how: Any,
+) -> None:
+    from armorfact_hf.data.texts import check_name
+    from armorfact_hf.pruning.plan import plan_job
+    from armorfact_hf.pruning.workers.choice import check_workers
+    from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
+
+    check_workers(how["workers"])
+    with shown_progress() as observer:
+        for evaluation in evaluations:
+            check_name(evaluation.text)
+        if methods:
+            observer.say(f"The plan is of {config.method} alone, without {', '.join(methods)}.")
+        loaded = load_to_prune(model, config, calibration, observer=observer, **how)
+        job = job_of(loaded, config, calibration, observer, states=how["states"])
+        check_workers(how["workers"], job)
+        observer.plan(plan_job(job, workers=how["workers"]))
 
 
 def _prune(
@@ -174,60 +195,13 @@ def _prune(
     out: Path,
     config: settings.PruneConfig,
     calibration: Calibration,
-    *,
     methods: list[str],
     evaluations: list[Evaluation],
-    dtype: str,
-    device: str | None,
-    stream: bool | None,
-    states: str,
-    workers: str | None,
-    dry_run: bool,
+    **how: Any,
 ) -> None:
-    from armorfact_hf.data.texts import check_name
-    from armorfact_hf.pruning.plan import plan_job
-    from armorfact_hf.pruning.workers.choice import check_workers
     from armorfact_hf.runs.compare import compare
-    from armorfact_hf.runs.load_to_prune import job_of, load_to_prune
 
-    check_workers(workers)
-    for method in methods:
-        settings.PruneConfig(method=method)
-    if dry_run:
-        with shown_progress() as observer:
-            for evaluation in evaluations:
-                check_name(evaluation.text)
-            if methods:
-                observer.say(f"The plan is of {config.method} alone, without {', '.join(methods)}.")
-            loaded = load_to_prune(
-                model,
-                config,
-                calibration,
-                stream=stream,
-                dtype=dtype,
-                device=device,
-                observer=observer,
-                states=states,
-                workers=workers,
-            )
-            job = job_of(loaded, config, calibration, observer, states=states)
-            check_workers(workers, job)
-            observer.plan(plan_job(job, workers=workers))
-        return
     with shown_progress() as observer:
-        rows = compare(
-            model,
-            out,
-            config,
-            methods,
-            calibration,
-            evaluations,
-            dtype=dtype,
-            device=device,
-            stream=stream,
-            states=states,
-            observer=observer,
-            workers=workers,
-        )
+        rows = compare(model, out, config, methods, calibration, evaluations, observer=observer, **how)
     show(tables.compared(rows))
     say(f"Report: {out / 'report.html'}")

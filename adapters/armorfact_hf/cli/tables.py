@@ -28,19 +28,19 @@ def plan_lines(plan: Any) -> Iterator[str]:
     if plan.stays_dense >= 0.001:
         yield f"Of the weights in the decoder blocks {100 * plan.stays_dense:.1f}% stay dense"
     if plan.seconds is not None:
-        alone = "" if plan.spread is None else " in one process"
+        alone = "" if plan.cluster is None else " in one process"
         yield f"Estimated time{alone}, from a measured first layer: {_about(plan.seconds)}"
 
 
 def _room(plan: Any) -> Iterator[str]:
     """What memory and disk go to."""
-    if plan.spread is None:
+    if plan.cluster is None:
         yield f"Memory, at most: {_parts(plan, plan.memory)}"
     else:
         yield f"Memory of this process, at most: {_parts(plan, plan.memory)}"
-        worker = plan.spread.worker
+        worker = plan.cluster.worker
         yield f"Memory of each worker, at most {worker.peak / 1e9:.2f} GB: {_parts(plan, worker)}"
-        yield f"Ray's object store, at most: {plan.spread.store / 1e9:.2f} GB; what is too much for it goes to disk"
+        yield f"Ray's object store, at most: {plan.cluster.store / 1e9:.2f} GB; what is too much for it goes to disk"
     if plan.experts_at_once is not None:
         yield f"Statistics of {plan.experts_at_once} experts at a time: calibration runs again for the others"
     waiting = f", {plan.waiting_bytes / 1e9:.2f} GB of it for what waits between blocks" if plan.waiting_bytes else ""

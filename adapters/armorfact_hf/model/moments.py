@@ -130,7 +130,7 @@ class Statistics:
         """
         leaders, given = inputs.leader, inputs.tensors
         paired = {} if dense is None else _paired(given, dense)
-        agree(self.leader, leaders)
+        merge_leaders_(self.leader, leaders)
         for leader, tensor in given.items():
             x = _flat(tensor)
             self.tokens[leader] = self.tokens.get(leader, 0) + len(x)
@@ -150,7 +150,7 @@ class Statistics:
         return Moments(self.gram[leader], self.cross.get(leader), self.tokens[leader])
 
 
-def agree(known: dict[str, str], leaders: Mapping[str, str]) -> None:
+def merge_leaders_(known: dict[str, str], leaders: Mapping[str, str]) -> None:
     """Add the leaders of one more pass to those of the passes before.
 
     Raises:

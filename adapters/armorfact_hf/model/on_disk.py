@@ -60,7 +60,7 @@ class InMemory:
         return self.model.device
 
     def held(self, *keys: Key) -> AbstractContextManager[None]:
-        """They are anyhow."""
+        """Nothing to do: all weights stay in memory."""
         return nullcontext()
 
     def rehearsing(self) -> AbstractContextManager[None]:
@@ -105,7 +105,7 @@ class OnDisk:
         stored: reads a tensor by its name in the model, on the CPU and in the dtype of the model.
         pieces: the decoder blocks by index, and the head under None if it has a weight of its own.
         known: a folder in which digests of the files may be kept.
-        again: opens the same model anew, in another process say.
+        reopen: opens the same model anew, in another process say.
         making: bytes that are held beside a tensor, at most, while transformers makes it of stored ones.
     """
 
@@ -116,7 +116,7 @@ class OnDisk:
     stored: Mapping[str, Tensor]
     pieces: Mapping[Key, Piece]
     known: Path
-    again: Callable[[], OnDisk]
+    reopen: Callable[[], OnDisk]
     making: int = 0
 
     @contextmanager

@@ -27,7 +27,7 @@ from armorfact_hf.pruning.memory import (
     waiting_bytes,
 )
 from armorfact_hf.pruning.workers.choice import Choice, count_here
-from armorfact_hf.pruning.workers.spread import Spread, spread_of
+from armorfact_hf.pruning.workers.cluster_memory import ClusterMemory, cluster_memory
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Plan:
         disk_bytes: what is written at most at a time: the finished folder, what it is made of, and what waits.
         seconds: an estimate from running the first decoder block and pruning one layer, or None.
         experts_at_once: of each experts module, so many have their statistics in memory at a time; None is all.
-        spread: where memory is taken when others do the work; ``memory`` is that of this process then.
+        cluster: where memory is taken when others do the work; ``memory`` is that of this process then.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -82,12 +82,12 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     experts_at_once: int | None = None
-    spread: Spread | None = None
+    cluster: ClusterMemory | None = None
 
     @property
     def peak_bytes(self) -> int:
         """Of memory, at most."""
-        return self.memory.peak if self.spread is None else self.spread.peak
+        return self.memory.peak if self.cluster is None else self.cluster.peak
 
     @property
     def stays_dense(self) -> float:
@@ -152,10 +152,10 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
         measure: estimate the time, by running one window through the first decoder block and pruning one of its layers.
         workers: see `prune_`; the time is that of one process anyhow.
     """
-    spread = None if workers is None else spread_of(job, count_here(workers, job.weights.device))
-    experts = experts_at_once(job) if spread is None else None
+    cluster = None if workers is None else cluster_memory(job, count_here(workers, job.weights.device))
+    experts = experts_at_once(job) if cluster is None else None
     layers = planned_layers(job.layers, job.config)
-    waiting = waiting_bytes(job, experts) if spread is None else priced_bytes(job) * job.spilled
+    waiting = waiting_bytes(job, experts) if cluster is None else priced_bytes(job) * job.spilled
     return Plan(
         layers=layers,
         dense_layers=job.dense_layers,
@@ -163,13 +163,13 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
         parameters=sum(parameter.numel() for parameter in job.model.parameters()),
         weights=sum(weight.numel() for block in job.blocks for weight in block.parameters() if weight.ndim > 1),
         model_bytes=model_bytes(job),
-        memory=memory_of(job, experts=experts) if spread is None else spread.leader,
+        memory=memory_of(job, experts=experts) if cluster is None else cluster.leader,
         streamed=isinstance(job.weights, OnDisk),
         waiting_bytes=waiting,
         disk_bytes=waiting + _written_bytes(job, layers),
         seconds=estimated_seconds(job, experts) if measure else None,
         experts_at_once=experts,
-        spread=spread,
+        cluster=cluster,
     )
 
 

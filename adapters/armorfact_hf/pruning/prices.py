@@ -51,13 +51,13 @@ def prices(job: Job, progress: Progress, folder: Path | None) -> dict[str, float
     Raises:
         ValueError: gradients do not reach the layers. NonFiniteActivations: a module computes NaN or infinite values.
     """
-    seen = shown(job, progress, folder)
+    seen = fisher_samples(job, progress, folder)
     found = {one.layer.name: one.divergence(one.by_sparsegpt(job.config.pattern)) for one in seen}
     return {name: price for name, price in found.items() if math.isfinite(price)}
 
 
 @dataclass(frozen=True)
-class Shown:
+class FisherSample:
     """What the windows show of one layer.
 
     Args:
@@ -90,7 +90,7 @@ class Shown:
         return float((self.gradients.float() * error).sum(1).double().square().mean()) / 2
 
 
-def shown(job: Job, progress: Progress, folder: Path | None) -> Iterator[Shown]:
+def fisher_samples(job: Job, progress: Progress, folder: Path | None) -> Iterator[FisherSample]:
     """What the windows show of each layer, see `prices`; from the last decoder block to the first."""
     with starting_at_embedding(job.model):
         passes = _Passes.forward(job, progress, folder)
@@ -98,7 +98,7 @@ def shown(job: Job, progress: Progress, folder: Path | None) -> Iterator[Shown]:
             layers = {layer.name: layer for layer in job.priced if layer.decoder_block == block}
             with job.weights.held(block):
                 seen = passes.back(block, layers, progress)
-                yield from (Shown(layers[name], x, g) for name, (x, g) in seen.items())
+                yield from (FisherSample(layers[name], x, g) for name, (x, g) in seen.items())
 
 
 @dataclass(frozen=True)

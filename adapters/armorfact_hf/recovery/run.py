@@ -17,7 +17,7 @@ from armorfact_hf.recovery.divergence import Divergence
 from armorfact_hf.recovery.factors import TrainedFactors
 from armorfact_hf.recovery.report import Recovery
 from armorfact_hf.recovery.settings import RecoverySettings
-from armorfact_hf.recovery.state import Progress, read_state_, write_state
+from armorfact_hf.recovery.state import RunState, read_state_, write_state
 
 MOST_ASIDE = 8  # windows that are measured on, each time
 MOST_NORM = 1.0  # of the gradient; a longer one is cut down to it
@@ -56,7 +56,7 @@ class Run:
         self.training = [tokens[window] for window in range(len(tokens)) if window not in aside]
         self.steps = len(self.training) if settings.steps is None else settings.steps
         self.muon = Muon(factors.parameters)
-        self.progress = Progress()
+        self.progress = RunState()
 
     def to_the_end(self) -> Recovery:
         """Take all steps that are left.

@@ -22,7 +22,7 @@ STATE = "state.safetensors"
 
 
 @dataclass
-class Progress:
+class RunState:
     """What a run knows beside its tensors.
 
     Args:
@@ -45,13 +45,13 @@ class Progress:
         return min(self.history, key=lambda measured: measured[1])
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Progress:
+    def from_dict(cls, found: Mapping[str, Any]) -> RunState:
         """The inverse of `dataclasses.asdict`, through JSON."""
         history = [(int(step), float(divergence)) for step, divergence in found["history"]]
         return cls(**{**found, "history": history})
 
 
-def write_state(journal: Journal, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+def write_state(journal: Journal, tensors: Mapping[str, Tensor], progress: RunState) -> None:
     """Keep the state of the run.
 
     Raises:
@@ -61,7 +61,7 @@ def write_state(journal: Journal, tensors: Mapping[str, Tensor], progress: Progr
     save_sealed(tensors, journal.folder / STATE, {"state": state})
 
 
-def read_state_(journal: Journal, tensors: Mapping[str, Tensor]) -> Progress | None:
+def read_state_(journal: Journal, tensors: Mapping[str, Tensor]) -> RunState | None:
     """Copy the state that was kept into ``tensors``; None, and nothing is changed, where none was.
 
     Raises:
@@ -78,4 +78,4 @@ def read_state_(journal: Journal, tensors: Mapping[str, Tensor]) -> Progress | N
             for name, tensor in tensors.items():
                 # Copied into memory of PyTorch's own: aligned as in a run without interruption: the same bits.
                 tensor.copy_(stored.get_tensor(name))
-        return Progress.from_dict(state)
+        return RunState.from_dict(state)

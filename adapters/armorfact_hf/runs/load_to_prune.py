@@ -15,9 +15,9 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job, make_job
 from armorfact_hf.pruning.memory import memory_of, model_bytes
 from armorfact_hf.pruning.workers.choice import Choice, count_here
-from armorfact_hf.pruning.workers.spread import spread_of
+from armorfact_hf.pruning.workers.cluster_memory import cluster_memory
 
-CLOSER_LOOK = 1 / 8  # of the memory that is free: a model of fewer bytes fits with all that is made of it
+SURE_TO_FIT = 1 / 8  # of the memory that is free: a model of fewer bytes fits with all that is made of it
 
 
 def load_to_prune(
@@ -82,7 +82,7 @@ def _large(model: str, device: str | None, workers: Choice) -> bool:
     copies = 1 if workers is None else 1 + (count_here(workers, place) or 1)
     folder = Path(model)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if model and folder.is_dir() else 0
-    return copies * stored > CLOSER_LOOK * available(place)
+    return copies * stored > SURE_TO_FIT * available(place)
 
 
 def _fits(job: Job, observer: Observer, workers: Choice) -> bool:
@@ -91,7 +91,7 @@ def _fits(job: Job, observer: Observer, workers: Choice) -> bool:
     if workers is None:
         needed = memory_of(job, streamed=False, spilled=job.spills(free - model_bytes(job))).peak
     else:
-        needed = spread_of(job, count_here(workers, device), streamed=False).peak
+        needed = cluster_memory(job, count_here(workers, device), streamed=False).peak
     if needed > free:
         observer.say(
             f"In memory this would take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: decoder blocks are read "

@@ -17,7 +17,7 @@ from armorfact_hf.pruning.memory import memory_of
 from armorfact_hf.pruning.plan import make_plan
 from armorfact_hf.pruning.prune import prune_, prune_job_
 from armorfact_hf.pruning.states import States
-from armorfact_hf.pruning.workers.spread import spread_of
+from armorfact_hf.pruning.workers.cluster_memory import cluster_memory
 from tests.hf.models import BLOCKS, random_tokens, tiny_model
 from tests.hf.observers import Stepping
 
@@ -155,7 +155,7 @@ def test_the_peak_is_the_sum_of_its_parts():
     job = make_job(tiny_model("llama"), random_tokens(), PruneConfig(baselines=(), tail=1))
     memory = memory_of(job)
     assert all(astuple(memory)) and memory.peak == sum(astuple(memory))
-    spread = spread_of(job, 3)
+    spread = cluster_memory(job, 3)
     assert spread.store and spread.peak == spread.leader.peak + 3 * spread.worker.peak + spread.store
 
 

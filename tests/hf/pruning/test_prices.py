@@ -15,7 +15,7 @@ from armorfact_hf.pruning import prices as module
 from armorfact_hf.pruning import prune
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import PRICED_WINDOWS, make_job
-from armorfact_hf.pruning.prices import prices, shown
+from armorfact_hf.pruning.prices import fisher_samples, prices
 from armorfact_hf.pruning.progress import Progress
 from armorfact_hf.pruning.prune import prune_
 from tests.hf.models import BLOCKS, FAMILIES, random_tokens, tiny_model
@@ -80,7 +80,7 @@ def test_a_small_error_costs_about_what_is_foretold():
     torch.manual_seed(0)
     model, tokens = tiny_model("llama", hidden_size=64, intermediate_size=128), random_tokens(16, 60)
     job = make_job(model, tokens, PruneConfig(block="priced"))
-    seen = {one.layer.name: one for one in shown(job, quiet(), None)}
+    seen = {one.layer.name: one for one in fisher_samples(job, quiet(), None)}
     for name in [name for name in seen if name.endswith("v_proj")]:
         del seen[
             name
@@ -133,7 +133,7 @@ def test_blocks_differ_add_up_to_no_more_and_what_is_stored_says_so(tmp_path):
 
 def test_what_is_not_finite_is_no_price(monkeypatch):
     found = iter([float("inf"), float("nan"), 1.0])
-    monkeypatch.setattr(module.Shown, "divergence", lambda *_: next(found, 2.0))
+    monkeypatch.setattr(module.FisherSample, "divergence", lambda *_: next(found, 2.0))
     assert sorted(prices(job_of(), quiet(), None).values()) == [1.0] + [2.0] * (7 * BLOCKS - 3)
 
 

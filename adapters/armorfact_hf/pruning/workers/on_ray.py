@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from armorfact_hf.model.experts import put_layers_
-from armorfact_hf.model.moments import agree
+from armorfact_hf.model.moments import merge_leaders_
 from armorfact_hf.model.structure import Layer
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.layer import round_layer, with_tuned_loss
@@ -83,7 +83,7 @@ class OnRay:
         called = [self._inputs(index, window, 2 + len(names)) for window in self._windows]
         for window, (leaders, dense, *_) in enumerate(called):
             self._tell_window(index, window, self._followed)
-            agree(leader, get(leaders))
+            merge_leaders_(leader, get(leaders))
             if self.dense is not None:
                 self.dense[window] = dense
         parts = dict(zip(names, zip(*(parts for _, _, *parts in called), strict=True), strict=True))

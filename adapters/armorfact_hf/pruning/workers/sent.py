@@ -26,7 +26,7 @@ def sent(job: Job) -> Callable[[], Job]:
     if not isinstance(job.weights, OnDisk):
         return partial(_held, job)
     facts = {field.name: getattr(job, field.name) for field in fields(job) if field.name not in OF_THE_MODEL}
-    return partial(_reopened, job.weights.files, job.weights.again, {x.name: x.block for x in job.layers}, facts)
+    return partial(_reopened, job.weights.files, job.weights.reopen, {x.name: x.block for x in job.layers}, facts)
 
 
 def _held(job: Job) -> Job:

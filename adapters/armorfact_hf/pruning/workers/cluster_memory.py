@@ -21,7 +21,7 @@ from armorfact_hf.pruning.memory import (
 
 
 @dataclass(frozen=True)
-class Spread:
+class ClusterMemory:
     """Bytes that are held at once at most, and by whom.
 
     Args:
@@ -41,7 +41,7 @@ class Spread:
         return self.leader.peak + self.workers * self.worker.peak + self.store
 
 
-def spread_of(job: Job, workers: int | None, streamed: bool | None = None) -> Spread:
+def cluster_memory(job: Job, workers: int | None, streamed: bool | None = None) -> ClusterMemory:
     """What a job takes where others work on it.
 
     Args:
@@ -68,7 +68,7 @@ def spread_of(job: Job, workers: int | None, streamed: bool | None = None) -> Sp
         statistics=_solved_at_once(job),
         work=max(alone.work, sent),
     )
-    return Spread(workers or 1, leader, worker, sent + _store_bytes(job, inputs, alone.pruned))
+    return ClusterMemory(workers or 1, leader, worker, sent + _store_bytes(job, inputs, alone.pruned))
 
 
 def _inputs_bytes(job: Job, block: int | None) -> int:
