@@ -142,12 +142,12 @@ def test_the_plan_counts_every_process(model_folder, monkeypatch):
         found = loaded(model_folder, stream)
         jobs[stream] = make_job(found.model, random_tokens(), PruneConfig(tail=1), weights=found.weights)
     whole, streamed = (plan_job(jobs[stream], measure=False, workers=2) for stream in (False, True))
-    assert streamed.spread.worker.weights == streamed.spread.leader.weights < whole.spread.worker.weights
+    assert streamed.cluster.worker.weights == streamed.cluster.leader.weights < whole.cluster.worker.weights
     assert streamed.peak_bytes < whole.peak_bytes
-    assert whole.spread.leader.work >= 2 * whole.spread.worker.weights  # pickled, a model is bytes twice
-    assert whole.spread.worker.work >= whole.spread.worker.weights
+    assert whole.cluster.leader.work >= 2 * whole.cluster.worker.weights  # pickled, a model is bytes twice
+    assert whole.cluster.worker.work >= whole.cluster.worker.weights
     assert plan_job(jobs[True], measure=False, workers=3).peak_bytes == (
-        streamed.peak_bytes + streamed.spread.worker.peak
+        streamed.peak_bytes + streamed.cluster.worker.peak
     )
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 7 * torch.get_num_threads())
@@ -157,7 +157,7 @@ def test_the_plan_counts_every_process(model_folder, monkeypatch):
     priced = PruneConfig(tail=1, block="priced")
     job = make_job(jobs[False].model, random_tokens(), priced)
     leader = plan_job(job, measure=False, workers=2).spread.leader
-    assert leader.states > 0 and leader.work > whole.spread.leader.work  # which finds the prices by itself
+    assert leader.states > 0 and leader.work > whole.cluster.leader.work  # which finds the prices by itself
     told = " ".join(plan_lines(streamed))
     assert "Memory of each worker, at most" in told and "Ray's object store" in told
 
