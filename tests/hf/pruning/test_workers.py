@@ -151,12 +151,12 @@ def test_the_plan_counts_every_process(model_folder, monkeypatch):
     )
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 7 * torch.get_num_threads())
-    assert plan_job(jobs[True], measure=False, workers="ray").spread.workers == 7  # as many as the cores allow
+    assert plan_job(jobs[True], measure=False, workers="ray").cluster.workers == 7  # as many as the cores allow
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert plan_job(jobs[True], measure=False, workers="ray").spread.workers == 1  # a cluster says how many
+    assert plan_job(jobs[True], measure=False, workers="ray").cluster.workers == 1  # a cluster says how many
     priced = PruneConfig(tail=1, block="priced")
     job = make_job(jobs[False].model, random_tokens(), priced)
-    leader = plan_job(job, measure=False, workers=2).spread.leader
+    leader = plan_job(job, measure=False, workers=2).cluster.leader
     assert leader.states > 0 and leader.work > whole.cluster.leader.work  # which finds the prices by itself
     told = " ".join(plan_lines(streamed))
     assert "Memory of each worker, at most" in told and "Ray's object store" in told
