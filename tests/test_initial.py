@@ -88,6 +88,8 @@ def test_the_methods_are_one_table_with_one_signature():
     methods = (sparsegpt, wanda, nowag, magnitude)
     assert list(METHODS) == [method.__name__ for method in methods]
     for method in methods:
+        table = METHODS[method.__name__](weight, FullGram(gram), Pattern(1, 4))
+        assert np.array_equal(table, method(weight, gram, pattern="1:4"))
         assert Pattern(1, 4).most_kept(method(weight, gram, pattern="1:4")) == 1
 
 

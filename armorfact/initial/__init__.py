@@ -1,7 +1,7 @@
 """One-shot N:M pruning: where the factorization starts, and what it is compared with.
 
 Each is a plain function ``method(weight, XXt, *, pattern)`` from a weight to a pruned weight of the
-same shape, dtype and device; `METHODS` names them all.
+same shape, dtype and device; `METHODS` has what each does with checked arguments.
 """
 
 from __future__ import annotations

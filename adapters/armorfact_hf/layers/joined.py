@@ -76,13 +76,15 @@ class JoinedLinears(nn.ModuleList):
 
 
 def _is_transformed() -> bool:
-    """Whether `torch.func.vmap` or its kin is at work, which knows rules for operators of one layer only."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+    """Whether `torch.func.vmap` or its kin, or `torch.jit.trace`, is at work: they know operators of one layer only."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or torch.jit.is_tracing()
 
 
 def _has_address(x: Tensor) -> bool:
     """Whether a kernel may read x: it is on a CPU, and nobody traces what is computed."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+    traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
     return x.device.type == "cpu" and type(x) is Tensor and not traced
 
 
@@ -93,7 +95,7 @@ def _place(tensor: Tensor | None) -> Place:
 class _Prepared(NamedTuple):
     """A launch, the numbers of tokens that it is right for, and the choices and places that it was made for."""
 
-    launch: FewTokens
+    launch: FewTokens | None
     tokens: frozenset[int]
     state: State
 
@@ -103,7 +105,7 @@ class _Prepared(NamedTuple):
         numbers = range(FEW_TOKENS + 1) if _all_contiguous(state) else ()  # of copies the launch would miss a change
         packed = [n for n in numbers if all(each.at(n) == "packed" for each in executions)]
         factors = [_stored(layer.tensors) for layer in layers]
-        return cls(FewTokens(factors), frozenset(packed), state)
+        return cls(FewTokens(factors) if packed else None, frozenset(packed), state)
 
 
 def _all_contiguous(state: State) -> bool:

@@ -16,9 +16,9 @@ from armorfact_hf.layers.format import INTEGER_DTYPES, LayerFormat
 from armorfact_hf.layers.parts import (
     PARTS,
     StoredParts,
+    in_forward_mode,
     is_cast,
     name_of,
-    pass_gradients,
     put_empty_,
     scales_of,
     wrapper,
@@ -198,9 +198,9 @@ class FactorizedLinear(StoredParts):
         """Choose how this layer runs, in place; None goes by `default_execution`.
 
         "dense" and "semi_structured" keep a second form of the weight in memory, until the layer is moved, cast, or
-        loaded anew, which ends the choice (after a cast through `.data`, of which a module is not told, the default
-        runs). It is made of the factors as they are now: train them or write into them
-        with None, and choose again. Where it does not fit in memory, the choice is None.
+        loaded anew, and that of "semi_structured" until it is copied or pickled, which ends the choice (after a cast
+        through `.data`, of which a module is not told, the default runs). It is made of the factors as they are now:
+        train them or write into them with None, and choose again. Where it does not fit in memory, the choice is None.
 
         Raises:
             ValueError: a strategy that cannot run the layer where it is; the message says why.
@@ -280,7 +280,12 @@ class FactorizedLinear(StoredParts):
 
     def passes_gradients(self, x: Tensor) -> bool:
         """Whether autograd may ask for any, of x or of a factor."""
-        return pass_gradients((x, self.values, self.left, self.right, self.left_scales, self.right_scales))
+        if in_forward_mode():
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        held = (x, self.values, self.left, self.right, self.left_scales, self.right_scales)
+        return any(tensor is not None and tensor.requires_grad for tensor in held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorizedLinear:
         before = self.values.device, self.dtype

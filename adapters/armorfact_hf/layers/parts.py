@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,11 +68,9 @@ def is_cast(x: Tensor) -> bool:
     return cast and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def pass_gradients(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether autograd may ask for derivatives by one of these."""
-    if forward_ad._current_level >= 0:  # no `requires_grad` tells of the tangents of forward mode
-        return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def in_forward_mode() -> bool:
+    """Whether derivatives are carried along, of which no `requires_grad` tells."""
+    return forward_ad._current_level >= 0
 
 
 class StoredParts(nn.Module):

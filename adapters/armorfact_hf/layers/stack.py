@@ -14,7 +14,7 @@ from armorfact import Pattern
 from armorfact_hf.layers import operators as operators  # registers what `FactorizedStack.product` calls
 from armorfact_hf.layers.format import LayerFormat
 from armorfact_hf.layers.linear import FactorizedLinear
-from armorfact_hf.layers.parts import PARTS, StoredParts, is_cast, pass_gradients, put_empty_
+from armorfact_hf.layers.parts import PARTS, StoredParts, in_forward_mode, is_cast, put_empty_
 from armorfact_hf.layers.strategies import packed_experts, plain
 from armorfact_hf.layers.strategies.strategy import Kind, Operands
 
@@ -112,7 +112,11 @@ class FactorizedStack(StoredParts):
         return layer
 
     def _passes_gradients(self, x: Tensor) -> bool:
-        return pass_gradients((x, *self.parameters()))
+        if in_forward_mode():
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     def extra_repr(self) -> str:
         return f"experts={self.layout.experts}, shape={self.layout.shape}, pattern={self.pattern}"

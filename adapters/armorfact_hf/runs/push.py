@@ -33,7 +33,7 @@ def push_to_hub(
     """Verify a pruned folder, then upload all its files to a repository of models on the hub, made if it is not there.
 
     A folder without a model card gets one first. Everything in the folder is sent, `report.json` among it, which
-    names the dense model's folder and the calibration text as they were named on this machine.
+    names the dense model's folder by its whole path, and calibration texts without their folders.
 
     Args:
         folder: what `prune_to_folder` or `save_pruned` wrote.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -170,3 +171,11 @@ def test_factors_that_are_not_contiguous_are_read_anew():
         assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
         layers[1].left.mul_(2)
         assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
+
+
+def test_a_trace_computes_with_other_inputs():
+    joined, x = JoinedLinears(layers_of(torch.float32)), random_inputs(3, 72)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", (DeprecationWarning, torch.jit.TracerWarning))
+        traced = torch.jit.trace(joined, x, check_trace=False)
+        torch.testing.assert_close(traced(2 * x), joined(2 * x))

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,9 @@ from torch import Tensor
 
 from armorfact_hf.layers.execution import PACKED
 from tests.hf.layers.cases import DTYPES, random_inputs, random_layer, runs
+from tests.hf.threads import computing_with
 
 PATHS = [str(Path(__file__).parents[3] / name) for name in ("", "adapters")]
-
-
-@contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def script_says_ok(script: str, **environment: str) -> None:
@@ -76,7 +66,7 @@ def test_the_number_of_threads_changes_no_bit(size):
             x = random_inputs(tokens, 132, dtype=dtype)
             results = []
             for count in (1, 2):
-                with threads(count):
+                with computing_with(count):
                     results.append(runs(layer, "packed", x))
             assert torch.equal(*results)
 

@@ -19,6 +19,7 @@ from armorfact_hf.pruning.layer import _target, prune_layer, shrunk
 from armorfact_hf.pruning.losses import energy, exact_weight
 from armorfact_hf.pruning.notes import damping_noted
 from armorfact_hf.pruning.side_by_side import prune_layers
+from tests.hf.threads import computing_with
 
 D_OUT, D_IN = 16, 24
 
@@ -163,9 +164,9 @@ def test_side_by_side_is_the_same_as_one_after_the_other():
         layer, dense, pruned = problem(k)
         work.append((replace(layer, name=str(k)), moments_of(dense, pruned)))
     told = []
-    threads = torch.get_num_threads()
-    together = prune_layers(work, PruneConfig(block=8, sweeps=3), lambda layer, report: told.append(report.name))
-    assert torch.get_num_threads() == threads
+    with computing_with(4):
+        together = prune_layers(work, PruneConfig(block=8, sweeps=3), lambda layer, report: told.append(report.name))
+        assert torch.get_num_threads() == 4
     assert sorted(told) == list("0123")
     for (layer, moments), (pruned, report) in zip(work, together, strict=True):
         alone, _ = prune_layer(layer, moments, PruneConfig(block=8, sweeps=3))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-import torch
 
 from armorfact_hf.checkpoint.fingerprint import model_fingerprint
 from armorfact_hf.pruning import side_by_side
@@ -17,6 +15,7 @@ from armorfact_hf.pruning.prune import prune_
 from armorfact_hf.pruning.resume.journal import Journal, layer_key
 from tests.hf.models import random_tokens, tiny_model
 from tests.hf.observers import Stepping
+from tests.hf.threads import computing_with
 
 SETTINGS = {
     "tuned": ("llama", {"sweeps": 1, "passes": 1, "tail": 0}, "memory", 1),
@@ -29,14 +28,6 @@ SETTINGS = {
 
 class Killed(Exception):
     """Ends a run."""
-
-
-@contextmanager
-def computing_with(threads: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

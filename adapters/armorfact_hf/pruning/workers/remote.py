@@ -162,7 +162,7 @@ class Worker:
         return before, behind
 
     def act(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A function of this module, called where this worker's device is."""
+        """What a function returns, called where this worker's device is."""
         return function(*arguments)
 
     def _come_to(self, keys: tuple[Key, ...], replaced: Sequence[Ref]) -> None:
