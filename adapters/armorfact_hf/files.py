@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 DRAFT = ".part"  # how names of unfinished files and folders end
@@ -23,8 +25,11 @@ class DiskFull(OSError):
 
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` to write a file at; it takes the target's place if the block ends without error."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}{DRAFT}")
+    """A path beside ``target`` to write a file at; it takes the target's place if the block ends without error.
+
+    No two writers have the same path, be they threads, or processes of one number on two hosts.
+    """
+    draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{DRAFT}")
     try:
         yield draft
         with draft.open("rb+") as written:
@@ -32,6 +37,16 @@ def written_beside(target: Path) -> Iterator[Path]:
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_at_a_time(target: Path) -> Iterator[None]:
+    """Wait until nobody else is between reading ``target`` and replacing it, and let nobody in meanwhile."""
+    place = target.with_name(f".{target.name}{DRAFT}")
+    with FileLock(place):
+        yield
+        with suppress(OSError):  # Windows removes no file that is open
+            place.unlink()  # while it is held: whoever waits finds out and makes another
 
 
 def remember(path: Path, text: str) -> None:

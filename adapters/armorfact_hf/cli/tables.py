@@ -43,7 +43,7 @@ def _room(plan: Any) -> Iterator[str]:
         yield f"Ray's object store, at most: {plan.cluster.store / 1e9:.2f} GB; what is too much for it goes to disk"
     if plan.experts_at_once is not None:
         yield f"Statistics of {plan.experts_at_once} experts at a time: calibration runs again for the others"
-    waiting = f", {plan.waiting_bytes / 1e9:.2f} GB of it for what waits between blocks" if plan.waiting_bytes else ""
+    waiting = f"; {plan.waiting_bytes / 1e9:.2f} GB wait there between blocks" if plan.waiting_bytes else ""
     yield f"Disk, at most: {plan.disk_bytes / 1e9:.2f} GB{waiting}"
 
 
@@ -127,7 +127,7 @@ def tasks(records: Sequence[TaskRecord]) -> Table:
     table = _table("task", "questions", "dense", "pruned", "standard error")
     for record in records:
         pruned = "" if record.pruned is None else f"{record.pruned:.3f}"
-        error = f"{record.standard_error:.3f}"
+        error = "" if record.standard_error is None else f"{record.standard_error:.3f}"
         table.add_row(record.task, str(record.questions), f"{record.dense:.3f}", pruned, error)
     return table
 

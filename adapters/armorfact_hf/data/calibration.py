@@ -12,7 +12,7 @@ import torch
 from armorfact_hf.data.load_model import Loaded
 from armorfact_hf.data.origin import DEMO
 from armorfact_hf.data.own_text import SELF, own_text
-from armorfact_hf.data.texts import Text, calibration_source, tokens_of
+from armorfact_hf.data.texts import TO_CALIBRATE, Text, calibration_source, check_name, tokens_of
 from armorfact_hf.data.tokens import spread, windows
 from armorfact_hf.observer import Count, Log
 
@@ -41,12 +41,25 @@ class Calibration:
         """Of the texts, without their folders."""
         return ", ".join(Path(text.removeprefix(DEMO)).name for text in self.texts)
 
-    def refuse_self(self) -> None:
-        """Raise ValueError if a text is `SELF` where a pruned model, or no end of it, is asked to write it."""
-        if SELF in self.texts:
+    def check(self, own: bool = True) -> None:
+        """Make sure that the texts are there, without fetching one.
+
+        Args:
+            own: whether `SELF` may be among them: not where a pruned model, or no end of it, is asked to write it.
+
+        Raises:
+            ValueError: no text, a name of none, or fewer windows than texts; `SELF`, unless it may be.
+        """
+        texts = self.texts
+        if not texts or (self.windows is not None and self.windows < len(texts)):
+            raise ValueError(f"expected one text or more, and a window for each, got {len(texts)} and {self.windows}")
+        if SELF in texts and not own:
             raise ValueError(
                 f"{SELF!r} is for `armorfact prune`: let `armorfact write` write the text, and give that file"
             )
+        for name in texts:
+            if name != SELF:
+                check_name(name, TO_CALIBRATE)
 
     def tokens(self, loaded: Loaded, log: Log, progress: Count | None = None) -> torch.Tensor:
         """(windows, length) int64; a bos heads every window if the tokenizer puts it before texts.
@@ -55,14 +68,12 @@ class Calibration:
             loaded: the model that they are for. log: is told of what takes time. progress: of the model's own writing.
 
         Raises:
-            ValueError: no text, too few tokens in one of them, or fewer windows than texts; a model that cannot write
-                its own (`armorfact_hf.data.own_text`), or no number of windows for it.
+            ValueError: see `check`; too few tokens in a text; a model that cannot write its own
+                (`armorfact_hf.data.own_text`), or no number of windows for it.
         """
-        texts, length = self.texts, loaded.window(self.length)
-        if not texts or (self.windows is not None and self.windows < len(texts)):
-            raise ValueError(f"expected one text or more, and a window for each, got {len(texts)} and {self.windows}")
-        found = []
-        for place, name in enumerate(texts):
+        self.check()
+        length, found = loaded.window(self.length), []
+        for place, name in enumerate(self.texts):
             count = self._share(place)
             own = name == SELF
             text = self._own(loaded, count, length, log, progress) if own else calibration_source(name, log)

@@ -58,10 +58,10 @@ TO_MEASURE: dict[str, Source] = {
 }
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError if there is no text of that name to measure on; nothing is fetched."""
-    if not (name.startswith(DEMO) and name.removeprefix(DEMO) in TO_MEASURE):
-        _source(name, TO_MEASURE, lambda _: None)
+def check_name(name: str, known: Mapping[str, Source] = TO_MEASURE) -> None:
+    """Raise ValueError if there is no text of that name to measure on, or of those ``known``; nothing is fetched."""
+    if not (name.startswith(DEMO) and name.removeprefix(DEMO) in known):
+        _source(name, known, lambda _: None)
 
 
 def _source(name: str, known: Mapping[str, Source], log: Log) -> Text:

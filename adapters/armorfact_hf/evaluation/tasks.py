@@ -9,7 +9,6 @@ with a leaderboard.
 
 import copy
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,7 +36,7 @@ class TaskScore:
         task: one of `TASKS`.
         accuracy: share of the questions where the right choice is the likeliest; for lambada, where greedy decoding
             gives the right word.
-        standard_error: of the accuracy, from the spread over the questions; NaN for a single question.
+        standard_error: of the accuracy, from the spread over the questions; None for a single question.
         questions: how many were asked.
         normalized: accuracy when the log-likelihood of a choice is divided by its length in characters (lm-eval's
             acc_norm); None for lambada, which has no choices.
@@ -45,7 +44,7 @@ class TaskScore:
 
     task: str
     accuracy: float
-    standard_error: float
+    standard_error: float | None
     questions: int
     normalized: float | None
 
@@ -152,7 +151,7 @@ def _score(scorer: Any, task: str, questions: list[Question]) -> TaskScore:
     return TaskScore(
         task=task,
         accuracy=found["acc,none"],
-        standard_error=math.nan if error == "N/A" else error,
+        standard_error=None if error == "N/A" else error,
         questions=len(questions),
         normalized=found.get("acc_norm,none"),
     )

@@ -121,7 +121,8 @@ class BlockByBlock:
         if not self.job.tail:
             return {}
         if self.finished_tail is None:
-            pruned, matched = self.workers.match_tail(self.waiting)
+            reached = any(layers for layers, _ in self.waiting)
+            pruned, matched = self.workers.match_tail(self.waiting) if reached else ([], None)
             pruned = self._rounded_tail(pruned)
             pruned = self._kept("tail", pruned, self._as_stored(None, pruned, matched))
         else:

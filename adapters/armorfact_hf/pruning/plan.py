@@ -64,7 +64,8 @@ class Plan:
         model_bytes: of the whole model, before.
         memory: an estimate of what pruning takes at most. streamed: whether decoder blocks are read one at a time.
         waiting_bytes: of what waits on disk between blocks, 0 where that is in memory.
-        disk_bytes: what is written at most at a time: the finished folder, what it is made of, and what waits.
+        disk_bytes: what is on disk at most at a time: the layers in the journal, and beside them what waits, which has
+            gone when the finished folder is written, or that.
         seconds: an estimate from running the first decoder block and pruning one layer, or None.
         experts_at_once: of each experts module, so many have their statistics in memory at a time; None is all.
         cluster: where memory is taken when others do the work; ``memory`` is that of this process then.
@@ -149,14 +150,13 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
     """What `prune_job_` will do and cost.
 
     Args:
-        measure: estimate the time, by running one window through the first decoder block and pruning one of its layers.
-        workers: see `prune_`; the time is that of one process anyhow.
+        measure: estimate the time, see `timed`. workers: see `prune_`; the time is that of one process anyhow.
     """
     cluster = None if workers is None else cluster_memory(job, count_here(workers, job.weights.device))
     experts = experts_at_once(job) if cluster is None else None
     layers = planned_layers(job.layers, job.config)
     waiting = waiting_bytes(job, experts) if cluster is None else priced_bytes(job) * job.spilled
-    return Plan(
+    found = Plan(
         layers=layers,
         dense_layers=job.dense_layers,
         tensor_parallel=job.config.tensor_parallel,
@@ -166,21 +166,31 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
         memory=memory_of(job, experts=experts) if cluster is None else cluster.leader,
         streamed=isinstance(job.weights, OnDisk),
         waiting_bytes=waiting,
-        disk_bytes=waiting + _written_bytes(job, layers),
-        seconds=estimated_seconds(job, experts) if measure else None,
+        disk_bytes=_journal_bytes(job, layers) + max(waiting, _folder_bytes(job, layers)),
+        seconds=None,
         experts_at_once=experts,
         cluster=cluster,
     )
+    return timed(found, job) if measure else found
 
 
-def _written_bytes(job: Job, layers: Sequence[PlannedLayer]) -> int:
-    """Of the finished folder, and of the layers in the journal that it is made of: the last blocks' are there twice."""
-    pruned = sum(layer.bytes for layer in layers)
+def timed(plan: Plan, job: Job) -> Plan:
+    """The plan of a job with its time, from one window through the first decoder block and one of its layers pruned."""
+    return replace(plan, seconds=estimated_seconds(job, plan.experts_at_once))
+
+
+def _journal_bytes(job: Job, layers: Sequence[PlannedLayer]) -> int:
+    """Of the finished layers: the last blocks' are there twice."""
     last = sum(unrounded_bytes(job, layer) for block in job.tail for layer in job.layers_of(block))
+    return last + sum(layer.bytes for layer in layers)
+
+
+def _folder_bytes(job: Job, layers: Sequence[PlannedLayer]) -> int:
+    """Of the finished folder."""
     embedding = job.model.get_input_embeddings().weight
     tied = any(layer.module.weight is embedding for layer in job.layers_of(None))  # the embedding itself stays
     dense = sum(layer.dense_bytes for layer in layers) - tied * embedding.nbytes
-    return pruned + last + model_bytes(job) - dense + pruned
+    return model_bytes(job) - dense + sum(layer.bytes for layer in layers)
 
 
 def planned_layers(layers: Iterable[Layer], config: PruneConfig) -> tuple[PlannedLayer, ...]:

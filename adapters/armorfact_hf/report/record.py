@@ -113,13 +113,14 @@ class PerplexityRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """Accuracy on one task before and after (None if only the dense model was asked), and its standard error."""
+    """Accuracy on one task before and after (None if only the dense model was asked), and its standard error (None of
+    a single question)."""
 
     task: str
     questions: int
     dense: float
     pruned: float | None
-    standard_error: float
+    standard_error: float | None
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from armorfact_hf.checkpoint.folder import describe_folder
+from armorfact_hf.checkpoint.verify import check_headers
 from armorfact_hf.data.load_model import Loaded, load_model
 from armorfact_hf.data.origin import CARD
 from armorfact_hf.data.texts import check_name
 from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, check_text, perplexity_of
 from armorfact_hf.evaluation.tasks import TaskScore, check_request, evaluate_tasks
+from armorfact_hf.files import one_at_a_time
 from armorfact_hf.layers.stack import pruned_modules
 from armorfact_hf.observer import Log, Observer
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.page import write_report
-from armorfact_hf.report.record import MethodPerplexity, PerplexityRecord, Report, TaskRecord
+from armorfact_hf.report.record import FILE, MethodPerplexity, PerplexityRecord, Report, TaskRecord
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,17 @@ def evaluate_folder(
         device: see `load_model`.
         beside: folders of the same model, whose figures are put into the report as well.
         observer: is told how it goes; prints sentences by default.
+
+    Raises:
+        ValueError: a folder that is not whole, or made anew meanwhile; a model, text or task that is none; a dense
+            model that changed.
     """
     observer = Observer() if observer is None else observer
     folder, paths = Path(folder), [Path(path) for path in beside]
     report = Report.read(folder)
     _check_beside(report, paths)
+    for path in (folder, *paths):  # before the dense model is measured, which takes long
+        check_headers(path, describe_folder(path))
     for evaluation in evaluations:
         check_name(evaluation.text)
     if tasks:
@@ -70,20 +79,23 @@ def evaluate_folder(
     dense = evaluate_dense(dense_model(report, device, observer.say), evaluations, tasks, limit, observer=observer)
     others = [_measured(path, evaluations, (), None, device, observer).perplexities for path in paths]
     own = _measured(folder, evaluations, tasks, limit, device, observer)
-    report = Report.read(folder).merged(  # with what others have measured meanwhile
-        [
-            replace(record, methods=tuple(methods))
-            for record, *methods in zip(dense.evaluations, *others, own.perplexities, strict=True)
-        ],
-        [
-            replace(record, pruned=score.accuracy, standard_error=score.standard_error)
-            for record, score in zip(dense.tasks, own.scores, strict=True)
-        ],
-    )
-    write_report(report, folder)
-    if not write_card(folder):
-        observer.say(f"{folder / CARD} was edited by hand: it is left as it is, without the new figures.")
-    return report
+    evaluated = [
+        replace(record, methods=tuple(methods))
+        for record, *methods in zip(dense.evaluations, *others, own.perplexities, strict=True)
+    ]
+    scored = [
+        replace(record, pruned=score.accuracy, standard_error=score.standard_error)
+        for record, score in zip(dense.tasks, own.scores, strict=True)
+    ]
+    with one_at_a_time(folder / FILE):
+        found = Report.read(folder)
+        if found.manifest != report.manifest:
+            raise ValueError(f"{folder} was made anew while its model was measured: measure it again")
+        found = found.merged(evaluated, scored)  # others may have measured meanwhile
+        write_report(found, folder)
+        if not write_card(folder):
+            observer.say(f"{folder / CARD} was edited by hand: it is left as it is, without the new figures.")
+    return found
 
 
 def _check_beside(report: Report, beside: Sequence[Path]) -> None:

@@ -42,8 +42,9 @@ def load_to_prune(
 
     Raises:
         NotStreamable: ``stream`` is True, and the model can only be loaded as a whole.
-        ValueError: see `load_model`.
+        ValueError: see `load_model` and `Calibration.check`.
     """
+    calibration.check()
     if stream is None and (SELF in calibration.texts or not _large(model, device, workers)):
         stream = False  # a model on disk writes no text
     if stream is False:

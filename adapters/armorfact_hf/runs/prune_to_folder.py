@@ -16,7 +16,7 @@ from armorfact_hf.model.structure import Select
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job
-from armorfact_hf.pruning.plan import Plan, plan_job, planned_layers
+from armorfact_hf.pruning.plan import Plan, plan_job, planned_layers, timed
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
 from armorfact_hf.pruning.resume.journal import Journal
 from armorfact_hf.pruning.resume.manifest import MANIFEST, check_same, read_manifest
@@ -85,13 +85,13 @@ def prune_to_folder(
     job = checked_job(loaded, out, config, calibration, observer, select, states, workers)
     if out.exists():
         return found_finished(out, loaded.tokenizer, job.manifest, observer)
-    plan = plan_job(job, measure=observer.wants_plan, workers=workers)
-    observer.plan(plan)
+    plan = plan_job(job, measure=False, workers=workers)
     check_room(out, plan.disk_bytes, begun=journal_of(out))
     facts = _model_facts(loaded, job)
     with Journal.open(journal_of(out), job.manifest, job.config.pattern) as journal:
         if out.exists():  # by another process that was at it a moment ago
             return found_finished(out, loaded.tokenizer, job.manifest, observer)
+        observer.plan(timed(plan, job) if observer.wants_plan else plan)
         report = _report(facts, calibration, job, prune_job_(job, journal, observer, workers), plan)
         finish(loaded, report, out, journal)
     return report
@@ -138,7 +138,8 @@ def _model_facts(loaded: Loaded, job: Job) -> ModelFacts:
 
 def _report(facts: ModelFacts, calibration: Calibration, job: Job, done: PruneReport, plan: Plan) -> Report:
     count, length = job.tokens.shape
-    found = replace(plan, layers=planned_layers(job.layers, job.config))
+    pruned = {layer.name for layer in done.layers}  # all but those that no token reached
+    found = replace(plan, layers=planned_layers((x for x in job.layers if x.name in pruned), job.config))
     return Report(
         armorfact_version=armorfact.__version__,
         model=facts,

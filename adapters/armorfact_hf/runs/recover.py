@@ -63,8 +63,10 @@ def recover_to_folder(
     settings, observer = settings or RecoverySettings(), observer or Observer()
     folder, out, teacher = Path(folder), Path(out), None if teacher is None else str(teacher)
     check_save_every(save_every)
-    calibration.refuse_self()
+    calibration.check(own=False)
     refuse_unfinished(out)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out} is the folder to recover: name another one to write")
     describe_folder(folder)
     report = Report.read(folder)
     loaded = load_model(str(folder), device=device, log=observer.say)

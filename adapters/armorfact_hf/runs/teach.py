@@ -36,7 +36,7 @@ def teach_to_folder(
         DifferentRun: ``out`` holds something else. InUse: another process writes to it.
     """
     observer, out = observer or Observer(), Path(out)
-    calibration.refuse_self()
+    calibration.check(own=False)
     loaded = load_model(str(model), "bfloat16", device, observer.say)
     refuse_pruned(loaded.model)
     tokens = calibration.tokens(loaded, observer.say)

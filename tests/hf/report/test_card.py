@@ -73,9 +73,10 @@ def test_it_is_written_again_with_what_was_measured(folder, text_file):
     assert f"| {record.dense:.3f} | {found:.3f} | {found / record.dense:.3f} |" in card.text
     [result] = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("text.txt", "perplexity", found)
-    tasks = (TaskRecord("piqa", 100, 0.67, 0.6, 0.048), TaskRecord("sciq", 100, 0.5, None, 0.048))
-    text = retold(folder, tasks=tasks).text
+    asked = TaskRecord("piqa", 100, 0.67, 0.6, 0.048), TaskRecord("sciq", 100, 0.5, None, 0.048)
+    text = retold(folder, tasks=(*asked, TaskRecord("boolq", 1, 1.0, 0.0, None))).text
     assert "| piqa | 100 | 0.670 | 0.600 | 0.048 |" in text and "sciq" not in text
+    assert "| boolq | 1 | 1.000 | 0.000 | |" in text
 
 
 def test_sizes_settings_and_calibration_are_told(folder, text_file):

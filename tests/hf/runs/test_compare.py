@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from armorfact_hf.evaluation import measure
 from armorfact_hf.evaluation.measure import Evaluation, perplexity_of
 from armorfact_hf.evaluation.perplexity import Perplexity
 from armorfact_hf.evaluation.tasks import TaskScore
+from armorfact_hf.files import one_at_a_time
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.resume.manifest import DifferentRun
+from armorfact_hf.report.page import write_report
 from armorfact_hf.report.record import Report, TaskRecord
 from armorfact_hf.runs import compare as comparing
 from armorfact_hf.runs import evaluate as measuring
@@ -132,6 +135,69 @@ def test_an_evaluation_of_the_folder_alone_keeps_the_figures_of_the_methods_besi
         evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], observer=Silent()).evaluations == before.evaluations
     )
     assert rows_of(out, [out.with_name("pruned-wanda")]) == rows
+
+
+def test_figures_of_evaluations_that_end_at_the_same_time_are_all_kept(model_folder, text_file, out, monkeypatch):
+    """Whoever would write waits, and reads what was written meanwhile."""
+    prune(model_folder, out, text_file)
+    first = evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], observer=Silent())
+    write_report(replace(first, evaluations=()), out)
+    arrived = threading.Event()
+
+    def arrives(target):
+        arrived.set()
+        return one_at_a_time(target)
+
+    monkeypatch.setattr(measuring, "one_at_a_time", arrives)
+    second = threading.Thread(
+        target=evaluate_folder, args=(out, [Evaluation(str(text_file), 3, 24)]), kwargs={"observer": Silent()}
+    )
+    with one_at_a_time(out / "report.json"):
+        second.start()
+        assert arrived.wait(60)
+        second.join(0.2)
+        assert second.is_alive()
+        write_report(first, out)
+    second.join()
+    assert {record.tokens for record in Report.read(out).evaluations} == {2 * 23, 3 * 23}
+    assert not list(out.glob(".*"))
+
+
+def test_a_folder_that_is_not_whole_is_told_before_the_dense_model_is_measured(
+    model_folder, text_file, out, tmp_path, monkeypatch
+):
+    beside, away = tmp_path / "beside", tmp_path / "away"
+    prune(model_folder, out, text_file)
+    prune(model_folder, beside, text_file, OURS)
+    monkeypatch.setattr(measuring, "dense_model", None)
+    for broken in (out, beside):
+        (broken / "model.safetensors").rename(away)
+        with pytest.raises(ValueError, match=f"{broken.name} holds no safetensors file"):
+            evaluate_folder(out, beside=[beside], observer=Silent())
+        away.rename(broken / "model.safetensors")
+
+
+def test_a_folder_that_is_made_anew_meanwhile_gets_no_figures(tasks, model_folder, text_file, out, monkeypatch):
+    prune(model_folder, out, text_file)
+
+    def meanwhile(*given, **more):
+        shutil.rmtree(out)
+        prune(model_folder, out, text_file, OURS)
+        return []
+
+    monkeypatch.setattr(measuring, "_scores", meanwhile)
+    with pytest.raises(ValueError, match="made anew while its model was measured"):
+        evaluate_folder(out, [], ["piqa"], 10, observer=Silent())
+    assert not Report.read(out).tasks
+
+
+def test_only_folders_of_one_model_by_different_methods_stand_side_by_side(model_folder, text_file, out, tmp_path):
+    prune(model_folder, out, text_file)
+    prune(model_folder, tmp_path / "same", text_file)
+    prune(saved("gpt2", tmp_path / "gpt2"), tmp_path / "other", text_file, OURS)
+    for beside, said in (("same", "by different methods"), ("other", "was pruned from another model")):
+        with pytest.raises(ValueError, match=said):
+            evaluate_folder(out, [], beside=[tmp_path / beside], observer=Silent())
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from armorfact_hf.runs import export as exporting
 from armorfact_hf.runs.export import export_dense
 from armorfact_hf.runs.inspect import inspect_folder
 from tests.hf.models import random_tokens, tiny_model
+from tests.hf.processes import begin, exit_code
 from tests.hf.runs.folders import OURS, names, nbytes, prune, saved, silent
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -82,10 +84,33 @@ def config_of(folder: Path) -> dict:
 def test_an_export_that_somebody_was_faster_than_is_told(model_folder, text_file, out, tmp_path, monkeypatch):
     prune(model_folder, out, text_file)
     dense = tmp_path / "dense"
-    monkeypatch.setattr(exporting, "check_room", lambda *_: dense.mkdir())
+    monkeypatch.setattr(exporting, "flush", lambda _: dense.mkdir())
     with pytest.raises(FileExistsError, match="made by somebody else meanwhile"):
         export_dense(out, dense, silent)
-    assert names(dense) == set() and not any(name.endswith(".part") for name in names(tmp_path))
+    assert names(dense) == set() and not {f"{dense.name}.journal"} & names(tmp_path)
+
+
+def test_what_a_killed_export_left_goes_with_the_next(model_folder, text_file, out, tmp_path):
+    prune(model_folder, out, text_file)
+    dense, place = tmp_path / "dense", tmp_path / "dense.journal"
+    left = place / ".dense-abc.part" / "dense"
+    left.mkdir(parents=True)
+    for path in (left / "model.safetensors", place / "lock", place / "writer.json"):
+        path.touch()
+    export_dense(out, dense, silent)
+    assert names(dense) == names(model_folder) and not place.exists()
+
+
+def test_one_process_exports_to_a_folder(model_folder, text_file, out, tmp_path, monkeypatch):
+    prune(model_folder, out, text_file)
+
+    def meanwhile(folder):
+        other = begin(export_dense, out, tmp_path / "dense", says=tmp_path / "said")
+        assert exit_code(other) == 1
+
+    monkeypatch.setattr(exporting, "flush", meanwhile)
+    export_dense(out, tmp_path / "dense", silent)
+    assert f"dense.journal is being written by process {os.getpid()}" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.parametrize(("number", "error"), [(28, DiskFull), (5, OSError)])
@@ -98,7 +123,7 @@ def test_an_export_that_cannot_be_written_is_told(number, error, model_folder, t
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
     with pytest.raises(error, match="dense could not be written: "):
         export_dense(out, tmp_path / "dense", silent)
-    assert not (tmp_path / "dense").exists() and not any(name.endswith(".part") for name in names(tmp_path))
+    assert names(tmp_path) == {"model", "pruned", "text.txt"}
 
 
 def test_an_export_takes_the_place_of_nothing(model_folder, text_file, out, tmp_path):

@@ -90,6 +90,18 @@ def test_no_layer_ends_above_the_start_of_its_objective(config, model_folder, te
     assert any(layer.objective_loss < 0.9 * layer.objective_initial_loss for layer in layers)
 
 
+def test_totals_are_those_of_what_was_pruned(model_folder, text_file, out):
+    """A layer that no token reaches stays dense, and is not counted."""
+    loaded = load_model(str(model_folder))
+    loaded.model.model.layers[-1].extra = torch.nn.Linear(32, 32, bias=False)
+    report = prune_to_folder(loaded, out, OURS, Calibration(str(text_file), 4, 24), observer=Silent())
+    assert [layer.name for layer in report.dense_layers if "no calibration token" in layer.reason] == [
+        f"model.layers.{BLOCKS - 1}.extra"
+    ]
+    assert report.totals.dense_bytes == sum(layer.dense_bytes for layer in report.layers)
+    assert report.totals.bytes == sum(layer.bytes for layer in report.layers)
+
+
 # Folders of other runs
 
 
@@ -347,6 +359,25 @@ def test_the_plan_counts_all_that_stands_on_disk_at_a_time(config, model_folder,
     plans = []
     prune(model_folder, out, text_file, config, observer=Planned(plans.append))
     assert found == [plans[0].disk_bytes]
+
+
+@pytest.mark.parametrize("windows", [2, 40])
+def test_what_waits_on_disk_has_gone_when_the_finished_folder_is_written(windows, model_folder, text_file, out):
+    held, plans = [], []
+    text_file.write_text(random_text(40 * 24))
+
+    class Watched(Planned):
+        def step(self, step):
+            waiting = out.parent.glob("pruned.journal/.states-*/states/**/*")
+            held.append(sum(path.stat().st_size for path in waiting if path.is_file()))
+
+    calibration, config = Calibration(str(text_file), windows, 24), replace(OURS, refine=None)
+    prune_to_folder(str(model_folder), out, config, calibration, states="disk", observer=Watched(plans.append))
+    [plan] = plans
+    assert 0 < max(held) == plan.waiting_bytes
+    journal = plan.disk_bytes - max(plan.waiting_bytes, nbytes(out))
+    assert journal == sum(layer.bytes for layer in plan.layers)
+    assert (plan.waiting_bytes > nbytes(out)) == (windows == 40)
 
 
 def test_what_a_killed_run_left_needs_no_room_again(model_folder, text_file, out, monkeypatch):

@@ -64,6 +64,14 @@ def recover(folder: Path, out: Path, text: Path, settings: RecoverySettings = SE
     return recover_to_folder(folder, out, settings, calibration, **{"save_every": 3, "observer": Silent()} | more)
 
 
+def test_what_is_asked_wrongly_is_told_before_any_model_is_loaded(folder, out, text_file, monkeypatch):
+    monkeypatch.setattr(workflow, "load_model", None)
+    with pytest.raises(ValueError, match=r"nosuch\.txt' is no text file"):
+        recover(folder, out, Path("nosuch.txt"))
+    with pytest.raises(ValueError, match="is the folder to recover: name another"):
+        recover(folder, folder / "." / ".." / folder.name, text_file)
+
+
 def test_a_recovered_folder_is_whole_and_alone(folder, out, text_file):
     evaluate_folder(folder, [Evaluation(str(text_file), 2, 24)], observer=Silent())
     report = recover(folder, out, text_file)

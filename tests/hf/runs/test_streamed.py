@@ -362,7 +362,7 @@ def test_the_plan_of_a_model_on_disk_reads_no_block(model_folder, text_file, mon
         job_of(load_model(str(model_folder), log=silent), MATCHED, Calibration(str(text_file), 4, 24), Silent())
     )
     assert plan.layers == whole.layers and plan.model_bytes == whole.model_bytes
-    assert plan.memory.weights < whole.memory.weights and plan.disk_bytes > whole.disk_bytes
+    assert plan.memory.weights < whole.memory.weights and plan.disk_bytes >= whole.disk_bytes
     assert plan.streamed and not whole.streamed
 
 

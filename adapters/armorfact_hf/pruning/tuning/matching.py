@@ -45,7 +45,7 @@ class BlockReport:
     Args:
         decoder_block: its index.
         before, after: the distance from its aim, the mean over the windows kept aside, with the layers as factorized
-            and as tuned, in the dtype of the model.
+            and as tuned, in the dtype of the model; None where what was tuned gives no finite one.
         kept: whether the tuned factors are what is stored.
         notes: what went wrong on the way.
         unit: of the distance, see `armorfact_hf.pruning.tuning.aims`.
@@ -56,7 +56,7 @@ class BlockReport:
 
     decoder_block: int
     before: float
-    after: float
+    after: float | None
     kept: bool
     notes: tuple[str, ...] = ()
     unit: str = StateAim.unit
@@ -87,14 +87,25 @@ def match_block_(
         return dict(layers), BlockReport(decoder_block, before, before, False, (NOT_MIXED,), aim.unit)
     masters = {name: master_of(layer).use_(None) for name, layer in layers.items()}
     put_layers_(model, masters)
-    notes = _train(masters, aim, matching, decoder_block, mixed)
-    tuned = {name: _stored(masters[name], layer) for name, layer in layers.items()}
-    put_layers_(model, tuned)
-    after = distance_aside(aim)
-    kept = after < before and len(notes) <= MOST_HALVINGS  # NaN is not smaller
+    muon = Muon(_parameters(masters))
+    notes = _train(muon, aim, matching, decoder_block, mixed)
+    tuned, after = _as_stored(model, masters, layers, aim)
+    if after is None:  # after the last step no other has looked at what it did
+        muon.undo_()
+        notes.append("what matching ended with was not finite: its last step was undone")
+        tuned, after = _as_stored(model, masters, layers, aim)
+    kept = after is not None and after < before and len(notes) <= MOST_HALVINGS
     if not kept:
         put_layers_(model, layers)
     return dict(tuned if kept else layers), BlockReport(decoder_block, before, after, kept, tuple(notes), aim.unit)
+
+
+def _as_stored(model: nn.Module, masters: Layers, layers: Layers, aim: Aim) -> tuple[Layers, float | None]:
+    """The trained layers as they are stored, which the model holds now, and the distance if that is a finite one."""
+    tuned = {name: _stored(masters[name], layer) for name, layer in layers.items()}
+    put_layers_(model, tuned)
+    distance = distance_aside(aim)
+    return tuned, distance if math.isfinite(distance) else None
 
 
 @torch.no_grad()
@@ -116,12 +127,15 @@ def _stored(master: FactorizedLinear, like: FactorizedLinear) -> FactorizedLinea
     return FactorizedLinear.of(core, BlockDiagonal(found.left), BlockDiagonal(found.right), bias)
 
 
-def _train(masters: Layers, aim: Aim, matching: Matching, seed: int, mixed: bool) -> list[str]:
-    """Steps over the windows, one each, in an order drawn from the seed; the notes of what had to be undone."""
+def _parameters(masters: Layers) -> dict[str, nn.Parameter]:
+    """What is trained."""
     factors = {f"{name}.{part}": getattr(layer, part) for name, layer in masters.items() for part in FACTORS}
-    parameters = {name: factor.requires_grad_(True) for name, factor in factors.items() if factor is not None}
-    muon = Muon(parameters)
-    device = next(iter(parameters.values())).device
+    return {name: factor.requires_grad_(True) for name, factor in factors.items() if factor is not None}
+
+
+def _train(muon: Muon, aim: Aim, matching: Matching, seed: int, mixed: bool) -> list[str]:
+    """Steps over the windows, one each, in an order drawn from the seed; the notes of what had to be undone."""
+    device = next(iter(muon.parameters.values())).device
     order = _order(aim.windows, matching.passes, seed)
     notes: list[str] = []
     for step, window in enumerate(order):

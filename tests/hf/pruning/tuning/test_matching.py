@@ -167,6 +167,41 @@ def test_a_step_that_is_not_finite_is_undone_at_half_the_rate(block_and_targets,
     assert all(tensor.isfinite().all() for layer in tuned.values() for tensor in layer.parameters())
 
 
+def test_a_last_step_that_ends_in_no_finite_distance_is_undone(block_and_targets, states, monkeypatch):
+    block, layers, targets = block_and_targets
+    steps, seen = QUICK.steps(len(targets)), []
+
+    class Ruined(Muon):
+        def step_(self, rate):
+            super().step_(rate)
+            seen.append({name: parameter.detach().clone() for name, parameter in self.parameters.items()})
+            if len(seen) == steps:
+                next(iter(self.parameters.values())).data.fill_(float("nan"))
+
+    monkeypatch.setattr(matching, "Muon", Ruined)
+    tuned, report = match_block_(block, layers, StateAim(run(block, states, layers), targets), QUICK, 0)
+    assert report.kept and report.after < report.before
+    assert report.notes == ("what matching ended with was not finite: its last step was undone",)
+    for name, layer in tuned.items():  # the canonical gauge changes factors, and not their product
+        master = {part: seen[-2].get(f"{name}.{part}") for part in ("values", "left", "right")}
+        assert all(tensor.isfinite().all() for tensor in layer.parameters())
+        assert layer.values.shape == master["values"].shape
+
+
+def test_a_block_without_a_finite_distance_afterwards_keeps_its_factors(block_and_targets, states):
+    block, layers, targets = block_and_targets
+    runs, calls = run(block, states, layers), []
+
+    def worse(window):
+        if torch.is_grad_enabled():
+            calls.append(window)
+        return runs(window) * (float("nan") if calls and not torch.is_grad_enabled() else 1.0)
+
+    found, report = match_block_(block, layers, StateAim(worse, targets), QUICK, 0)
+    assert (report.kept, report.after) == (False, None) and report.notes
+    assert all(found[name] is layer for name, layer in layers.items())
+
+
 def test_what_led_to_a_step_that_is_not_finite_is_forgotten(block_and_targets, states, monkeypatch):
     """The factors are those of two steps before, and smaller steps follow."""
     block, layers, targets = block_and_targets

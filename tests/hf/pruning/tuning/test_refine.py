@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from armorfact_hf.observer import Observer
 from armorfact_hf.pruning.config import PruneConfig
@@ -81,6 +82,17 @@ def test_the_last_blocks_end_nearer_to_the_words_than_without():
         prune_(model := tiny_model("llama"), tokens, PruneConfig(**QUICK, tail=tail))
         found[tail] = divergence(dense, model, tokens[kept_aside(9)], 1)
     assert found[2] < found[0] and found[9] < found[0]
+
+
+def test_a_last_block_of_which_nothing_is_reached_is_not_tuned(tmp_path):
+    layers = r"re:.*layers\.0\..*q_proj", "extra"
+    for _ in range(2):  # the second time from the journal
+        model = tiny_model("llama")
+        model.model.layers[-1].extra = nn.Linear(32, 32)
+        report = prune_(model, random_tokens(9), PruneConfig(**QUICK, tail=1, include=layers), journal=tmp_path / "j")
+        assert [layer.name for layer in report.layers] == ["model.layers.0.self_attn.q_proj"]
+        assert [block.decoder_block for block in report.blocks] == [0]
+        assert any("no calibration token" in layer.reason for layer in report.dense_layers)
 
 
 @pytest.mark.parametrize("tail", [2, 9])
