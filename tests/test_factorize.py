@@ -11,13 +11,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import armorfact
 from armorfact import Adam, Best, Ending, Exact, Factors, Gradient, factorize, sparsegpt
+from armorfact.solvers import adam
 from armorfact.steps.left import left_step
-from tests.conftest import KINDS, gram_matrix
+from tests.conftest import KINDS, gram_matrix, random_factors, random_problem
 
 
 def case(seed: int, kind: str = "plain", d_out: int = 16, d_in: int = 24):
@@ -228,6 +230,54 @@ def test_apply_multiplies_by_the_factors():
     kept, packed, wrappers = 16 * 12 * 8, 16 * 3, (16 * 4 + 24 * 8) * 8
     assert result.nbytes == kept + packed + wrappers
     assert result.compression == 16 * 24 * 8 / result.nbytes
+
+
+@given(st.integers(-6, 6), st.integers(-6, 6), st.sampled_from([None, "nowag"]))
+def test_history_and_progress_are_in_the_units_of_the_result(weight_scale, gram_scale, normalize):
+    weight, gram = case(14)
+    seen = []
+    result = factorize(
+        weight * 2.0**weight_scale,
+        gram * 2.0**gram_scale,
+        block=8,
+        max_sweeps=4,
+        normalize=normalize,
+        callback=seen.append,
+    )
+    assert result.history[0].loss == pytest.approx(result.initial_loss) and result.history[0].number == 0
+    assert result.history[-1].loss == pytest.approx(result.loss)
+    assert [progress.loss for progress in seen] == [sweep.loss for sweep in result.history[1:]]
+    for progress in seen:
+        assert progress.relative_loss == pytest.approx(progress.loss / result.weight_loss) and progress.max_sweeps == 4
+    seconds = [progress.seconds for progress in seen]
+    assert seconds[0] > 0 and seconds == sorted(seconds)
+
+
+def test_adam_steps_as_torchs_does(monkeypatch):
+    """Without the group step, which is another's."""
+    problem = random_problem(3)
+    start = random_factors(problem, 3)
+    monkeypatch.setattr(adam, "one_group_step", lambda problem, factors, rng: (factors, problem.loss(factors)))
+    solver = Adam(learning_rate=1e-2)
+    state = solver.init(problem, start, 0)
+    theirs = [torch.tensor(part, requires_grad=True) for part in (start.left, start.core, start.right)]
+    optimizer = torch.optim.Adam(theirs, lr=1e-2)
+    for _ in range(5):
+        found = Factors(*(part.detach().numpy() for part in theirs))
+        for part, gradient in zip(theirs, adam.gradients(problem, found), strict=True):
+            part.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        state = solver.step(problem, state, Best(state.factors, state.loss))
+    for ours, part in zip((state.factors.left, state.factors.core, state.factors.right), theirs, strict=True):
+        np.testing.assert_allclose(ours, part.detach().numpy(), rtol=1e-12, atol=1e-14)
+    assert state.loss < problem.loss(start)
+
+
+@pytest.mark.parametrize("solver", ["gradient", "adam"])
+def test_another_seed_visits_other_groups(solver):
+    weight, gram = case(14)
+    found = [factorize(weight, gram, block=8, solver=solver, max_sweeps=20, seed=seed).core.mask for seed in (0, 1)]
+    assert not np.array_equal(*found)
 
 
 def test_callback_and_budgets_stop_the_run_with_a_sentence():

@@ -75,6 +75,33 @@ def test_nowag_ignores_the_scale_of_a_column_of_the_weight():
     assert (wanda(weight, energy) != 0).tolist() != (wanda(weight * scale, energy) != 0).tolist()
 
 
+def test_nowag_keeps_the_largest_normalized_weights_times_the_norms_of_their_inputs():
+    rng = np.random.default_rng(0)
+    weight, energy = rng.standard_normal((8, 16)), rng.random(16)
+    scaled = weight / np.linalg.norm(weight, axis=0)
+    scaled /= np.linalg.norm(scaled, axis=1, keepdims=True)
+    kept = Pattern(2, 4).top_mask(scaled**2 * energy)
+    np.testing.assert_array_equal(nowag(weight, energy), np.where(kept, weight, 0))
+    assert not np.array_equal(kept, Pattern(2, 4).top_mask(scaled**2))
+
+
+@pytest.mark.parametrize("damping", [0.001, 0.5])
+def test_sparsegpt_is_damped_by_that_share_of_the_mean_diagonal(damping):
+    rng = np.random.default_rng(0)
+    weight, gram = rng.standard_normal((6, 24)), gram_matrix(rng, 24, "outliers")
+    found = sparsegpt(weight, gram, damping=damping)
+    np.testing.assert_allclose(found, sparsegpt_textbook(weight, gram, Pattern(2, 4), damping), rtol=1e-6, atol=1e-8)
+    assert not np.allclose(found, sparsegpt_textbook(weight, gram, Pattern(2, 4), 0.01))
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.01, 0.5]))
+def test_sparsegpt_of_a_diagonal_is_that_of_the_diagonal_matrix(seed, damping):
+    rng = np.random.default_rng(seed)
+    weight, energy = rng.standard_normal((6, 24)), rng.random(24) + 0.01
+    found = sparsegpt(weight, energy, damping=damping)
+    np.testing.assert_allclose(found, sparsegpt_textbook(weight, np.diag(energy), Pattern(2, 4), damping), rtol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_dtype_comes_back(dtype):
     weight = np.random.default_rng(0).standard_normal((4, 8)).astype(dtype)

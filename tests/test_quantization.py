@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armorfact import BlockDiagonal, Core, Pattern, blocks, factorize, quantize_core
+from armorfact import BlockDiagonal, Core, Ending, Pattern, blocks, factorize, quantize_core
 from armorfact.solvers.wrappers import Wrappers
 from armorfact.steps.rounding import equilibrated, error_costs
 from tests.conftest import KINDS, gram_matrix, random_factors, random_problem
@@ -29,6 +29,18 @@ def dense64(left, core: Core, right) -> np.ndarray:
 def true_loss(weight, approximation, gram) -> float:
     residual = as64(weight) - approximation
     return float(np.sum((residual @ as64(gram)) * residual))
+
+
+def stated_loss(weight, approximation, gram, options) -> float:
+    """The loss in the objective that the options state, from W and its approximation alone."""
+    weight, scale = as64(weight), np.ones(())
+    if "row_weight" in options:
+        scale = 1 / np.sqrt(as64(options["row_weight"]))[:, None]
+    if options.get("normalize"):
+        column = np.linalg.norm(weight, axis=0)
+        scale = column * np.linalg.norm(weight / column, axis=1)[:, None]
+    matrix = as64(gram) if gram.ndim == 2 else np.diag(as64(gram))
+    return true_loss((weight - approximation) / scale, 0, matrix)
 
 
 def plainly_rounded(result) -> np.ndarray:
@@ -71,13 +83,11 @@ def test_never_above_plain_rounding_on_the_same_supports(seed, kind, pattern, dt
     assert np.abs(as64(rounded.core.values)).max() <= 127
     np.testing.assert_array_equal(as64(rounded.core.packed), as64(result.core.packed))
     assert rounded.left.blocks.dtype == rounded.right.blocks.dtype == weight.dtype
-    if not options:
-        matrix = as64(gram) if gram.ndim == 2 else np.diag(as64(gram))
-        energy = true_loss(weight, 0, matrix)
-        found = true_loss(weight, dense64(rounded.left, rounded.core, rounded.right), matrix)
-        assert rounded.loss == pytest.approx(max(found, 0), rel=1e-6, abs=1e-12 * energy)
-        if dtype in (np.float32, np.float64):  # in 16 bits the rounding of A moves the plain loss as well
-            assert found <= true_loss(weight, plainly_rounded(result), matrix) + 1e-6 * energy
+    energy = stated_loss(weight, 0, gram, options)
+    found = stated_loss(weight, dense64(rounded.left, rounded.core, rounded.right), gram, options)
+    assert rounded.loss == pytest.approx(max(found, 0), rel=1e-5, abs=1e-12 * energy)
+    if dtype in (np.float32, np.float64):  # in 16 bits the rounding of A moves the plain loss as well
+        assert found <= stated_loss(weight, plainly_rounded(result), gram, options) + 1e-6 * energy
 
 
 def test_solving_for_the_wrappers_wins_back_most_of_what_rounding_costs():
@@ -87,6 +97,32 @@ def test_solving_for_the_wrappers_wins_back_most_of_what_rounding_costs():
     rounded = quantize_core(result, weight, gram)
     assert rounded.loss - result.loss < 0.2 * (rounded.initial_loss - result.loss)
     assert [sweep.loss for sweep in rounded.history] == sorted((x.loss for x in rounded.history), reverse=True)
+
+
+def test_an_importance_of_outputs_in_blocks():
+    rng = np.random.default_rng(1)
+    weight, gram, roots = rng.standard_normal((16, 24)), gram_matrix(rng, 24, "plain"), rng.standard_normal((2, 8, 8))
+    importance = roots @ np.swapaxes(roots, 1, 2) + np.eye(8)
+    given = factorize(weight, gram, block=8, output_gram=importance)
+    rounded = quantize_core(given, weight, gram, output_gram=importance)
+    residual = (weight - dense64(rounded.left, rounded.core, rounded.right)).reshape(2, 8, 24)
+    assert rounded.loss == pytest.approx(float(np.sum(importance @ residual @ gram * residual)), rel=1e-6)
+    assert rounded.loss < rounded.initial_loss
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"),
+    [
+        ({"max_sweeps": 1, "rtol": 0}, Ending.SWEEP_LIMIT),
+        ({"rtol": 0.9}, Ending.CONVERGED),
+        ({"time_limit": 0}, Ending.TIME_LIMIT),
+        ({"callback": lambda progress: True}, Ending.CALLBACK),
+    ],
+)
+def test_budgets_and_a_callback_stop_the_run(options, ending):
+    rng = np.random.default_rng(0)
+    weight, gram = rng.standard_normal((32, 32)), gram_matrix(rng, 32, "plain")
+    assert quantize_core(factorize(weight, gram, block=8), weight, gram, **options).status.ending is ending
 
 
 def test_the_aim_may_be_the_product_itself():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -207,3 +209,29 @@ def test_the_batched_sweep_is_the_compiled_one(problem, seed):
         outcomes.append((sweep(q, c, visit, left_gram, grams, inverses, supports), q, c))
     for fast, slow in zip(*outcomes, strict=True):
         np.testing.assert_allclose(fast, slow, rtol=1e-6, atol=1e-7)
+
+
+@given(problems, st.integers(0, 10**6), st.sampled_from([2, 3, 5, 7]))
+def test_any_number_of_threads_gives_the_same_bits(problem, seed, threads):
+    factors, rng = random_factors(problem, seed), np.random.default_rng(seed)
+    rows, columns, group = problem.block_out, problem.block_in, problem.pattern.group
+    grams = np.stack([m @ m.T for m in rng.standard_normal((3, columns, columns))])
+    inverses = np.stack([support_inverses(diagonal_blocks(m, group), problem.pattern) for m in grams])
+    slopes = rng.standard_normal((2, 3, rows, columns))
+    core = np.ascontiguousarray(blocks.split_grid(factors.core, rows, columns))
+    visit, supports = np.ones((2, 3, rows, columns // group), bool), np.asarray(problem.pattern.supports)
+    left = np.stack([m @ m.T for m in rng.standard_normal((5, rows, rows))])
+    whole = np.rint(20 * rng.standard_normal((5, rows, columns)))
+
+    def swept(number):
+        first, second = (slopes.copy(), core.copy()), (np.resize(slopes, whole.shape), whole.copy())
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(number) as pool:
+            patch.setattr(kernels, "WORTH_A_THREAD", 0)
+            patch.setattr(kernels, "_threads", lambda: number)
+            patch.setattr(kernels, "_pool", lambda: pool)
+            fallen = kernels.sweep_blocks(*first, visit, left[:2], grams, inverses, supports)
+            kernels.sweep_integers(*second, whole != 0, left, grams[0], 127)
+        return fallen, *first, *second
+
+    for alone, shared in zip(swept(1), swept(threads), strict=True):
+        np.testing.assert_array_equal(shared, alone)

@@ -88,10 +88,11 @@ def within_range(
 def prune(weight: Array, gram: Gram, pattern: Pattern, damping: float = 0.01) -> Array:
     """`sparsegpt` on checked arguments of one working dtype."""
     xp = arrays.namespace(weight)
-    added = damping * float(xp.mean(arrays.float64(gram.diagonal)))
+    mean = float(xp.mean(arrays.float64(gram.diagonal)))
+    added = damping * mean or 1e-12 * mean or 1.0
     if isinstance(gram, DiagonalGram):
         # Columns do not couple: there is nothing to repair, only the saliency w^2 (h + damping).
-        return keep_largest(weight, weight**2 * (gram.diagonal + (added or 1.0)), pattern)
+        return keep_largest(weight, weight**2 * (gram.diagonal + added), pattern)
     return _sweep(weight, damped_factor(gram, added), pattern)
 
 
@@ -103,7 +104,6 @@ def damped_factor(gram: FullGram, added: float) -> Array:
     xp = arrays.namespace(gram.matrix)
     size = gram.matrix.shape[0]
     mean = float(xp.mean(arrays.float64(gram.diagonal)))
-    added = added or (1e-12 * mean or 1.0)
     for attempt in range(MAX_DOUBLINGS):
         # By columns, so that the factor can take its place: no second array of this size is made.
         flat = xp.reshape(arrays.flipped(arrays.transpose(gram.matrix), xp.float64), (-1,))
