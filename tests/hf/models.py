@@ -68,9 +68,32 @@ EXPERTS = {
 }
 
 
+RENAMED = {
+    "gemma3_vision": (
+        "Gemma3Config",
+        {
+            "text_config": {**COMMON, **GROUPED, "head_dim": 8, "sliding_window": 8},
+            "vision_config": {
+                **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+                **{"image_size": 16, "patch_size": 8},
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            **{"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS},
+            **{"num_key_value_heads": 2, "head_dim": 8, "layers_block_type": ["attention", "mlp"] * 2},
+            **{"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8},
+        },
+    ),
+}
+
+
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
     """A random causal language model in evaluation mode."""
-    name, values = {**FAMILIES, **EXPERTS}[family]
+    name, values = {**FAMILIES, **EXPERTS, **RENAMED}[family]
     torch.manual_seed(seed)
     config = getattr(transformers, name)(**{**COMMON, **TOKENS, **values, **changes})
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -32,8 +32,8 @@ def to_dense_(model: CausalLM) -> CausalLM:
         model.set_submodule(
             name, dense_experts(layer) if isinstance(layer, FactorizedExperts) else _dense_linear(like, layer)
         )
-    if any(isinstance(layer, FactorizedExperts) for layer in pruned.values()):
-        del model._weight_conversions  # dense experts are saved under the names of other dense checkpoints again
+    if getattr(model, "_weight_conversions", None) == []:
+        del model._weight_conversions  # saved under the names of other dense checkpoints again
     if hasattr(model, "hf_quantizer"):
         model.hf_quantizer.remove_quantization_config(model)
     return model

@@ -26,6 +26,7 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.routed import Gating
 from armorfact_hf.layers.stack import FactorizedStack
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.conversions import renamed_on_saving
 from armorfact_hf.model.experts import StackedExperts
 from armorfact_hf.model.structure import Layer, is_linear
 
@@ -55,7 +56,7 @@ class ArmorfactQuantizer(HfQuantizer):
     """Puts a `FactorizedLinear` in the place of every pruned layer, after the files were found whole."""
 
     requires_calibration = True
-    trains_factors = False
+    trains_factors = stored_as_named = False
     quantization_config: ArmorfactConfig
 
     def is_serializable(self) -> bool:
@@ -88,6 +89,7 @@ class ArmorfactQuantizer(HfQuantizer):
                 shapes = verify([Path(name) for name in checkpoint_files], description).shapes
         put_layers_(model, description.modules.values(), dtype)
         _check_shapes(model, shapes)
+        self.stored_as_named = set(shapes) <= set(model.state_dict())
         return model
 
     def _process_model_after_weight_loading(self, model: CausalLM, **_: Any) -> nn.Module:
@@ -96,8 +98,8 @@ class ArmorfactQuantizer(HfQuantizer):
         return use_measured_(model, Path(model.name_or_path))
 
     def update_weight_conversions(self, weight_conversions: list, *_: Any) -> list:  # the model, since 5.20
-        """None where experts are pruned: tensors are saved, and loaded, under the names that they have in the model."""
-        return [] if self.quantization_config.description.has_experts else weight_conversions
+        """None for files that hold every tensor under the name that it has in the model, see `attach_`."""
+        return [] if self.stored_as_named else weight_conversions
 
     def get_state_dict_and_metadata(self, model: CausalLM) -> tuple[None, dict[str, str]]:
         """Nothing of its own: transformers writes its state dict, but first `config.json`, so put the digests there.
@@ -203,9 +205,13 @@ def put_experts_(
 
 
 def attach_(model: CausalLM, description: Description) -> None:
-    """Tell a model pruned in memory what it is, so that transformers saves it as one."""
-    if description.has_experts:
-        model._weight_conversions = []  # see `ArmorfactQuantizer.update_weight_conversions`
+    """Tell a model pruned in memory what it is, so that transformers saves it as one.
+
+    Some families transformers saves under other names than it loads them under, and experts one by one. A description
+    goes by the names in the model, so where pruned layers would get others, all tensors are saved as they are.
+    """
+    if description.has_experts or renamed_on_saving(model, [f"{name}.values" for name in description.modules]):
+        model._weight_conversions = []
     config = ArmorfactConfig(**description.to_dict())
     model.config.quantization_config = config
     model.hf_quantizer = ArmorfactQuantizer(config)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -64,6 +65,12 @@ def loading_conversions(model: CausalLM, names: Iterable[str]) -> list[Conversio
         if pattern is not None and target in wanted:
             parts.setdefault(target, []).append((name, pattern))
     return [Conversion(model, by_pattern[found[0][1]], target, tuple(found)) for target, found in parts.items()]
+
+
+def renamed_on_saving(model: CausalLM, names: Iterable[str]) -> bool:
+    """Whether transformers would save tensors of these names in the model under others."""
+    held = {name: torch.empty(0, device="meta") for name in names}
+    return set(revert_weight_conversion(model, dict(held))) != set(held)
 
 
 @dataclass(frozen=True)
