@@ -44,9 +44,11 @@ def one_at_a_time(target: Path) -> Iterator[None]:
     """Wait until nobody else is between reading ``target`` and replacing it, and let nobody in meanwhile."""
     place = target.with_name(f".{target.name}{DRAFT}")
     with FileLock(place):
-        yield
-        with suppress(OSError):  # Windows removes no file that is open
-            place.unlink()  # while it is held: whoever waits finds out and makes another
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no file that is open
+                place.unlink()  # while it is held: whoever waits finds out and makes another
 
 
 def remember(path: Path, text: str) -> None:

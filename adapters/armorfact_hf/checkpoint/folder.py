@@ -7,7 +7,7 @@ Nothing in it is executed or unpickled.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | Non
             ignore_mismatched_sizes=True,
         )
     model, found = loaded
+    refuse_missing(folder, found["missing_keys"])
     wrong = {
-        "lacks": found["missing_keys"],
         "holds what belongs to no module": found["unexpected_keys"],
         "holds in another shape than the model's": {name for name, *_ in found["mismatched_keys"]},
     }
@@ -114,6 +114,12 @@ def load_pruned(folder: Path | str, device: Any = None, dtype: torch.dtype | Non
         if names:
             raise ValueError(f"{folder} {what}: {', '.join(sorted(names)[:5])} ({len(names)} in all)")
     return model if device is None else use_measured_(model.to(device), folder)
+
+
+def refuse_missing(where: Path | str, names: Collection[str]) -> None:
+    """Raise ValueError if a model's files lack tensors of these names."""
+    if names:
+        raise ValueError(f"{where} lacks: {', '.join(sorted(names)[:5])} ({len(names)} in all): {AGAIN}")
 
 
 @contextmanager

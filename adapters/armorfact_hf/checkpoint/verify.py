@@ -7,7 +7,7 @@ Names, dtypes and shapes are compared in the headers of all files first; then te
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -166,6 +166,7 @@ def _described(tensors: dict[str, _Stored], description: Description) -> dict[st
     for name, held in modules.items():
         _check_header(description.modules[name], held, description.sha256)
     _check_claimed({*tensors, *description.sha256}, description.modules)
+    _check_missing(tensors, description.sha256)
     return modules
 
 
@@ -178,6 +179,18 @@ def _check_claimed(names: Collection[str], modules: Collection[str]) -> None:
                 f"the files or the digests hold {module}.values and {name}, a pruned layer that config.json does not "
                 f"list under modules: copy or download config.json again"
             )
+
+
+def _check_missing(tensors: Mapping[str, _Stored], sha256: Mapping[str, str]) -> None:
+    """Whatever has a digest is stored, or an equal matrix is, as the embedding for a tied head.
+
+    Where a stored tensor has no digest, transformers renamed some when it saved, and none can be said to be missing.
+    """
+    if set(tensors) <= set(sha256):
+        matrices = {sha256[name] for name, tensor in tensors.items() if len(tensor.shape) > 1}
+        missing = sorted(name for name, digest in sha256.items() if name not in tensors and digest not in matrices)
+        if missing:
+            raise ValueError(f"the files lack {', '.join(missing[:5])} ({len(missing)} in all): {AGAIN}")
 
 
 def _by_module(tensors: dict[str, _Stored], names: Collection[str]) -> dict[str, dict[str, _Stored]]:

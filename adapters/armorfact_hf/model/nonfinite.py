@@ -44,5 +44,5 @@ def first_nonfinite(block: nn.Module, name: str, run: Callable[[], object]) -> s
 
 
 def _finite(values: object) -> bool:
-    tensors = values if isinstance(values, tuple) else (values,)
+    tensors = values if isinstance(values, tuple | list) else (values,)
     return all(bool(torch.isfinite(x).all()) for x in tensors if isinstance(x, Tensor) and x.is_floating_point())

@@ -90,16 +90,16 @@ def refuse_without_gradients(
     def begin(index: int) -> Callable:
         def leads_back(_: nn.Module, __: Any, output: Any) -> Any:
             reached[index] = False
-            first, *others = output if isinstance(output, tuple) else (output,)
+            first, *others = output if isinstance(output, tuple | list) else (output,)
             cut = first.detach().requires_grad_().clone()  # what follows may go on in place
-            return (cut, *others) if isinstance(output, tuple) else cut
+            return (cut, *others) if isinstance(output, tuple | list) else cut
 
         return leads_back
 
     def end(index: int) -> Callable:
         def look(_: nn.Module, __: Any, output: Any) -> None:
             if index in reached:
-                reached[index] = (output[0] if isinstance(output, tuple) else output).requires_grad
+                reached[index] = (output[0] if isinstance(output, tuple | list) else output).requires_grad
 
         return look
 

@@ -135,7 +135,7 @@ class BlockStream:
 
     def _noted(self, index: int, output: Any) -> Tensor:
         """The hidden states in what block ``index`` returned; that it returned more is remembered."""
-        if not isinstance(output, tuple):
+        if not isinstance(output, tuple | list):
             return output
         self.extras[index] = len(output) - 1
         return output[0]

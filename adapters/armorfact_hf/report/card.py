@@ -60,6 +60,8 @@ def _card(folder: Path) -> ModelCard:
     text = _TEMPLATES.get_template("card.md.j2").render(
         title=_title(folder, report),
         description=description,
+        layers=sum(len(layer.members) for layer in description.modules.values()),
+        wrapped=any(layer.block for layer in description.modules.values()),
         report=report,
         perplexities=[] if report is None else _perplexities(report),
         tasks=[] if report is None else [task for task in report.tasks if task.pruned is not None],

@@ -148,7 +148,10 @@ def evaluate_dense(
         ValueError: the model is pruned; `evaluate_folder` compares it with its dense one.
     """
     if pruned_modules(loaded.model):
-        raise ValueError(f"{loaded.name} is pruned, and has no report.json that names its dense model: put it back")
+        raise ValueError(
+            f"{loaded.name} is pruned, and a folder with the report.json that names its dense model is measured beside "
+            "that: put report.json back; from the hub, fetch all files by `hf download NAME --local-dir FOLDER`"
+        )
     observer = Observer() if observer is None else observer
     for evaluation in evaluations:
         check_text(loaded, evaluation, observer.say)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from armorfact_hf.checkpoint.damage import AGAIN
 from armorfact_hf.checkpoint.description import Description
 from armorfact_hf.checkpoint.folder import describe_folder, local_folder
 from armorfact_hf.checkpoint.verify import check_headers, verify_folder
@@ -12,9 +9,6 @@ from armorfact_hf.checkpoint.verify import check_headers, verify_folder
 
 def stored_names(model: str, revision: str | None, whole: bool) -> frozenset[str]:
     """The names of a model's tensors, once the files are found to be as config.json says.
-
-    vLLM does not count the tensors of a model that is stored in a way of its own. So whatever config.json has a digest
-    of has to be there.
 
     Args:
         model: a folder or a name on the hub. revision: of that.
@@ -27,8 +21,6 @@ def stored_names(model: str, revision: str | None, whole: bool) -> frozenset[str
     description = describe_folder(folder)
     refuse_experts(description)
     shapes = verify_folder(folder, description).shapes if whole else check_headers(folder, description)
-    if missing := missing_tensors(description.sha256, shapes):
-        raise ValueError(f"{folder} lacks {', '.join(missing[:5])} ({len(missing)} in all): {AGAIN}")
     return frozenset(shapes)
 
 
@@ -40,14 +32,3 @@ def refuse_experts(description: Description) -> None:
                 f"{name} holds pruned experts, and vLLM runs experts by kernels of its own, which read dense weights: "
                 "leave them dense: prune the dense model again with `armorfact prune --ignore 're:.*experts'`"
             )
-
-
-def missing_tensors(sha256: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The tensors that have a digest and are not stored, unless an equal matrix is: a tied head is the embedding.
-
-    Where a stored tensor has no digest, transformers renamed some when it saved, and none can be said to be missing.
-    """
-    if not set(shapes) <= set(sha256):
-        return []
-    matrices = {sha256[name] for name, shape in shapes.items() if len(shape) > 1}
-    return sorted(name for name, digest in sha256.items() if name not in shapes and digest not in matrices)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from armorfact_hf.checkpoint.description import digests, tensor_digest
-from armorfact_hf.checkpoint.verify import verify
+from armorfact_hf.checkpoint.verify import check_headers, verify
 from tests.hf.checkpoint.cases import NAME, described, random_layer, tensors_of, written
 
 
@@ -53,8 +53,21 @@ def test_a_digest_that_differs_or_is_absent_is_named(tmp_path, sha256, sentence)
 
 def test_digests_of_tensors_that_were_not_saved_are_allowed(tmp_path):
     tensors = tensors_of({NAME: random_layer()})
-    sha256 = digests({**tensors, "lm_head.weight": torch.ones(2)})  # tied to the embedding
+    tensors["embed.weight"] = torch.ones(2, 2)
+    sha256 = digests({**tensors, "lm_head.weight": tensors["embed.weight"]})  # tied to it
     assert verify([written(tmp_path, tensors)], described({NAME: random_layer()}, sha256)).digests
+
+
+@pytest.mark.parametrize("missing", ["embed.weight", "norm.weight"])
+def test_what_has_a_digest_is_needed_in_whatever_module(tmp_path, missing):
+    """An equal vector is no tied head; `from_pretrained` would make what is missing at random."""
+    tensors = tensors_of({NAME: random_layer()}) | {"embed.weight": torch.ones(2, 2)}
+    tensors |= {"norm.weight": torch.ones(2), "other_norm.weight": torch.ones(2)}
+    description = described({NAME: random_layer()}, digests(tensors))
+    del tensors[missing]
+    written(tmp_path, tensors)
+    with pytest.raises(ValueError, match=rf"the files lack {missing} \(1 in all\)"):
+        check_headers(tmp_path, description)
 
 
 def test_tensors_outside_of_the_pruned_modules_need_no_digest(tmp_path):

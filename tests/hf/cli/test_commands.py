@@ -48,10 +48,11 @@ def armorfact(*arguments: object, code: int = 0) -> str:
 
 
 def pruning(model: Path, out: Path, text: Path, *more: object) -> tuple[object, ...]:
-    """The arguments of a short pruning command; a text to evaluate on comes last, unless ``more`` says --no-eval."""
+    """The arguments of a short pruning command, with a text to evaluate on, unless ``more`` begins with --no-eval."""
     return (
         *("prune", model, "--out", out, "--calibration", text, "--samples", 4, *SHORT, "--method", "wanda"),
-        *("--text", text, "--windows", 2, *more),
+        *(() if more[:1] == ("--no-eval",) else ("--text", text, "--windows", 2)),
+        *more,
     )
 
 
@@ -242,6 +243,8 @@ def test_a_comparison_shows_texts_that_were_evaluated_earlier(model_folder, text
         (("--text", "nope.txt"), "'nope.txt' is no text file, and none of the demo texts"),
         (("--samples", "40"), "ask for fewer or shorter windows, or give more text"),
         (("--device", "nope"), "nope"),
+        (("--windows", 3, "--no-eval"), "--text and --windows would not act: --no-eval measures nothing"),
+        (("--calibration", "nope.txt"), "'nope.txt' is no text file, and none of the demo texts"),
         (("--dry-run", "--text", "nope.txt"), "'nope.txt' is no text file, and none of the demo texts"),
     ],
 )

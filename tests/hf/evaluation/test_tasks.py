@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from armorfact_hf.data import questions as questionnaire
+from armorfact_hf.data import wheels
 from armorfact_hf.data.questions import TASKS, fetch_questions
 from armorfact_hf.evaluation import tasks
 from armorfact_hf.evaluation.tasks import choice_likelihoods, evaluate_tasks
@@ -88,7 +88,7 @@ def serve(monkeypatch, tmp_path):
             downloads.append([part.path for part in parts])
             target.write_bytes(gzip.compress("\n".join(map(json.dumps, rows(questions))).encode()))
 
-        monkeypatch.setattr(questionnaire, "fetch_joined", fetch)
+        monkeypatch.setattr(wheels, "fetch_joined", fetch)
         return downloads
 
     return serve

@@ -18,7 +18,7 @@ from armorfact_hf.report.record import Report, TaskRecord
 from tests.hf.models import random_tokens, tiny_model, word_tokenizer
 from tests.hf.observers import Silent
 from tests.hf.report.records import HOSTILE, evaluation
-from tests.hf.runs.folders import QUICK, prune
+from tests.hf.runs.folders import OURS, QUICK, prune
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -122,6 +122,21 @@ def test_a_model_pruned_in_memory_has_a_card_too(tmp_path):
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert "# mine, pruned to 2:4 by armorfact" in card.text and "method wanda" in card.text
     assert card.data.license is None and card.data.eval_results is None
+    assert "No perplexity has been measured yet.\n" in card.text  # `armorfact eval` knows no dense model
+
+
+def test_it_says_what_is_stored_and_what_runs_it(tmp_path):
+    found = {}
+    for family, config in (("llama", QUICK), ("llama", OURS), ("mixtral", OURS)):
+        model = tiny_model(family)
+        report = prune_(model, random_tokens(), config)
+        save_pruned(model, folder := tmp_path / f"{family}-{config.method}")
+        write_card(folder)
+        text = found[folder.name] = (folder / "README.md").read_text()
+        assert f"\n{len(report.layers)} linear layers " in text
+        assert ("wrappers" in text) == (config is OURS)
+        assert ("vllm.entrypoints" in text) == (family == "llama")
+    assert "vLLM does not run it" in found["mixtral-armorfact"]
 
 
 @pytest.mark.parametrize("text", ["no metadata", "---\nlicense: [a, b]\n---\n", "---\n: : :\n---\n", "---\n- a\n---\n"])

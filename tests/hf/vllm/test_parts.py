@@ -9,7 +9,6 @@ import torch
 
 from armorfact_hf.layers.cuts import Share
 from armorfact_hf.vllm import routing
-from armorfact_hf.vllm.files import missing_tensors
 from armorfact_hf.vllm.parts import Part
 from armorfact_hf.vllm.routing import part_names, part_number, refusal
 from tests.hf.checkpoint.cases import random_layer
@@ -99,23 +98,6 @@ def test_a_damaged_tensor_is_named(name, damage, message):
     part = Part("model.up_proj", Share.of_rows((32, 64), 0, 2), torch.float32, stored_as(layer, "model.up_proj"))
     with pytest.raises(ValueError, match=rf"tensor model.up_proj.{name}.*{message}"):
         part.load(name, damage(layer.state_dict().get(name, torch.ones(1))))
-
-
-DIGESTS = {"embed.weight": "a", "lm_head.weight": "a", "norm.weight": "b", "ln.weight": "b"}
-
-
-@pytest.mark.parametrize(
-    ("stored", "expected"),
-    [
-        ({"embed.weight", "norm.weight", "ln.weight"}, []),  # the head is tied
-        ({"embed.weight", "lm_head.weight", "ln.weight"}, ["norm.weight"]),  # an equal vector is no tied head
-        ({"norm.weight", "ln.weight"}, ["embed.weight", "lm_head.weight"]),
-        ({"embed.weight", "renamed.weight"}, []),
-    ],
-)
-def test_what_has_a_digest_has_to_be_stored(stored, expected):
-    shapes = {name: (4, 4) if name == "embed.weight" else (4,) for name in stored}
-    assert missing_tensors(DIGESTS, shapes) == expected
 
 
 def test_the_example_in_a_docstring_is_true():
