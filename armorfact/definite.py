@@ -10,6 +10,7 @@ from armorfact.gram import DiagonalGram, Gram
 Array = Any
 
 
+FAINT = 1e-7  # energy of a channel, as a share of the median one
 FINE = 0.01  # where roundings are too fine to matter, all of them may go one way
 
 
@@ -40,6 +41,8 @@ def definite(gram: Gram, given: Array | None) -> Gram:
     Where H, scaled to unit diagonal, is definite beyond what float32 (or float64) resolves, it is
     returned as it is; else with a floor, a few roundings of each diagonal entry, added to it. An
     H of few tokens has zero eigenvalues; rounded, some are negative, and minimizing finds them.
+    Channels of hardly any energy are given `FAINT` of the median one's: minimizing would make of
+    their columns whatever the other channels have use for, at any size.
 
     Args:
         gram: H in the working dtype. given: XXt, whose dtype says how negative rounding may be.
@@ -51,6 +54,7 @@ def definite(gram: Gram, given: Array | None) -> Gram:
         return gram
     xp = arrays.namespace(gram.matrix)
     tolerance = rounding_of(given, gram.matrix)
+    gram = gram.lifted(FAINT)
     size = gram.matrix.shape[0]
     scale = unit_scale(gram.matrix)
     scaled = gram.matrix * scale[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 from armorfact import arrays
 from armorfact.problem import MOST_GROWTH, Factors, Problem
@@ -44,8 +45,8 @@ class Budget:
     """When to stop; each field is checked after every sweep.
 
     Raises:
-        TypeError: ``max_sweeps`` is no integer.
-        ValueError: a negative budget, or one that is no number.
+        TypeError: ``max_sweeps`` or ``patience`` is no integer, or another budget no number.
+        ValueError: a negative budget, or a ``patience`` of no sweeps.
     """
 
     max_sweeps: int
@@ -65,6 +66,12 @@ class Budget:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_sweeps", arrays.integer(self.max_sweeps, "max_sweeps"))
+        object.__setattr__(self, "patience", arrays.integer(self.patience, "patience"))
+        for name, value in (("rtol", self.rtol), ("time_limit", self.time_limit)):
+            if not isinstance(value, Real | None):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1 sweep, got {self.patience}")
         if self.max_sweeps < 0 or not self.rtol >= 0 or not (self.time_limit is None or self.time_limit >= 0):
             raise ValueError(
                 f"budgets must not be negative, got max_sweeps={self.max_sweeps}, "

@@ -96,8 +96,7 @@ def factorize(
     budget = Budget.of(algorithm, max_sweeps, rtol, time_limit)
     seed = validate.seed(seed)
     validate.init(init, weight, pattern, (block_out, block_in), tuple(METHODS))
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be a function of a Progress, got {callback!r}")
+    validate.callback(callback)
     with arrays.plain_arithmetic(weight):
         stated = Statement.of(
             weight,

@@ -70,6 +70,7 @@ def quantize_core(
     left, core, right = validate.factorization(factorization)
     weight = validate.weight(W, core.pattern)
     validate.fits((left, core, right), weight)
+    validate.callback(callback)
     solver = Wrappers()
     budget = Budget.of(solver, max_sweeps, rtol, time_limit)
     blocks = left.blocks.shape[-1], right.blocks.shape[-1]
@@ -78,7 +79,8 @@ def quantize_core(
             weight, XXt, core.pattern, blocks, normalize=normalize, row_weight=row_weight, output_gram=output_gram
         )
         dtype, objective = left.blocks.dtype, stated.objective
-        given = _into(objective, Factors(left.blocks, core.dense(dtype), right.blocks))
+        whole = core.dense(validate.working_dtype(weight))  # C may be of more bits than the wrappers
+        given = _into(objective, Factors(left.blocks, whole, right.blocks))
         if not given.finite():
             raise ValueError(f"the factorization leaves the range of {dtype} at the size of W: scale one of them")
         start, initial_loss = _start(stated, core, given, dtype)

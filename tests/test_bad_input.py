@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from armorfact import Exact, Pattern, auto_block, factorize
+from armorfact import Exact, Pattern, auto_block, factorize, quantize_core
 from tests.conftest import gram_matrix
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 16))
@@ -211,3 +211,38 @@ def test_auto_under_a_limit_is_the_largest_light_square_block(shape, pattern):
     light = [b for b in square if b / shape[0] + b / shape[1] <= 1 / 8]
     expected = max(light) if light else min(square, default=None)
     assert auto_block(shape, pattern, 1 / 8) == (expected and (expected, expected))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(4, 8).to(torch.float8_e4m3fn), "16 bits or more a number"),
+        (torch.ones(4, 8).to_sparse(), "hold its numbers densely"),
+        (torch.ones(4, 8, device="meta"), "hold its numbers densely"),
+        (np.ma.masked_array(np.ones((4, 8)), np.zeros((4, 8), bool)), "must be a NumPy, Torch or CuPy array"),
+    ],
+    ids=["float8", "sparse", "meta", "masked"],
+)
+def test_arrays_of_special_kinds_are_refused_in_a_sentence(weight, message):
+    with pytest.raises(TypeError, match=message):
+        factorize(weight, block=4)
+
+
+@pytest.mark.parametrize("call", [factorize, lambda w, **k: quantize_core(factorize(w, block=4, max_sweeps=1), w, **k)])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"callback": 3}, TypeError, "callback must be a function of a Progress, got 3"),
+        ({"rtol": "x"}, TypeError, "rtol must be a number, got 'x'"),
+        ({"time_limit": "1 h"}, TypeError, "time_limit must be a number, got '1 h'"),
+    ],
+)
+def test_budgets_and_callbacks_are_looked_at_before_any_work(call, options, error, message):
+    with pytest.raises(error, match=message):
+        call(np.ones((4, 8)), **options)
+
+
+@pytest.mark.parametrize(("patience", "error"), [(0, ValueError), (None, TypeError)])
+def test_patience_is_a_number_of_sweeps(patience, error):
+    with pytest.raises(error, match="patience must be"):
+        factorize(np.ones((4, 8)), block=4, solver=Exact(patience=patience))

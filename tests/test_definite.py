@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armorfact import blocks
+from armorfact import blocks, factorize
 from armorfact.definite import definite
 from armorfact.gram import DiagonalGram, FullGram
 from armorfact.problem import Factors
@@ -103,3 +103,26 @@ def test_the_extrapolation_grows_where_the_loss_falls_and_halves_where_it_does_n
             assert state.start is best.factors and before is not state
         elif state.loss < best.loss:
             best = Best(state.factors, state.loss)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("share", [1e-4, 1e-6, 1e-9, 1e-14])
+def test_a_channel_of_hardly_any_energy_costs_nothing(share, dtype):
+    """Its column alone would become whatever helps the others, and no sweep be accepted."""
+    rng = np.random.default_rng(0)
+    weight, inputs = rng.standard_normal((32, 32)).astype(dtype), rng.standard_normal((32, 400))
+    inputs[5] *= share**0.5
+    inputs[9] *= 1000  # an outlier moves no median
+    result = factorize(weight, (inputs @ inputs.T).astype(dtype), block=8, max_sweeps=10)
+    assert len(result.history) == 11 and result.loss < 0.2 * result.initial_loss
+    assert np.abs(result.dense()).max() < 100 * np.abs(weight).max()
+
+
+def test_faint_channels_are_lifted_to_a_share_of_the_median_and_no_others():
+    energy = np.array([4.0, 0.0, 1e-20, 2.0, 1.0, 1e-3])
+    matrix = np.diag(energy) + 1e-12 * np.outer(energy, energy)
+    found = FullGram(matrix).lifted(0.01).matrix
+    np.testing.assert_allclose(found.diagonal(), [4.0, 0.0, 0.01, 2.0, 1.0, 0.01], rtol=1e-9)
+    np.testing.assert_array_equal(found - np.diag(found.diagonal()), matrix - np.diag(matrix.diagonal()))
+    gram = FullGram(matrix)
+    assert gram.lifted(1e-25) is gram and FullGram(0 * matrix).lifted(0.5).matrix.max() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import array_api_strict
 import numpy as np
 import pytest
@@ -240,3 +242,15 @@ def test_a_value_that_rounds_to_nothing_keeps_its_place():
     result = quantize_core((BlockDiagonal(eye[0]), core, BlockDiagonal(eye[1])), matrix, None)
     np.testing.assert_array_equal(result.core.packed, core.packed)
     assert result.relative_loss < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_core_of_more_bits_than_the_wrappers_is_not_rounded_to_theirs(dtype):
+    rng = np.random.default_rng(0)
+    weight, gram = torch.tensor(rng.standard_normal((16, 24))).float(), torch.tensor(gram_matrix(rng, 24, "plain"))
+    result = factorize(weight, gram, block=8, max_sweeps=4)
+    core = replace(result.core, values=result.core.values * 2.0**-30)  # float16 has no such numbers
+    left = BlockDiagonal((result.left.blocks * 2.0**15).to(dtype))
+    right = BlockDiagonal((result.right.blocks * 2.0**15).to(torch.float32).to(dtype))
+    small = quantize_core((left, core, right), weight, gram)
+    assert small.loss < 1.5 * result.loss + 1e-3 * result.weight_loss

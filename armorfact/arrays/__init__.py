@@ -16,6 +16,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
+from armorfact.arrays.precision import full_precision
+
 Array = Any
 
 PANEL = 256  # rows that are copied at a time
@@ -24,7 +26,13 @@ PANEL = 256  # rows that are copied at a time
 def is_array(value: Any) -> bool:
     """Whether ``value`` is an array of a library that array-api-compat knows, and that can be written to."""
     fixed = array_api_compat.is_jax_array(value) or array_api_compat.is_dask_array(value)
-    return array_api_compat.is_array_api_obj(value) and not fixed
+    special = isinstance(value, np.ma.MaskedArray | np.matrix)  # whose products are others
+    return array_api_compat.is_array_api_obj(value) and not fixed and not special
+
+
+def is_dense(array: Array) -> bool:
+    """Whether an array holds all its entries, in memory: Torch has others, sparse ones and those of shape alone."""
+    return not array_api_compat.is_torch_array(array) or (str(array.layout) == "torch.strided" and not array.is_meta)
 
 
 def integer(value: Any, name: str) -> int:
@@ -62,13 +70,13 @@ def library(array: Array) -> str:
 
 @contextmanager
 def plain_arithmetic(array: Array) -> Iterator[None]:
-    """Products in the arrays' own precision, also within Torch's autocast, and no warning of what overflows.
+    """Products in the arrays' own precision, whatever Torch is set to, and no warning of what overflows.
 
     That is not finite, and what is not finite is never accepted.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if array_api_compat.is_torch_array(array):
-            with namespace(array).autocast(array.device.type, enabled=False):
+            with full_precision(), namespace(array).autocast(array.device.type, enabled=False):
                 yield
         else:
             yield

@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 
+from armorfact.arrays.compiled import compiled
+
 # Entries below which handing work to another thread costs more than it saves.
 WORTH_A_THREAD = 1 << 14
 
 
-@numba.njit(cache=True, inline="always")
+@compiled(inline="always")
 def _best_support(numerator, inverses, supports, best_values):
     """The support with the largest gain ``h_m' S_mm^-1 h_m``; its values go to ``best_values``."""
     keep = supports.shape[1]
@@ -36,7 +38,7 @@ def _best_support(numerator, inverses, supports, best_values):
     return best_gain
 
 
-@numba.njit(cache=True, inline="always")
+@compiled(inline="always")
 def _best_pair_of_four(numerator, inverses, supports, best_values):
     """`_best_support` for 2:4, unrolled: three multiply-adds a support."""
     best_gain = -1.0
@@ -53,7 +55,7 @@ def _best_pair_of_four(numerator, inverses, supports, best_values):
     return best_gain
 
 
-@numba.njit(cache=True)
+@compiled()
 def _sweep_block(gradient, core, visit, left_gram, right_gram, inverses, supports):
     """One Gauss-Seidel pass over the groups of one block; returns how much the loss fell.
 
@@ -107,7 +109,7 @@ def _sweep_block(gradient, core, visit, left_gram, right_gram, inverses, support
     return fallen
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _sweep_range(gradient, core, visit, left_gram, right_gram, inverses, supports, fallen, start, stop):
     columns = core.shape[1]
     for block in range(start, stop):
@@ -139,7 +141,7 @@ def sweep_blocks(gradient, core, visit, left_gram, right_gram, inverses, support
     return fallen
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _sweep_integers_range(gradient, core, kept, left_gram, right_gram, largest, start, stop):
     _, rows, columns = core.shape
     carried = np.empty(columns, dtype=core.dtype)

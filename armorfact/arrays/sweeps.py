@@ -30,8 +30,7 @@ def sweep_blocks(
     from armorfact.arrays import kernels
 
     fallen = kernels.sweep_blocks(*(arrays.as_numpy(argument) for argument in arguments))
-    xp = arrays.namespace(core)
-    return xp.asarray(fallen)
+    return arrays.namespace(core).asarray(fallen, device=arrays.device(core))
 
 
 def sweep_integers(

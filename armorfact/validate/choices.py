@@ -51,6 +51,16 @@ def solver(value: Any, known: tuple[str, ...]) -> None:
         )
 
 
+def callback(value: Any) -> None:
+    """That the callback can be called, or is None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"callback must be a function of a Progress, got {value!r}")
+
+
 def init(value: Any, weight: Array, pattern: Pattern, block: tuple[int, int], known: tuple[str, ...]) -> None:
     """That the initialization is a known name, a mask, or a `Result` that fits W.
 

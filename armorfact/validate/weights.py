@@ -14,10 +14,12 @@ def weight(value: Any, pattern: Pattern) -> Array:
     """W as given, once it is a finite real matrix that the pattern's groups divide.
 
     Raises:
-        TypeError: not an array, or not of a real floating dtype.
+        TypeError: not an array, not of a real floating dtype of 16 to 64 bits, or of no dense numbers.
         ValueError: not a matrix, empty, not divided by the group, NaN or infinite entries.
     """
     array = floating(value, "W")
+    if not arrays.is_dense(array):
+        raise TypeError("W must hold its numbers densely, in memory; to_dense() and to() make that of it")
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"W must be a non-empty matrix (d_out, d_in), got shape {array.shape}")
     if array.shape[1] % pattern.group:
@@ -39,6 +41,8 @@ def floating(value: Any, name: str) -> Array:
         raise TypeError(f"{name} must have a real floating dtype, got {value.dtype}; convert it to float32")
     if xp.finfo(value.dtype).bits > 64:
         raise TypeError(f"{name} must have 64 bits or fewer a number, got {value.dtype}; convert it to float64")
+    if xp.finfo(value.dtype).bits < 16:
+        raise TypeError(f"{name} must have 16 bits or more a number, got {value.dtype}; convert it to bfloat16")
     return arrays.native(arrays.detached(value))
 
 

@@ -9,8 +9,9 @@ dense product, on panels of tokens that stay in the nearest cache.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit, prange
+from numba import carray, prange
 
+from armorfact.arrays.compiled import compiled
 from armorfact_hf.layers.kernels.simd import (
     element,
     expand,
@@ -45,13 +46,13 @@ COLUMNS, TOKENS = 64, 128
 AHEAD = 8
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _column(positions, row_byte, k):
     """The column of a row's k-th kept value."""
     return 4 * (k >> 1) + ((positions[row_byte + (k >> 2)] >> (2 * (k & 3))) & 3)
 
 
-@njit(cache=True)
+@compiled()
 def _dot(blocks, at, x, x_at, count):
     """blocks[at : at + count] · x[x_at : x_at + count]."""
     sums = zeros()
@@ -64,7 +65,7 @@ def _dot(blocks, at, x, x_at, count):
     return result
 
 
-@njit(cache=True)
+@compiled()
 def _four_rows(values, positions, row, kept, row_bytes, x, x_at, z, z_at):
     """z[z_at + 0..3] = rows row..row + 3 of the core times one token."""
     a, b, c, d = zeros(), zeros(), zeros(), zeros()
@@ -91,7 +92,7 @@ def _four_rows(values, positions, row, kept, row_bytes, x, x_at, z, z_at):
             z[z_at + r] += element(values, first + r * kept + k) * x[x_at + column]
 
 
-@njit(cache=True)
+@compiled()
 def _four_tokens(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at, z_step):
     """z[z_at + t z_step] = one row of the core times tokens t = 0..3, whose values are read once."""
     a, b, c, d = zeros(), zeros(), zeros(), zeros()
@@ -114,7 +115,7 @@ def _four_tokens(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at
             z[z_at + t * z_step] += weight * x[x_at + t * d_in + column]
 
 
-@njit(cache=True)
+@compiled()
 def _one_row(values, positions, row, kept, row_bytes, x, x_at):
     """One row of the core times one token; row after row, memory is read in a single stream."""
     a, b, c, d = zeros(), zeros(), zeros(), zeros()
@@ -138,7 +139,7 @@ def _one_row(values, positions, row, kept, row_bytes, x, x_at):
     return result
 
 
-@njit(cache=True)
+@compiled()
 def _core_rows(values, positions, row, rows, x, tokens, d_in, z):
     """z (tokens, rows), flat = rows row..row + rows - 1 of the core times every token."""
     kept, row_bytes = d_in // 2, (d_in + 7) // 8
@@ -154,7 +155,7 @@ def _core_rows(values, positions, row, rows, x, tokens, d_in, z):
             z[t * rows + r] = _one_row(values, positions, row + r, kept, row_bytes, x, t * d_in)
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@compiled(parallel=True, nogil=True)
 def few_tokens(like, values_like, blocks_like, x, y, tokens, d_in, parts):
     """y = A C B x of one or several layers side by side, for a handful of tokens, in two parallel passes: B, then C, A.
 
@@ -204,20 +205,20 @@ def few_tokens(like, values_like, blocks_like, x, y, tokens, d_in, parts):
                 put(y, t * width + first_rows[p] + row + r, result)
 
 
-@njit(cache=True)
+@compiled()
 def _scale(z, at, scales, first, count):
     """z[at : at + count] *= scales[first : first + count]."""
     for k in range(count):
         z[at + k] *= element(scales, first + k)
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _piece(parts, p):
     """How many rows of a layer's core a thread takes at a time."""
     return parts[p, 5] if parts[p, 5] else ROWS
 
 
-@njit(cache=True)
+@compiled()
 def _widened(x):
     """x in float32."""
     wide = np.empty(x.shape[0], dtype=np.float32)
@@ -226,7 +227,7 @@ def _widened(x):
     return wide
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@compiled(parallel=True, nogil=True)
 def _right_products(like, blocks_like, x, tokens, d_in, parts):
     """B x of every layer that has a B, each flat like x, (layers, tokens * d_in)."""
     layers = parts.shape[0]
@@ -255,7 +256,7 @@ def _right_products(like, blocks_like, x, tokens, d_in, parts):
     return products
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _aligned(count):
     """A float32 buffer that starts a cache line, so that no vector straddles two."""
     buffer = np.empty(count + 16, dtype=np.float32)
@@ -263,7 +264,7 @@ def _aligned(count):
     return buffer[offset : offset + count]
 
 
-@njit(cache=True)
+@compiled()
 def _panel_row(values, positions, at, byte, kept, panel, sums, s):
     """Add to one row's sums over a panel's tokens: kept values from ``at`` on times the panel's rows they stand for."""
     s0, s1, s2, s3 = load(sums, s), load(sums, s + 16), load(sums, s + 32), load(sums, s + 48)
@@ -289,7 +290,7 @@ def _panel_row(values, positions, at, byte, kept, panel, sums, s):
             sums[s + t] += weight * panel[p + t]
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@compiled(parallel=True, nogil=True)
 def many_tokens(x, values, positions, y, rows):
     """y = C x for many tokens, which lie side by side.
 
@@ -322,7 +323,7 @@ def many_tokens(x, values, positions, y, rows):
                 y[r, t : t + width] = sums[(r - row) * TOKENS : (r - row) * TOKENS + width]
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@compiled(parallel=True, nogil=True)
 def unpack(values, positions, dense):
     """Write the core with its zeros.
 

@@ -8,9 +8,10 @@ between the factors (`cpu_pairs`); fewer, and all other dtypes, are in float32.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit, prange, types
+from numba import carray, prange, types
 from numba.extending import overload
 
+from armorfact.arrays.compiled import compiled
 from armorfact_hf.layers.kernels.bf16 import has_bf16
 from armorfact_hf.layers.kernels.cpu import BYTES, _column, _core_rows, _dot, _piece, _widened
 from armorfact_hf.layers.kernels.cpu_pairs import FEWEST, block_in_pairs, core_in_pairs
@@ -28,7 +29,7 @@ from armorfact_hf.layers.kernels.simd import (
 )
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@compiled(parallel=True, nogil=True)
 def expert_rows(like, values_like, x, y, rows, d_in, width, parts):
     """y = A C B x of every part, on its rows of x and into its columns of y, in two parallel passes: B, then C and A.
 
@@ -75,7 +76,7 @@ def expert_rows(like, values_like, x, y, rows, d_in, width, parts):
                 put(y, (first + t) * width + column + row + r, z[t * here + r])
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@compiled(parallel=True, nogil=True)
 def _right_products(like, wide, pairs, d_in, parts, starts):
     """B x of every part that has a B, on its rows, flat one after another; where each starts goes into ``starts``.
 
@@ -168,7 +169,7 @@ def _block_by(block, at, size, wide, pairs, x_at, x_step, tokens):
     return in_pairs if pairs.dtype == types.uint16 else widely
 
 
-@njit(cache=True)
+@compiled()
 def _wide_rows(values, positions, row, rows, x, tokens, d_in, z):
     """`_rows_of_core` in float32."""
     kept, row_bytes = d_in // 2, (d_in + 7) // 8
@@ -185,7 +186,7 @@ def _wide_rows(values, positions, row, rows, x, tokens, d_in, z):
         _core_rows(values, positions, row, rows, x[fours * d_in :], tokens - fours, d_in, z[fours * rows :])
 
 
-@njit(cache=True)
+@compiled()
 def _two_rows(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at, z_step):
     """z[z_at + t z_step + r] = rows row + r, r = 0, 1, of the core times tokens t = 0..3."""
     a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
@@ -217,7 +218,7 @@ def _two_rows(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at, z
             z[z_at + t * z_step] += element(values, second + k) * x[b_at + t * d_in]
 
 
-@njit(cache=True)
+@compiled()
 def _wide_block(block, at, size, x, x_at, x_step, tokens):
     """`_block` in float32."""
     result = np.empty(tokens * size, dtype=np.float32)

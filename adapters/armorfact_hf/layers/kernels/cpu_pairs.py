@@ -6,8 +6,8 @@ Sizes are such that no vector is cut: `FEWEST` tokens or more, and the last four
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from armorfact.arrays.compiled import compiled
 from armorfact_hf.layers.kernels.bf16 import (
     add_products,
     load_pairs,
@@ -19,7 +19,7 @@ from armorfact_hf.layers.kernels.simd import prefetch, total, zeros
 FEWEST = 4  # tokens
 
 
-@njit(cache=True)
+@compiled()
 def core_in_pairs(values, positions, row, rows, x, tokens, d_in, z):
     """z (tokens, rows), flat = rows row..row + rows - 1 of a packed core times every token.
 
@@ -34,7 +34,7 @@ def core_in_pairs(values, positions, row, rows, x, tokens, d_in, z):
             _two_rows(values, positions, row + first, kept, row_bytes, x, token * d_in, d_in, z, at, rows)
 
 
-@njit(cache=True)
+@compiled()
 def _two_rows(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at, z_step):
     """z[z_at + t z_step + r] = rows row + r, r = 0, 1, of the core times tokens t = 0..3."""
     a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
@@ -60,7 +60,7 @@ def _two_rows(values, positions, row, kept, row_bytes, x, x_at, d_in, z, z_at, z
     z[z_at], z[z_at + z_step], z[z_at + 2 * z_step], z[z_at + 3 * z_step] = total(b0), total(b1), total(b2), total(b3)
 
 
-@njit(cache=True)
+@compiled()
 def block_in_pairs(block, at, size, x, x_at, x_step, tokens):
     """(tokens, size), flat: the block at block[at], (size, size), times x[x_at + t x_step : … + size] for every t.
 

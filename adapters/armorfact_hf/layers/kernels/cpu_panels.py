@@ -9,8 +9,9 @@ wrappers' blocks are multiplied in the same form, with the pairs of columns as t
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit, prange
+from numba import carray, prange
 
+from armorfact.arrays.compiled import compiled
 from armorfact_hf.layers.kernels.bf16 import (
     add_products,
     load_pairs,
@@ -32,7 +33,7 @@ PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 PAIR_OF_CODE = np.uint64(sum(pair << 4 * (low | high << 2) for pair, (low, high) in enumerate(PAIRS)))
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@compiled(parallel=True, nogil=True)
 def tile_rows(like, x, y, rows, d_in, width, most, parts):
     """y = A C B x of every part, on its rows of x and into its columns of y, in two parallel passes: B, then C and A.
 
@@ -67,13 +68,13 @@ def tile_rows(like, x, y, rows, d_in, width, most, parts):
         _give_back(rounded, here, tokens, y, first * width + column + row, width)
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _piece(size, most):
     """How many rows of a core with such blocks on its left a thread takes at a time."""
     return max(size, most // size * size) if size else most
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@compiled(parallel=True, nogil=True)
 def _right_products(like, x, d_in, parts):
     """B x of every part, (parts, d_in, TILE), flat; x itself where there is no B."""
     inputs = np.empty(parts.shape[0] * d_in * TILE, dtype=np.uint16)
@@ -98,7 +99,7 @@ def _right_products(like, x, d_in, parts):
     return inputs
 
 
-@njit(cache=True)
+@compiled()
 def _panel_of_tokens(x, at, step, tokens, columns):
     """(columns / 2, TILE, 2) = x[at + t step : … + columns] for every token t; zeros for a column or token too many."""
     panel = _aligned((columns + columns % 2) * TILE)
@@ -114,7 +115,7 @@ def _panel_of_tokens(x, at, step, tokens, columns):
     return panel
 
 
-@njit(cache=True)
+@compiled()
 def _give_back(z, rows, tokens, y, at, step):
     """y[at + t step : … + rows] = z (rows, TILE) of every token t."""
     squares, even = tokens // 16 * 16, rows // 32 * 32
@@ -127,7 +128,7 @@ def _give_back(z, rows, tokens, y, at, step):
             y[at + t * step + r] = z[r * TILE + t]
 
 
-@njit(cache=True)
+@compiled()
 def _panel_of_rows(z, rows):
     """(rows / 2, TILE, 2) = the pairs of rows of z (rows, TILE), and zeros beside an odd one at the end."""
     panel = _aligned((rows + rows % 2) * TILE)
@@ -140,7 +141,7 @@ def _panel_of_rows(z, rows):
     return panel
 
 
-@njit(cache=True)
+@compiled()
 def _aligned(count):
     """A bfloat16 buffer that starts a cache line, so that no vector straddles two."""
     buffer = np.empty(count + 32, dtype=np.uint16)
@@ -148,14 +149,14 @@ def _aligned(count):
     return buffer[offset : offset + count]
 
 
-@njit(cache=True)
+@compiled()
 def _round(sums, rounded):
     """rounded = sums, in bfloat16."""
     for k in range(0, sums.shape[0], 16):
         store_rounded(rounded, k, load(sums, k))
 
 
-@njit(cache=True)
+@compiled()
 def _core(values, positions, row, rows, d_in, inputs, z):
     """Add rows row..row + rows - 1 of a packed core times the inputs (d_in, TILE) to z (rows, TILE)."""
     kept, row_bytes = d_in // 2, (d_in + 7) // 8
@@ -173,7 +174,7 @@ def _core(values, positions, row, rows, d_in, inputs, z):
             _two_rows(values, at_a, at_b, positions, byte_a, byte_b, groups, panel, z, a * TILE, b * TILE)
 
 
-@njit(cache=True)
+@compiled()
 def _lay_out(inputs, at, groups, panel):
     """panel (groups, 6, TILE, 2) = the pairs of every four rows of the inputs (…, TILE) from inputs[at] on."""
     for g in range(groups):
@@ -185,14 +186,14 @@ def _lay_out(inputs, at, groups, panel):
             to += 32
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _pair(positions, byte, group, panel_at):
     """Where in a panel the pair of columns stands that a row keeps of a group."""
     code = np.uint64(positions[byte + (group >> 1)] >> np.uint8(4 * (group & 1))) & np.uint64(15)
     return (panel_at + np.int64((PAIR_OF_CODE >> (code << np.uint64(2))) & np.uint64(7))) * 2 * TILE
 
 
-@njit(cache=True)
+@compiled()
 def _two_rows(values, at_a, at_b, positions, byte_a, byte_b, groups, panel, z, z_a, z_b):
     """Add two rows of a core, those that start at ``at_a`` and ``at_b``, times a panel to z[z_a…] and z[z_b…]."""
     a0, a1, a2, a3 = load(z, z_a), load(z, z_a + 16), load(z, z_a + 32), load(z, z_a + 48)
@@ -212,7 +213,7 @@ def _two_rows(values, at_a, at_b, positions, byte_a, byte_b, groups, panel, z, z
     store(z, z_b, b0), store(z, z_b + 16, b1), store(z, z_b + 32, b2), store(z, z_b + 48, b3)
 
 
-@njit(cache=True)
+@compiled()
 def _block(blocks, at, size, panel, y):
     """y (size, TILE) = the block at blocks[at], (size, size), times a panel (size / 2, TILE, 2)."""
     step = size + size % 2
@@ -226,7 +227,7 @@ def _block(blocks, at, size, panel, y):
         _two_block_rows(block, a * step, b * step, step, panel, y, a * TILE, b * TILE)
 
 
-@njit(cache=True)
+@compiled()
 def _two_block_rows(block, at_a, at_b, step, panel, y, y_a, y_b):
     """y[y_a…] and y[y_b…] = two rows of a block, of even length ``step``, times a panel (step / 2, TILE, 2)."""
     a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
@@ -247,7 +248,7 @@ def _two_block_rows(block, at_a, at_b, step, panel, y, y_a, y_b):
     _put(y, y_b, b0, b1, b2, b3)
 
 
-@njit(cache=True)
+@compiled()
 def _put(y, at, first, second, third, fourth):
     """y[at : at + TILE] = four vectors, rounded."""
     store_rounded(y, at, first), store_rounded(y, at + 16, second)

@@ -4,8 +4,6 @@ numba has no vector type, and its loops do not become the two-table permutation 
 one: a value type that LLVM keeps in one AVX-512 register (two AVX, four NEON registers), and the few operations on it
 that the kernels need. Arrays are addressed flat, whatever their shape, and have to be contiguous. numba knows no 16-bit
 float on a CPU: float16 comes as int16, bfloat16 as uint16. int8 is whole numbers, which are only read.
-
-numba's cache of a kernel knows the kernel's own file only: after a change here, remove ``kernels/__pycache__``.
 """
 
 from __future__ import annotations
