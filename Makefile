@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-vllm soak lint docs bench gpu clean
+.PHONY: demo test test-vllm test-ray soak lint docs bench gpu clean
 
 .venv/hf-ready: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,16 @@ test: .venv/ready  ## run every test that needs no network and no GPU
 test-vllm: .venv-vllm/ready  ## serve small pruned models with vLLM on the CPU, in an environment of its own
 	.venv-vllm/bin/python -m pytest tests/hf/vllm
 
+# Apart from .venv, so that tests of all else show that they need no Ray.
+.venv-ray/ready: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --constraint constraints-dev.txt torch
+	.venv-ray/bin/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[ray,tasks,dev]'
+	touch $@
+
+test-ray: .venv-ray/ready  ## share pruning out over workers of Ray on this machine, and end some of them
+	.venv-ray/bin/python -m pytest tests/hf/pruning/test_workers.py
+
 soak: .venv/ready  ## hours of damage, kills and hard numbers: the table of docs/reliability.md
 	$(BIN)/python -m pytest -q -s -m slow tests/adversary
 
@@ -56,4 +66,4 @@ gpu:  ## what a CUDA device can tell in eight minutes, with the PyTorch of $(PYT
 	PYTHONPATH=.:adapters $(PYTHON) -m benchmarks.gpu
 
 clean:
-	rm -rf .venv .venv-vllm docs/_build
+	rm -rf .venv .venv-vllm .venv-ray docs/_build

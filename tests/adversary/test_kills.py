@@ -145,6 +145,28 @@ def test_a_run_that_is_disturbed_in_every_way(command, tmp_path):
     soak_kills(Soak("kills", 1, 60), command, tmp_path)
 
 
+def test_a_run_that_is_killed_damaged_and_begun_twice(command, tmp_path):
+    """Each of them, whatever the seed of the others draws."""
+    soak, work = Soak("kills", 1, 60), tmp_path / "work"
+    assert exit_code(begin(armorfact, *command, "--out", str(tmp_path / "whole"), says=tmp_path / "says")) == 0
+    work.mkdir()
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    adversary = Adversary(soak, random.Random(1), command, work, whole, 1.0)
+    process = adversary.start()
+    for _ in range(600):  # until a block, or a layer of one, is written
+        if list(work.glob("out.journal/*.safetensors")):
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    adversary.damage()
+    adversary.run_two()
+    adversary.complete()
+    assert soak.found["damaged layers"] + soak.found["damaged blocks"] == 1
+    assert soak.found["pairs of writers"] == soak.found["runs with equal bits"] == 1
+    assert not any(soak.found[what] for what in ZEROS)
+
+
 @pytest.mark.slow
 def test_many_disturbed_runs(command, tmp_path):
     soak_kills(Soak.long("kills", 200), command, tmp_path)

@@ -199,3 +199,40 @@ def test_a_bad_weight_is_named():
     layer.module.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"layers\.0\.up: W has 1 NaN"):
         prune_layer(layer, moments_of(dense, pruned), PruneConfig(block=8))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shrinkage": 0.25},
+        {"objective": "diagonal"},
+        {"objective": "nowag"},
+        {"init": "wanda"},
+        {"rtol": 0.5},
+        {"sweeps": 1},
+        {"pattern": "1:4"},
+    ],
+    ids=lambda settings: next(iter(settings), "defaults"),
+)
+def test_a_layer_is_factorized_as_the_settings_say(settings):
+    layer, dense, pruned = problem()
+    moments = moments_of(dense, pruned)
+    config = PruneConfig(**{"block": 8, "sweeps": 9} | settings)
+    gram = moments.gram + settings.get("shrinkage", 1.0) * moments.gram.diagonal().diag()
+    expected = factorize(
+        layer.weight,
+        (moments.gram.diagonal() if "objective" in settings else gram).float(),
+        block=8,
+        pattern=config.pattern,
+        init=config.init,
+        normalize="nowag" if settings.get("objective") == "nowag" else None,
+        max_sweeps=config.sweeps,
+        rtol=config.rtol,
+    )
+    found, report = prune_layer(layer, moments, config)
+    assert torch.equal(exact_weight(found), expected.factors.astype(torch.float64).dense())
+    assert report.sweeps == expected.history[-1].number
+    if settings:
+        other, _ = prune_layer(layer, moments, PruneConfig(block=8, sweeps=9))
+        assert not torch.equal(exact_weight(found), exact_weight(other))
