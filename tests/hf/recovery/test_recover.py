@@ -125,7 +125,7 @@ def test_gradient_checkpointing_gives_the_same_bits():
     found = {}
     for checkpointing in (False, True):
         model, runs = pruned_model(), []
-        model.transformer.h[0].mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         recover(model, RecoverySettings(steps=6, gradient_checkpointing=checkpointing))
         found[checkpointing] = model, len(runs)
     (kept, once), (again, twice) = found.values()
