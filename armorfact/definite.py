@@ -10,7 +10,7 @@ from armorfact.gram import DiagonalGram, Gram
 Array = Any
 
 
-FAINT = 1e-7  # energy of a channel, as a share of the median one
+FAINT = 1e-7  # what a channel adds to the energy of the outputs, as a share of the median one
 FINE = 0.01  # where roundings are too fine to matter, all of them may go one way
 
 
@@ -41,8 +41,6 @@ def definite(gram: Gram, given: Array | None) -> Gram:
     Where H, scaled to unit diagonal, is definite beyond what float32 (or float64) resolves, it is
     returned as it is; else with a floor, a few roundings of each diagonal entry, added to it. An
     H of few tokens has zero eigenvalues; rounded, some are negative, and minimizing finds them.
-    Channels of hardly any energy are given `FAINT` of the median one's: minimizing would make of
-    their columns whatever the other channels have use for, at any size.
 
     Args:
         gram: H in the working dtype. given: XXt, whose dtype says how negative rounding may be.
@@ -54,7 +52,6 @@ def definite(gram: Gram, given: Array | None) -> Gram:
         return gram
     xp = arrays.namespace(gram.matrix)
     tolerance = rounding_of(given, gram.matrix)
-    gram = gram.lifted(FAINT)
     size = gram.matrix.shape[0]
     scale = unit_scale(gram.matrix)
     scaled = gram.matrix * scale[:, None]
@@ -71,6 +68,31 @@ def definite(gram: Gram, given: Array | None) -> Gram:
             _refuse_indefinite(xp.reshape(flat, (size, size)), tolerance)
             return gram.floored(floor)
         floor = 2 * (floor or margin)
+
+
+def without_faint_channels(gram: Gram, weight: Array) -> Gram:
+    """H as a solver may minimize over it, with more energy for channels that add hardly any to the outputs of W.
+
+    Minimizing would make of the columns of such channels whatever the others have use for, at any
+    size, until none of it is accepted. Each is given `FAINT` of what the median channel adds. A
+    channel of little energy and large weights is none of them, nor is one without energy.
+
+    Args:
+        weight: W, (d_out, d_in), as the solver is given it.
+    """
+    if isinstance(gram, DiagonalGram):  # where every column is found by itself
+        return gram
+    size = arrays.norms(weight, 0) ** 2
+    size = arrays.namespace(size).clip(size, min=_median(size))
+    return gram.lifted(FAINT * _median(gram.diagonal * size) / size)
+
+
+def _median(values: Array) -> float:
+    """Of those that are positive; zero if none is."""
+    xp = arrays.namespace(values)
+    ordered = xp.sort(values)
+    count = int(xp.count_nonzero(ordered > 0))
+    return float(ordered[-((count + 1) // 2)]) if count else 0.0
 
 
 def _refuse_indefinite(scaled: Array, tolerance: float) -> None:

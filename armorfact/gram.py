@@ -36,17 +36,14 @@ class FullGram:
         flat[:: self.matrix.shape[0] + 1] *= 1 + floor
         return FullGram(xp.reshape(flat, self.matrix.shape))
 
-    def lifted(self, share: float) -> FullGram:
-        """H with no positive entry of its diagonal below that share of their median."""
+    def lifted(self, least: Array) -> FullGram:
+        """H with no positive entry of its diagonal below its own of ``least``, (d_in,)."""
         xp = arrays.namespace(self.matrix)
-        energy = xp.sort(self.diagonal)
-        alive = int(xp.count_nonzero(energy > 0))
-        least = share * float(energy[-((alive + 1) // 2)]) if alive else 0.0
         faint = (self.diagonal > 0) & (self.diagonal < least)
         if not bool(xp.any(faint)):
             return self
         flat = xp.reshape(xp.asarray(self.matrix, copy=True), (-1,))
-        flat[:: self.matrix.shape[0] + 1] = xp.where(faint, xp.full_like(self.diagonal, least), self.diagonal)
+        flat[:: self.matrix.shape[0] + 1] = xp.where(faint, least, self.diagonal)
         return FullGram(xp.reshape(flat, self.matrix.shape))
 
     @property

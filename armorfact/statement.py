@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from armorfact import validate
-from armorfact.definite import definite
+from armorfact.definite import definite, without_faint_channels
 from armorfact.gram import Gram
 from armorfact.objective import Objective, Units
 from armorfact.pattern import Pattern
@@ -57,4 +57,6 @@ class Statement:
         scaling = Scaling.of(scaled, normalize, outputs)
         units = Units(weight_unit, gram_unit, output_unit, normalize is not None)
         objective = Objective(weight, validate.as_given(XXt, gram), scaling, units)
-        return cls(scaled, gram, objective, Problem(scaling.scaled(scaled), definite(gram, XXt), pattern, *blocks))
+        solved = scaling.scaled(scaled)
+        sound = without_faint_channels(definite(gram, XXt), solved)
+        return cls(scaled, gram, objective, Problem(solved, sound, pattern, *blocks))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armorfact import blocks, factorize
-from armorfact.definite import definite
+from armorfact import Pattern, blocks, factorize
+from armorfact.definite import definite, without_faint_channels
 from armorfact.gram import DiagonalGram, FullGram
 from armorfact.problem import Factors
 from armorfact.solvers.exact import Exact
@@ -118,11 +118,27 @@ def test_a_channel_of_hardly_any_energy_costs_nothing(share, dtype):
     assert np.abs(result.dense()).max() < 100 * np.abs(weight).max()
 
 
-def test_faint_channels_are_lifted_to_a_share_of_the_median_and_no_others():
-    energy = np.array([4.0, 0.0, 1e-20, 2.0, 1.0, 1e-3])
-    matrix = np.diag(energy) + 1e-12 * np.outer(energy, energy)
-    found = FullGram(matrix).lifted(0.01).matrix
-    np.testing.assert_allclose(found.diagonal(), [4.0, 0.0, 0.01, 2.0, 1.0, 0.01], rtol=1e-9)
+def test_channels_that_add_hardly_anything_are_lifted_and_no_others():
+    energy = np.array([4.0, 0.0, 1e-20, 2.0, 1.0, 1e-12, 1e-12])
+    matrix = np.diag(energy) + 1e-14 * np.outer(energy, energy)
+    weight = np.ones((3, 7))
+    weight[:, 5] = 1e6  # as one that is measured in another unit
+    weight[:, 6] = 0
+    found = without_faint_channels(FullGram(matrix), weight).matrix
+    np.testing.assert_allclose(found.diagonal(), [4.0, 0.0, 1e-7, 2.0, 1.0, 1e-12, 1e-7], rtol=1e-6)
     np.testing.assert_array_equal(found - np.diag(found.diagonal()), matrix - np.diag(matrix.diagonal()))
-    gram = FullGram(matrix)
-    assert gram.lifted(1e-25) is gram and FullGram(0 * matrix).lifted(0.5).matrix.max() == 0
+    for gram in (FullGram(np.eye(7)), FullGram(np.zeros((7, 7))), DiagonalGram(energy)):
+        assert without_faint_channels(gram, weight) is gram
+
+
+@pytest.mark.parametrize("exponent", [-20, -8, 8, 20])
+def test_the_unit_of_a_channel_does_not_matter(exponent):
+    rng = np.random.default_rng(0)
+    weight, inputs, scale = rng.standard_normal((32, 32)), rng.standard_normal((32, 400)), np.ones(32)
+    scale[[3, 11]] = 2.0**exponent
+    mask = Pattern(2, 4).top_mask(np.abs(weight))
+    losses = [
+        factorize(w, x @ x.T, block=8, max_sweeps=5, init=mask).loss
+        for w, x in ((weight, inputs), (weight / scale, inputs * scale[:, None]))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

@@ -37,19 +37,16 @@ def _set() -> Callable[[], None]:
     import torch  # the array that is worked on is one of its own
 
     every: Any = torch.backends
-
-    try:
+    if not hasattr(every.mkldnn, "matmul"):  # before Torch 2.9
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the process has set it for each backend, and Torch takes only one way
-        backends = every.cuda.matmul, every.mkldnn.matmul
-        kept = [backend.fp32_precision for backend in backends]
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        return lambda: _put_back(backends, kept)
-    torch.set_float32_matmul_precision("highest")
-    return lambda: torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        return lambda: torch.set_float32_matmul_precision(before)
+    kept = [(backend, backend.fp32_precision) for backend in (every.cuda.matmul, every.mkldnn.matmul)]
+    for backend, _ in kept:
+        backend.fp32_precision = "ieee"
+    return lambda: _put_back(kept)
 
 
-def _put_back(backends: tuple, precisions: list[str]) -> None:
-    for backend, precision in zip(backends, precisions, strict=True):
+def _put_back(kept: list[tuple[Any, str]]) -> None:
+    for backend, precision in kept:
         backend.fp32_precision = precision

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from armorfact_hf.layers.experts import FactorizedExperts
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.causal_lm import CausalLM
+from armorfact_hf.model.conversions import conversions_of_dense
 from armorfact_hf.model.dense_experts import dense_experts
 
 
@@ -32,10 +33,10 @@ def to_dense_(model: CausalLM) -> CausalLM:
         model.set_submodule(
             name, dense_experts(layer) if isinstance(layer, FactorizedExperts) else _dense_linear(like, layer)
         )
-    if getattr(model, "_weight_conversions", None) == []:
-        del model._weight_conversions  # saved under the names of other dense checkpoints again
+    conversions = conversions_of_dense(model)
     if hasattr(model, "hf_quantizer"):
-        model.hf_quantizer.remove_quantization_config(model)
+        model.hf_quantizer.remove_quantization_config(model)  # and the model's own conversions
+    model._weight_conversions = conversions
     return model
 
 

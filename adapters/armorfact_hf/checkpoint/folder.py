@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -137,6 +138,28 @@ def foreign_code_told(name: Path | str) -> Iterator[None]:
         raise ValueError(
             f"{name} brings code of its own, and armorfact runs none of a checkpoint: take a model whose class is in "
             "transformers, or load it yourself and call `prune_`"
+        ) from error
+
+
+@contextmanager
+def config_told(where: Path | str) -> Iterator[None]:
+    """What transformers ends with on a dense model's config that it cannot follow becomes one error, with a sentence.
+
+    Raises:
+        ValueError: that sentence. ImportError: as it is; it names the package that is missing.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot load the model {str(where)!r}: {error}") from error
+    except DAMAGE as error:
+        if ran_out(error):
+            raise
+        raise ValueError(
+            f"cannot load the model {str(where)!r} ({type(error).__name__}: {error}): its config.json is damaged, or "
+            f"asks for what transformers {transformers.__version__} does not know: {AGAIN}, or upgrade transformers"
         ) from error
 
 

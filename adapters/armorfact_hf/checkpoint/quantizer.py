@@ -26,7 +26,7 @@ from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.layers.routed import Gating
 from armorfact_hf.layers.stack import FactorizedStack
 from armorfact_hf.model.causal_lm import CausalLM
-from armorfact_hf.model.conversions import renamed_on_saving
+from armorfact_hf.model.conversions import conversions_without
 from armorfact_hf.model.experts import StackedExperts
 from armorfact_hf.model.structure import Layer, is_linear
 
@@ -89,7 +89,7 @@ class ArmorfactQuantizer(HfQuantizer):
                 shapes = verify([Path(name) for name in checkpoint_files], description).shapes
         put_layers_(model, description.modules.values(), dtype)
         _check_shapes(model, shapes)
-        self.stored_as_named = set(shapes) <= set(model.state_dict())
+        self.stored_as_named = bool(shapes) and set(shapes) <= set(model.state_dict())
         return model
 
     def _process_model_after_weight_loading(self, model: CausalLM, **_: Any) -> nn.Module:
@@ -207,11 +207,14 @@ def put_experts_(
 def attach_(model: CausalLM, description: Description) -> None:
     """Tell a model pruned in memory what it is, so that transformers saves it as one.
 
-    Some families transformers saves under other names than it loads them under, and experts one by one. A description
-    goes by the names in the model, so where pruned layers would get others, all tensors are saved as they are.
+    Some families transformers saves under other names than they have in the model, and experts one by one. A
+    description goes by the names in the model, so whatever would change those of pruned layers is left out; with
+    experts, all of it.
     """
-    if description.has_experts or renamed_on_saving(model, [f"{name}.values" for name in description.modules]):
-        model._weight_conversions = []
+    names = [f"{name}.values" for name in description.modules]
+    kept = [] if description.has_experts else conversions_without(model, names)
+    if kept is not None:
+        model._weight_conversions = kept
     config = ArmorfactConfig(**description.to_dict())
     model.config.quantization_config = config
     model.hf_quantizer = ArmorfactQuantizer(config)

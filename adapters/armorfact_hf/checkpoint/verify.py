@@ -182,13 +182,18 @@ def _check_claimed(names: Collection[str], modules: Collection[str]) -> None:
 
 
 def _check_missing(tensors: Mapping[str, _Stored], sha256: Mapping[str, str]) -> None:
-    """Whatever has a digest is stored, or an equal matrix is, as the embedding for a tied head.
+    """Whatever has a digest is stored, or what it may be tied to: an equal matrix, as the embedding, or an equal bias.
 
     Where a stored tensor has no digest, transformers renamed some when it saved, and none can be said to be missing.
     """
     if set(tensors) <= set(sha256):
         matrices = {sha256[name] for name, tensor in tensors.items() if len(tensor.shape) > 1}
-        missing = sorted(name for name, digest in sha256.items() if name not in tensors and digest not in matrices)
+        biases = {sha256[name] for name in tensors if name.endswith("bias")}
+        missing = sorted(
+            name
+            for name, digest in sha256.items()
+            if name not in tensors and digest not in (biases if name.endswith("bias") else matrices)
+        )
         if missing:
             raise ValueError(f"the files lack {', '.join(missing[:5])} ({len(missing)} in all): {AGAIN}")
 

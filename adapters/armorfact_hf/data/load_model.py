@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from armorfact_hf.checkpoint.config_file import CONFIG
-from armorfact_hf.checkpoint.damage import AGAIN
 from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.fingerprint import disk_fingerprint, model_fingerprint
 from armorfact_hf.checkpoint.folder import (
     ADAPTER,
-    DAMAGE,
+    config_told,
     describe_folder,
     foreign_code_told,
     load_pruned,
@@ -30,7 +26,6 @@ from armorfact_hf.checkpoint.folder import (
 from armorfact_hf.data.demo_models import DEMO_MODELS, fetch_model
 from armorfact_hf.data.open_on_disk import open_on_disk
 from armorfact_hf.data.origin import DEMO
-from armorfact_hf.free_memory import ran_out
 from armorfact_hf.model.causal_lm import CausalLM
 from armorfact_hf.model.on_disk import OnDisk, Weights
 from armorfact_hf.observer import Log
@@ -132,8 +127,10 @@ def open_model(name: str, dtype: str = "auto", device: str | None = None, log: L
     except NotPruned:
         _check_config(where)
         tokenizer = _tokenizer(where)
-        with _config_told(where):
+        try:
             weights = open_on_disk(folder, dtype, place)
+        except OSError as error:
+            raise ValueError(f"cannot load the model {where!r}: {error}") from error
         return Loaded(name if name.startswith(DEMO) else where, weights.model, tokenizer, weights)
     raise ValueError(f"the model is pruned already ({where}); load the dense model again")
 
@@ -195,36 +192,20 @@ def _is_pruned(where: str) -> bool:
 
 def _check_config(where: str) -> None:
     """Raise ValueError if a config is of no causal language model that transformers knows."""
-    with _config_told(where), foreign_code_told(where):
+    with config_told(where), foreign_code_told(where):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{where} holds no causal language model (its config is a {type(config).__name__}): name one")
 
 
 def _dense_model(where: str, dtype: str) -> CausalLM:
-    with _config_told(where), foreign_code_told(where):
+    with config_told(where), foreign_code_told(where):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     model, found = loaded
     refuse_missing(where, found["missing_keys"])  # transformers makes them at random, and only warns
     return model
-
-
-@contextmanager
-def _config_told(where: str) -> Iterator[None]:
-    """What transformers ends with on a config that it cannot follow becomes one error, with a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"cannot load the model {where!r}: {error}") from error
-    except DAMAGE as error:
-        if ran_out(error):
-            raise
-        raise ValueError(
-            f"cannot load the model {where!r} ({type(error).__name__}: {error}): its config.json is damaged, or asks "
-            f"for what transformers {transformers.__version__} does not know: {AGAIN}, or upgrade transformers"
-        ) from error
 
 
 def _tokenizer(where: str) -> Any:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 from transformers.core_model_loading import build_glob_alternation
 
-from armorfact_hf.checkpoint.folder import foreign_code_told
+from armorfact_hf.checkpoint.folder import config_told, foreign_code_told
 from armorfact_hf.data.stored_tensors import FolderFiles, StoredTensors, made_tensors
 from armorfact_hf.data.wheels import cache_folder
 from armorfact_hf.model.causal_lm import CausalLM
@@ -39,7 +39,7 @@ def open_on_disk(folder: Path, dtype: str, device: torch.device) -> OnDisk:
         ValueError: a file or a tensor is missing or damaged.
     """
     files = FolderFiles.of(folder)
-    with foreign_code_told(folder):
+    with config_told(folder), foreign_code_told(folder):
         empty = _empty(folder)
     made = made_tensors(empty, files)
     StoredTensors.of(empty, files, made)  # names what is missing, before anything is read

@@ -81,7 +81,7 @@ def evaluate_perplexity(
         if progress is not None:
             progress(done, len(starts))
     if math.isnan(total):
-        raise NonFiniteActivations("the model computes NaN on this text, and has no perplexity: try another dtype")
+        raise NonFiniteActivations("the model computes NaN on this text, and has no perplexity there")
     return Perplexity(_exp(total / scored), scored, window, stride, bos)
 
 

@@ -6,10 +6,11 @@ are applied here to a few tensors at a time, where transformers applies them to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -67,10 +69,43 @@ def loading_conversions(model: CausalLM, names: Iterable[str]) -> list[Conversio
     return [Conversion(model, by_pattern[found[0][1]], target, tuple(found)) for target, found in parts.items()]
 
 
-def renamed_on_saving(model: CausalLM, names: Iterable[str]) -> bool:
-    """Whether transformers would save tensors of these names in the model under others."""
+def conversions_without(model: CausalLM, names: Sequence[str]) -> list[WeightTransform] | None:
+    """What transformers is to do when it saves a model, so that tensors of these names in it keep them.
+
+    Returns:
+        None for all that it would do anyway: then it changes none of them.
+    """
+    own = _own_conversions(model)
+    kept = [conversion for conversion in own if not _renames(model, conversion, names)]
+    return None if len(kept) == len(own) else kept
+
+
+def conversions_of_dense(model: CausalLM) -> list[WeightTransform]:
+    """What transformers is to do when it saves a model, so that tensors get the names that dense checkpoints have.
+
+    Parts of names that not all checkpoints have are put back where the model's own files had them.
+    """
+    used = [(x.source_patterns, x.target_patterns) for x in getattr(model, "_weight_conversions", None) or ()]
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    return [x for x in mapping if not _is_optional(x) or (x.source_patterns, x.target_patterns) in used]
+
+
+def _own_conversions(model: CausalLM) -> list[WeightTransform]:
+    """What transformers does with a model's tensors when it saves them, as `revert_weight_conversion` finds it."""
+    own = getattr(model, "_weight_conversions", None)
+    if own is not None:
+        return list(own)
+    return [x for x in get_model_conversion_mapping(model, add_legacy=False) if not _is_optional(x)]
+
+
+def _is_optional(conversion: WeightTransform) -> bool:
+    return type(conversion).__name__ == "PrefixChange"  # which transformers 5.0 does not have
+
+
+def _renames(model: CausalLM, conversion: WeightTransform, names: Iterable[str]) -> bool:
     held = {name: torch.empty(0, device="meta") for name in names}
-    return set(revert_weight_conversion(model, dict(held))) != set(held)
+    alone = SimpleNamespace(_weight_conversions=[conversion], config=model.config)
+    return set(revert_weight_conversion(cast(Any, alone), dict(held))) != set(held)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,8 +65,8 @@ class Plan:
         model_bytes: of the whole model, before.
         memory: an estimate of what pruning takes at most. streamed: whether decoder blocks are read one at a time.
         waiting_bytes: of what waits on disk between blocks, 0 where that is in memory.
-        disk_bytes: what is on disk at most at a time: the layers in the journal, and beside them what waits, which has
-            gone when the finished folder is written, or that.
+        disk_bytes: what is on disk at most at a time: the layers in the journal, and beside them what waits and a block
+            that is at work, which have gone when the finished folder is written, or that.
         seconds: an estimate from running the first decoder block and pruning one layer, or None.
         experts_at_once: of each experts module, so many have their statistics in memory at a time; None is all.
         cluster: where memory is taken when others do the work; ``memory`` is that of this process then.
@@ -166,7 +167,7 @@ def plan_job(job: Job, *, measure: bool = True, workers: Choice = None) -> Plan:
         memory=memory_of(job, experts=experts) if cluster is None else cluster.leader,
         streamed=isinstance(job.weights, OnDisk),
         waiting_bytes=waiting,
-        disk_bytes=_journal_bytes(job, layers) + max(waiting, _folder_bytes(job, layers)),
+        disk_bytes=_journal_bytes(job, layers) + max(waiting + _largest_block(job, layers), _folder_bytes(job, layers)),
         seconds=None,
         experts_at_once=experts,
         cluster=cluster,
@@ -183,6 +184,14 @@ def _journal_bytes(job: Job, layers: Sequence[PlannedLayer]) -> int:
     """Of the finished layers: the last blocks' are there twice."""
     last = sum(unrounded_bytes(job, layer) for block in job.tail for layer in job.layers_of(block))
     return last + sum(layer.bytes for layer in layers)
+
+
+def _largest_block(job: Job, layers: Sequence[PlannedLayer]) -> int:
+    """Of the layers of one decoder block, which are in the journal by themselves until the whole block is."""
+    held: Counter[int | None] = Counter()
+    for layer, planned in zip(job.layers, layers, strict=True):
+        held[layer.decoder_block] += planned.bytes
+    return max(held.values(), default=0)
 
 
 def _folder_bytes(job: Job, layers: Sequence[PlannedLayer]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from armorfact_hf.evaluation.measure import Evaluation, MeasuredPerplexity, chec
 from armorfact_hf.evaluation.tasks import TaskScore, check_request, evaluate_tasks
 from armorfact_hf.files import one_at_a_time
 from armorfact_hf.layers.stack import pruned_modules
+from armorfact_hf.model.nonfinite import NonFiniteActivations
 from armorfact_hf.observer import Log, Observer
 from armorfact_hf.report.card import write_card
 from armorfact_hf.report.page import write_report
@@ -64,7 +66,7 @@ def evaluate_folder(
 
     Raises:
         ValueError: a folder that is not whole, or made anew meanwhile; a model, text or task that is none; a dense
-            model that changed.
+            model that changed. NonFiniteActivations: the dense model computes NaN.
     """
     observer = Observer() if observer is None else observer
     folder, paths = Path(folder), [Path(path) for path in beside]
@@ -126,8 +128,17 @@ def _measured(
     """The figures of one folder, whose model is gone from memory afterwards."""
     report, loaded = Report.read(folder), load_model(str(folder), device=device, log=observer.say)
     name, loss = report.config.method, report.mean_loss() if report.recovery is None else None
-    found = [MethodPerplexity(name, loss, perplexity_of(loaded, text, observer).perplexity) for text in evaluations]
+    found = [MethodPerplexity(name, loss, _perplexity(loaded, text, observer)) for text in evaluations]
     return _Measured(found, _scores(loaded, tasks, limit, observer))
+
+
+def _perplexity(loaded: Loaded, text: Evaluation, observer: Observer) -> float:
+    """Infinite where a pruned model computes NaN: the figures of the others are not lost with it."""
+    try:
+        return perplexity_of(loaded, text, observer).perplexity
+    except NonFiniteActivations as error:
+        observer.say(f"{loaded.name}: {error}, so its perplexity on {text.text} is written down as infinite.")
+        return math.inf
 
 
 def _scores(loaded: Loaded, tasks: Sequence[str], limit: int | None, observer: Observer) -> list[TaskScore]:

@@ -9,7 +9,7 @@ from armorfact_hf.checkpoint.folder import describe_folder
 from armorfact_hf.data.load_model import load_model
 from armorfact_hf.files import check_room, flush, room_for, workshop
 from armorfact_hf.observer import Log
-from armorfact_hf.pruning.resume.lock import only_writer
+from armorfact_hf.pruning.resume.journal import only_writer
 from armorfact_hf.runs.finish import journal_of
 
 

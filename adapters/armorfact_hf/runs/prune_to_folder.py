@@ -18,7 +18,7 @@ from armorfact_hf.pruning.config import PruneConfig
 from armorfact_hf.pruning.job import Job
 from armorfact_hf.pruning.plan import Plan, plan_job, planned_layers, timed
 from armorfact_hf.pruning.prune import PruneReport, prune_job_
-from armorfact_hf.pruning.resume.journal import Journal
+from armorfact_hf.pruning.resume.journal import Journal, only_writer
 from armorfact_hf.pruning.resume.manifest import MANIFEST, check_same, read_manifest
 from armorfact_hf.pruning.workers.choice import Choice, check_workers
 from armorfact_hf.report.record import CalibrationFacts, ModelFacts, Report, Totals
@@ -88,12 +88,13 @@ def prune_to_folder(
     plan = plan_job(job, measure=False, workers=workers)
     check_room(out, plan.disk_bytes, begun=journal_of(out))
     facts = _model_facts(loaded, job)
-    with Journal.open(journal_of(out), job.manifest, job.config.pattern) as journal:
+    with only_writer(journal_of(out)):
         if out.exists():  # by another process that was at it a moment ago
             return found_finished(out, loaded.tokenizer, job.manifest, observer)
-        observer.plan(timed(plan, job) if observer.wants_plan else plan)
-        report = _report(facts, calibration, job, prune_job_(job, journal, observer, workers), plan)
-        finish(loaded, report, out, journal)
+        observer.plan(timed(plan, job) if observer.wants_plan else plan)  # which may take a while, or be the end
+        with Journal.open(journal_of(out), job.manifest, job.config.pattern) as journal:
+            report = _report(facts, calibration, job, prune_job_(job, journal, observer, workers), plan)
+            finish(loaded, report, out, journal)
     return report
 
 

@@ -58,6 +58,16 @@ def test_digests_of_tensors_that_were_not_saved_are_allowed(tmp_path):
     assert verify([written(tmp_path, tensors)], described({NAME: random_layer()}, sha256)).digests
 
 
+def test_a_bias_may_be_tied_too(tmp_path):
+    """transformers leaves what is tied out of the files, such as the bias of BERT's decoder."""
+    tensors = tensors_of({NAME: random_layer()}) | {"predictions.bias": torch.arange(4.0)}
+    sha256 = digests({**tensors, "predictions.decoder.bias": tensors["predictions.bias"]})
+    written(tmp_path, tensors)
+    check_headers(tmp_path, described({NAME: random_layer()}, sha256))
+    with pytest.raises(ValueError, match=r"the files lack predictions\.decoder\.bias"):
+        check_headers(tmp_path, described({NAME: random_layer()}, sha256 | {"predictions.decoder.bias": "0" * 64}))
+
+
 @pytest.mark.parametrize("missing", ["embed.weight", "norm.weight"])
 def test_what_has_a_digest_is_needed_in_whatever_module(tmp_path, missing):
     """An equal vector is no tied head; `from_pretrained` would make what is missing at random."""

@@ -201,7 +201,7 @@ def test_a_missing_dense_tensor_is_an_error_in_load_pruned(saved, tmp_path):
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(ValueError, match=r"lacks: model\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"the files lack model\.norm\.weight"):
         load_pruned(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import threading
@@ -175,6 +176,23 @@ def test_a_folder_that_is_not_whole_is_told_before_the_dense_model_is_measured(
         with pytest.raises(ValueError, match=f"{broken.name} holds no safetensors file"):
             evaluate_folder(out, beside=[beside], observer=Silent())
         away.rename(broken / "model.safetensors")
+
+
+def test_a_pruned_model_that_computes_nan_costs_the_others_no_figures(model_folder, text_file, out, monkeypatch):
+    prune(model_folder, out, text_file)
+    original, said = measuring.perplexity_of, []
+
+    def perplexity(loaded, text, observer):
+        if any(isinstance(module, FactorizedLinear) for module in loaded.model.modules()):
+            loaded.model.lm_head.weight.data[:] = torch.nan
+        return original(loaded, text, observer)
+
+    monkeypatch.setattr(measuring, "perplexity_of", perplexity)
+    observer = Silent()
+    monkeypatch.setattr(observer, "say", said.append)
+    [record] = evaluate_folder(out, [Evaluation(str(text_file), 2, 24)], observer=observer).evaluations
+    assert record.dense > 1 and record.methods[0].perplexity == math.inf
+    assert any("computes NaN" in sentence and "written down as infinite" in sentence for sentence in said)
 
 
 def test_a_folder_that_is_made_anew_meanwhile_gets_no_figures(tasks, model_folder, text_file, out, monkeypatch):

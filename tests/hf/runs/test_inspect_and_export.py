@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from armorfact_hf.checkpoint.description import NotPruned
 from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
 from armorfact_hf.files import DiskFull
+from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.runs import export as exporting
 from armorfact_hf.runs.export import export_dense
 from armorfact_hf.runs.inspect import inspect_folder
@@ -99,6 +100,17 @@ def test_what_a_killed_export_left_goes_with_the_next(model_folder, text_file, o
         path.touch()
     export_dense(out, dense, silent)
     assert names(dense) == names(model_folder) and not place.exists()
+
+
+def test_an_export_touches_no_folder_of_others(model_folder, text_file, out, tmp_path):
+    prune(model_folder, out, text_file)
+    place = tmp_path / "dense.journal"
+    place.mkdir()
+    for name in ("chapter.txt", ".notes.part"):
+        (place / name).touch()
+    with pytest.raises(DifferentRun, match=r"dense\.journal exists and holds no journal of armorfact"):
+        export_dense(out, tmp_path / "dense", silent)
+    assert names(place) == {"chapter.txt", ".notes.part"}
 
 
 def test_one_process_exports_to_a_folder(model_folder, text_file, out, tmp_path, monkeypatch):

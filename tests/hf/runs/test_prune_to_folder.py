@@ -375,9 +375,18 @@ def test_what_waits_on_disk_has_gone_when_the_finished_folder_is_written(windows
     prune_to_folder(str(model_folder), out, config, calibration, states="disk", observer=Watched(plans.append))
     [plan] = plans
     assert 0 < max(held) == plan.waiting_bytes
-    journal = plan.disk_bytes - max(plan.waiting_bytes, nbytes(out))
-    assert journal == sum(layer.bytes for layer in plan.layers)
+    journal = sum(layer.bytes for layer in plan.layers)
+    assert plan.disk_bytes == journal + max(plan.waiting_bytes + journal // BLOCKS, nbytes(out))
     assert (plan.waiting_bytes > nbytes(out)) == (windows == 40)
+
+
+def test_a_run_that_ends_in_its_plan_leaves_nothing(model_folder, text_file, out):
+    def leave(plan):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(model_folder, out, text_file, observer=Planned(leave))
+    assert names(out.parent) == {"model", "text.txt"}
 
 
 def test_what_a_killed_run_left_needs_no_room_again(model_folder, text_file, out, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from armorfact_hf.checkpoint.folder import load_pruned, stored_tensors
@@ -21,11 +22,12 @@ def stored(folder):
 @pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
 @pytest.mark.parametrize("family", RENAMED)
 def test_they_are_pruned_loaded_saved_again_and_exported(family, stream, text_file, out, tmp_path):
-    dense, tokens = saved(family, tmp_path / family), random_tokens()
+    dense, tokens = as_on_the_hub(saved(family, tmp_path / family)), random_tokens()
     report = prune(dense, out, text_file, OURS, stream=stream)
     model = load_pruned(out)
     logits = model(tokens).logits
-    assert {f"{layer.name}.values" for layer in report.layers} <= stored(out) == set(model.state_dict()) - tied(model)
+    assert {f"{layer.name}.values" for layer in report.layers} <= stored(out)
+    assert {name for name in stored(out) if "vision" in name} == {name for name in stored(dense) if "vision" in name}
     assert not {layer.name + ".weight" for layer in report.layers} & stored(dense)
     model.save_pretrained(tmp_path / "again")
     assert stored(tmp_path / "again") == stored(out)
@@ -36,5 +38,8 @@ def test_they_are_pruned_loaded_saved_again_and_exported(family, stream, text_fi
     torch.testing.assert_close(exported(tokens).logits, logits, rtol=1e-5, atol=1e-5)
 
 
-def tied(model):
-    return set(model.all_tied_weights_keys)
+def as_on_the_hub(folder):
+    """With the names of a vision tower as checkpoints have them that were not saved by today's transformers."""
+    tensors = {name.replace("vision_tower.", "vision_tower.vision_model."): x for name, x in stored_tensors(folder)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder

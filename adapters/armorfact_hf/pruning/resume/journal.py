@@ -7,8 +7,8 @@ a manifest, which says what the run is about. One process writes at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -135,6 +135,23 @@ class Journal:
         again = "its layer is pruned" if LAYER.fullmatch(key) else "its decoder block is pruned"
         again = "prices are found" if key == PRICES else again
         return Entry(self.folder / f"{key}{SUFFIX}", self.run, self.pattern, again)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[Path]:
+    """Hold the lock of a folder, without the drafts that kills left there.
+
+    Raises:
+        DifferentRun: it holds something else than a journal. InUse: see `lock`.
+    """
+    refuse_foreign(folder, "journal of armorfact")
+    held = lock(folder)
+    try:
+        for path in filter(is_draft, folder.iterdir()):
+            remove(path)
+        yield folder
+    finally:
+        unlock(held)
 
 
 def layer_key(block: str, place: int) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from armorfact_hf.files import is_draft, remove, written_beside
+from armorfact_hf.files import written_beside
 
 LOCK, WRITER = "lock", "writer.json"
 
@@ -56,22 +55,6 @@ def unlock(held: BaseFileLock) -> None:
     held.release()
     with suppress(OSError):
         path.parent.rmdir()
-
-
-@contextmanager
-def only_writer(folder: Path) -> Iterator[Path]:
-    """Hold the lock of a folder, without the drafts that kills left there.
-
-    Raises:
-        InUse: see `lock`.
-    """
-    held = lock(folder)
-    try:
-        for path in filter(is_draft, folder.iterdir()):
-            remove(path)
-        yield folder
-    finally:
-        unlock(held)
 
 
 def _locked(folder: Path) -> BaseFileLock:
