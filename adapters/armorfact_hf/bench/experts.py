@@ -56,7 +56,7 @@ def _time_group(shape: str, modules: list[FactorizedExperts], tokens: int) -> Ti
     modules = modules[: max(1, DENSE_BYTES // _dense_bytes(modules[0]))]
     found = seconds_by_form(modules, tokens)
     dense = min(seconds for name, seconds in found.items() if name != AS_STORED)
-    return Timing(shape, tokens, len(modules), dense, {"dense": dense, AS_STORED: found[AS_STORED]}, 0.0)
+    return Timing(shape, tokens, len(modules), dense, {"dense": dense, AS_STORED: found[AS_STORED]}, None)
 
 
 def _dense_bytes(experts: FactorizedExperts) -> int:

@@ -25,13 +25,15 @@ class Throughput:
     """What one model does.
 
     Args:
-        name: of the model. prompt: tokens a second while reading; decode: while writing one after another.
+        name: of the model. read: so many tokens were read at once.
+        prompt: tokens a second while reading; decode: while writing one after another.
         weights: bytes of all parameters and buffers, tied ones once.
         memory: by how many bytes the process grew, at its peak, over what it took before the model was loaded (on a
             GPU: the peak of what PyTorch took there).
     """
 
     name: str
+    read: int
     prompt: float
     decode: float
     weights: int
@@ -47,6 +49,8 @@ def throughput(
     fingerprint: str | None = None,
 ) -> Throughput:
     """Load a model and run it: ``prompt`` random tokens at once, then ``new`` tokens one by one, greedily.
+
+    Fewer are read where the model was trained for no more than that.
 
     Raises:
         ValueError: see `load_model`; it has another ``fingerprint``, or reads no more than ``new`` tokens.
@@ -65,7 +69,7 @@ def throughput(
     reading = median([_run(model, tokens, 0)[0] for _ in range(READINGS)])
     _, writing = _run(model, tokens, new)
     memory = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else peak_memory() - before
-    return Throughput(name, prompt / reading, 1 / writing, _weights(model), memory)
+    return Throughput(name, prompt, prompt / reading, 1 / writing, _weights(model), memory)
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ class Timing:
         shape: of the layer, with its blocks. tokens: in the input. layers: so many were timed together.
         dense: seconds of `torch.nn.Linear` in the same dtype.
         seconds: by strategy; "dense" is that of ``dense``, the same product.
-        wrappers: the part of the fastest sparse strategy's time that goes to A and B.
+        wrappers: the part of the fastest sparse strategy's time that goes to A and B; None where that is not measured.
     """
 
     shape: str
@@ -31,7 +31,7 @@ class Timing:
     layers: int
     dense: float
     seconds: dict[str, float]
-    wrappers: float
+    wrappers: float | None
 
     def fastest(self, allow_dense: bool = True) -> str:
         """The strategy of least time."""

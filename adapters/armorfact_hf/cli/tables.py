@@ -183,7 +183,7 @@ def timings(rows: Rows) -> Table:
             *cells,
             fastest,
             f"{row.dense / row.seconds[row.fastest(allow_dense=False)]:.2f}",
-            f"{100 * row.wrappers:.0f}%",
+            "" if row.wrappers is None else f"{100 * row.wrappers:.0f}%",
         )
     return table
 
@@ -209,8 +209,8 @@ def crossovers(rows: Rows, chosen: Mapping[str, Any]) -> Iterator[str]:
 
 def throughputs(rows: Rows) -> Table:
     """Whole models: `armorfact_hf.bench.models.end_to_end`."""
-    table = _table("model", "prompt, tokens/s", "decode, tokens/s", "weights, MB", "peak memory, MB")
     dense = rows[0]
+    table = _table("model", f"{dense.read} tokens read, per s", "decode, tokens/s", "weights, MB", "peak memory, MB")
     for row in rows:
         table.add_row(
             row.name,

@@ -71,8 +71,18 @@ class ArmorfactQuantization(QuantizationConfig):
 
     @cached_property
     def stored(self) -> frozenset[str]:
-        """The names of all tensors in the files; these are verified the first time that a rank asks."""
-        model, first = get_current_vllm_config().model_config, get_pp_group().is_first_rank
+        """The names of all tensors in the files; these are verified the first time that a rank asks.
+
+        Raises:
+            ValueError: damaged files, or adapters are to be served.
+        """
+        config, first = get_current_vllm_config(), get_pp_group().is_first_rank
+        if config.lora_config is not None:
+            raise ValueError(
+                "vLLM puts adapters around weights, which pruned layers do not have: serve without --enable-lora, or "
+                "merge the adapter into the dense weights of `armorfact export`"
+            )
+        model = config.model_config
         return stored_names(model.model, model.revision, whole=first and get_tensor_model_parallel_rank() == 0)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

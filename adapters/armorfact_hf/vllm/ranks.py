@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vllm.model_executor.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
@@ -40,7 +42,8 @@ def _shares(layer: LinearBase, parts: int) -> list[Share]:
         return [Share.all_of((d_out, d_in))]
     outputs = _outputs(layer)
     if parts == len(outputs):
-        return [Share.of_rows((rows, d_in), rank, ranks) for rows, rank, ranks in outputs]
+        cuts = [Share.of_rows((rows, d_in), rank, ranks) for rows, rank, ranks in outputs]
+        return [replace(cut, ranks=layer.tp_size) for cut in cuts]  # keys and values may be cut for fewer
     whole = pieces([rows for rows, *_ in outputs])
     if layer.tp_size == 1:
         return [Share.all_of((whole[-1].stop, d_in))]
