@@ -78,6 +78,7 @@ def settings() -> Iterator[Run]:
         ("block priced", {"block": "priced"}),
         ("propagate dense", {"propagate": "dense"}),
         ("target output", {"target": "output"}),
+        ("objective normalized", {"objective": "normalized"}),
         ("objective diagonal", {"objective": "diagonal"}),
         ("objective nowag", {"objective": "nowag"}),
         *((f"block {size}", {"block": size}) for size in (32, 64, 96)),

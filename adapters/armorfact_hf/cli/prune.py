@@ -40,9 +40,11 @@ def prune(  # typer reads options from the signature: it is as long as there are
     tensor_parallel: Annotated[
         int, typer.Option(help="Ranks of a server that will share each layer: chooses blocks that no cut goes through.")
     ] = DEFAULTS.tensor_parallel,
-    objective: Annotated[str, typer.Option(help="gram, diagonal, or nowag (the ARMOR paper's).")] = DEFAULTS.objective,
+    objective: Annotated[
+        str, typer.Option(help="gram, normalized, diagonal, or nowag (the ARMOR paper's).")
+    ] = DEFAULTS.objective,
     shrinkage: Annotated[
-        float | None, typer.Option(help="λ of H + λ diag(H), for the objective gram [default: 1.0].")
+        float | None, typer.Option(help="λ of H + λ diag(H), for the objectives gram and normalized [default: 1.0].")
     ] = DEFAULTS.shrinkage,
     propagate: Annotated[
         str, typer.Option(help="Inputs from the blocks before as they are: pruned, or dense.")

@@ -14,7 +14,8 @@ from armorfact_hf.pruning.schedule import Matching
 ONE_SHOT = ("sparsegpt", "wanda", "nowag", "magnitude")
 METHODS = ("armorfact", *ONE_SHOT)
 BASELINES = (*ONE_SHOT, "paper")
-OBJECTIVES = ("gram", "diagonal", "nowag")
+OBJECTIVES = ("gram", "normalized", "diagonal", "nowag")
+OF_FULL_GRAM = OBJECTIVES[:2]
 INTEGER_DTYPES = ("int8",)  # of cores and wrappers
 AUTO, PRICED = "auto", "priced"  # how blocks are chosen
 DEFAULT_SHRINKAGE = 1.0
@@ -36,10 +37,11 @@ class PruneConfig:
             same entries in all out by what each layer costs the model (`armorfact_hf.pruning.budget`).
         tensor_parallel: how many ranks of a server will share each layer: blocks are chosen that no cut goes through,
             and a layer that cannot be cut into so many parts stays dense. 1 asks nothing.
-        objective: "gram" minimizes ||(W - ACB) X||^2 with the full Gram matrix H = X X'; "diagonal" sees only diag(H);
-            "nowag" sees diag(H) and W normalized by rows and columns, which is the objective of the ARMOR paper.
-        shrinkage: λ in H + λ diag(H), for the objective "gram" (None is 1.0): a finite sample of tokens overstates how
-            far inputs are correlated.
+        objective: "gram" minimizes ||(W - ACB) X||^2 with the full Gram matrix H = X X'; "normalized" the same of W
+            normalized by rows and columns, as NoWag does, so that outputs of small weights count as well; "diagonal"
+            sees only diag(H); "nowag" sees diag(H) and the normalized W, which is the objective of the ARMOR paper.
+        shrinkage: λ in H + λ diag(H), where all of H is looked at (None is 1.0): a finite sample of tokens overstates
+            how far inputs are correlated.
         propagate: "pruned" takes X from the decoder blocks before this one as they are after pruning; "dense" from the
             dense model.
         target: "weight" aims at W X; "output" aims at what the dense model computes there, W X_dense, while the input
@@ -141,7 +143,7 @@ class PruneConfig:
         object.__setattr__(self, name, value)
 
     def _check_combinations(self) -> None:
-        if self.objective != "gram" and self.shrinkage is not None:
+        if self.objective not in OF_FULL_GRAM and self.shrinkage is not None:
             raise ValueError(
                 f"shrinkage acts on the correlations that objective={self.objective!r} does not look at; "
                 "leave it out, or take objective='gram'"
@@ -183,7 +185,7 @@ class PruneConfig:
     @property
     def diagonal_weight(self) -> float:
         """λ as a number: the default where ``shrinkage`` is None, 0 for objectives without correlations."""
-        if self.objective != "gram":
+        if self.objective not in OF_FULL_GRAM:
             return 0.0
         return DEFAULT_SHRINKAGE if self.shrinkage is None else self.shrinkage
 

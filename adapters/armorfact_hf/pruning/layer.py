@@ -15,7 +15,7 @@ from armorfact import BlockDiagonal, Core, Pattern, factorize, quantize_core, qu
 from armorfact_hf.layers.linear import FactorizedLinear
 from armorfact_hf.model.moments import Moments
 from armorfact_hf.model.structure import Layer
-from armorfact_hf.pruning.config import PruneConfig
+from armorfact_hf.pruning.config import OF_FULL_GRAM, PruneConfig
 from armorfact_hf.pruning.losses import energy, exact_weight, layer_losses, left_out, one_shot
 from armorfact_hf.pruning.notes import noting
 
@@ -188,13 +188,13 @@ def shrunk(gram: Tensor, diagonal_weight: float) -> Tensor:
 
 def _given(gram: Tensor, config: PruneConfig) -> Tensor:
     """H as the solver is given it."""
-    if config.objective == "gram":
+    if config.objective in OF_FULL_GRAM:
         return shrunk(gram, config.diagonal_weight).float()
     return gram.diagonal().float()
 
 
 def _normalize(config: PruneConfig) -> str | None:
-    return "nowag" if config.objective == "nowag" else None
+    return "nowag" if config.objective in ("normalized", "nowag") else None
 
 
 @dataclass(frozen=True)

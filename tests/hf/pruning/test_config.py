@@ -43,7 +43,7 @@ def test_settings_of_another_version_are_refused():
         ({"tensor_parallel": 2.0}, ValueError, "whole number of ranks, got 2.0"),
         ({"tensor_parallel": "two"}, ValueError, "whole number of ranks, got 'two'"),
         ({"block": True}, ValueError, "positive number"),
-        ({"objective": "hessian"}, ValueError, "gram, diagonal, nowag"),
+        ({"objective": "hessian"}, ValueError, "gram, normalized, diagonal, nowag"),
         ({"propagate": "both"}, ValueError, "pruned, dense"),
         ({"target": "moon"}, ValueError, "weight, output"),
         ({"init": "armorfact"}, ValueError, "sparsegpt, wanda"),

@@ -208,12 +208,14 @@ def test_a_bad_weight_is_named():
         {"shrinkage": 0.25},
         {"objective": "diagonal"},
         {"objective": "nowag"},
+        {"objective": "normalized"},
+        {"objective": "normalized", "shrinkage": 0.25},
         {"init": "wanda"},
         {"rtol": 0.5},
         {"sweeps": 1},
         {"pattern": "1:4"},
     ],
-    ids=lambda settings: next(iter(settings), "defaults"),
+    ids=lambda settings: " ".join(map(str, settings.values())) or "defaults",
 )
 def test_a_layer_is_factorized_as_the_settings_say(settings):
     layer, dense, pruned = problem()
@@ -222,11 +224,11 @@ def test_a_layer_is_factorized_as_the_settings_say(settings):
     gram = moments.gram + settings.get("shrinkage", 1.0) * moments.gram.diagonal().diag()
     expected = factorize(
         layer.weight,
-        (moments.gram.diagonal() if "objective" in settings else gram).float(),
+        (moments.gram.diagonal() if settings.get("objective") in ("diagonal", "nowag") else gram).float(),
         block=8,
         pattern=config.pattern,
         init=config.init,
-        normalize="nowag" if settings.get("objective") == "nowag" else None,
+        normalize="nowag" if settings.get("objective") in ("nowag", "normalized") else None,
         max_sweeps=config.sweeps,
         rtol=config.rtol,
     )
