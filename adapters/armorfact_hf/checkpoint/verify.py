@@ -182,20 +182,21 @@ def _check_claimed(names: Collection[str], modules: Collection[str]) -> None:
 
 
 def _check_missing(tensors: Mapping[str, _Stored], sha256: Mapping[str, str]) -> None:
-    """Whatever has a digest is stored, or what it may be tied to: an equal matrix, as the embedding, or an equal bias.
+    """Whatever has a digest is stored, or what it may be tied to: an equal matrix, such as the embedding, an equal bias,
+    or an equal vector of the same name in another layer.
 
     Where a stored tensor has no digest, transformers renamed some when it saved, and none can be said to be missing.
     """
     if set(tensors) <= set(sha256):
         matrices = {sha256[name] for name, tensor in tensors.items() if len(tensor.shape) > 1}
-        biases = {sha256[name] for name in tensors if name.endswith("bias")}
-        missing = sorted(
-            name
-            for name, digest in sha256.items()
-            if name not in tensors and digest not in (biases if name.endswith("bias") else matrices)
-        )
-        if missing:
+        kin = {(_kind(name), sha256[name]) for name in tensors}
+        away = ((name, digest) for name, digest in sha256.items() if name not in tensors and digest not in matrices)
+        if missing := sorted(name for name, digest in away if (_kind(name), digest) not in kin):
             raise ValueError(f"the files lack {', '.join(missing[:5])} ({len(missing)} in all): {AGAIN}")
+
+
+def _kind(name: str) -> str:
+    return "bias" if name.endswith("bias") else ".".join(name.split(".")[-2:])
 
 
 def _by_module(tensors: dict[str, _Stored], names: Collection[str]) -> dict[str, dict[str, _Stored]]:

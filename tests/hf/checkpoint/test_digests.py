@@ -58,10 +58,14 @@ def test_digests_of_tensors_that_were_not_saved_are_allowed(tmp_path):
     assert verify([written(tmp_path, tensors)], described({NAME: random_layer()}, sha256)).digests
 
 
-def test_a_bias_may_be_tied_too(tmp_path):
-    """transformers leaves what is tied out of the files, such as the bias of BERT's decoder."""
-    tensors = tensors_of({NAME: random_layer()}) | {"predictions.bias": torch.arange(4.0)}
-    sha256 = digests({**tensors, "predictions.decoder.bias": tensors["predictions.bias"]})
+def test_biases_and_vectors_may_be_tied_too(tmp_path):
+    """transformers leaves what is tied out of the files: the bias of BERT's decoder, whole blocks of Zamba."""
+    tensors = tensors_of({NAME: random_layer()}) | {
+        "predictions.bias": torch.arange(4.0),
+        "layers.2.norm.weight": torch.ones(3),
+    }
+    tied = {"predictions.decoder.bias": tensors["predictions.bias"], "layers.4.norm.weight": torch.ones(3)}
+    sha256 = digests({**tensors, **tied})
     written(tmp_path, tensors)
     check_headers(tmp_path, described({NAME: random_layer()}, sha256))
     with pytest.raises(ValueError, match=r"the files lack predictions\.decoder\.bias"):

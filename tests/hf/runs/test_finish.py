@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from armorfact_hf.pruning.resume.journal import only_writer
 from armorfact_hf.pruning.resume.manifest import DifferentRun
 from armorfact_hf.report.record import Report
 from armorfact_hf.runs import finish as finishing
@@ -123,13 +124,12 @@ def test_a_writer_that_comes_when_the_first_one_is_done_finds_it_finished(model_
     """It looked before the first one was done, and gets the lock after."""
     whole = out.with_name("whole")
     prune(model_folder, whole, text_file)
-    open_journal = finishing.Journal.open
 
-    def open_late(*arguments):
+    def lock_late(folder):
         whole.rename(out)
-        return open_journal(*arguments)
+        return only_writer(folder)
 
-    monkeypatch.setattr("armorfact_hf.runs.prune_to_folder.Journal.open", open_late)
+    monkeypatch.setattr("armorfact_hf.runs.prune_to_folder.only_writer", lock_late)
     before = Report.read(whole)
     assert prune(model_folder, out, text_file) == before
     assert names(out.parent) == {"model", "text.txt", "pruned"}

@@ -243,7 +243,7 @@ def test_an_out_that_is_not_ours_is_refused(refused, out):
 
 
 def test_the_folder_itself_as_out_is_refused(refused, folder):
-    refused("belongs to another run", DifferentRun, out=folder)
+    refused("is the folder to recover: name another one to write", out=folder)
 
 
 def test_a_dense_model_that_changed_is_refused(refused, folder):
