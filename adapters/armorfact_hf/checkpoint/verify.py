@@ -182,8 +182,8 @@ def _check_claimed(names: Collection[str], modules: Collection[str]) -> None:
 
 
 def _check_missing(tensors: Mapping[str, _Stored], sha256: Mapping[str, str]) -> None:
-    """Whatever has a digest is stored, or what it may be tied to: an equal matrix, such as the embedding, an equal bias or
-    an equal vector of the same name in another layer.
+    """Whatever has a digest is stored, or what it may be tied to: an equal matrix, such as the embedding, or an equal
+    bias, or an equal vector of the same name in another layer.
 
     Where a stored tensor has no digest, transformers renamed some when it saved, and none can be said to be missing.
     """
