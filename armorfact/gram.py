@@ -31,19 +31,18 @@ class FullGram:
 
     def floored(self, floor: float) -> FullGram:
         """H + floor diag(H)."""
-        xp = arrays.namespace(self.matrix)
-        flat = xp.reshape(xp.asarray(self.matrix, copy=True), (-1,))
-        flat[:: self.matrix.shape[0] + 1] *= 1 + floor
-        return FullGram(xp.reshape(flat, self.matrix.shape))
+        return self._with(self.diagonal * (1 + floor))
 
     def lifted(self, least: Array) -> FullGram:
         """H with no positive entry of its diagonal below its own of ``least``, (d_in,)."""
         xp = arrays.namespace(self.matrix)
         faint = (self.diagonal > 0) & (self.diagonal < least)
-        if not bool(xp.any(faint)):
-            return self
+        return self._with(xp.where(faint, least, self.diagonal)) if bool(xp.any(faint)) else self
+
+    def _with(self, diagonal: Array) -> FullGram:
+        xp = arrays.namespace(self.matrix)
         flat = xp.reshape(xp.asarray(self.matrix, copy=True), (-1,))
-        flat[:: self.matrix.shape[0] + 1] = xp.where(faint, least, self.diagonal)
+        flat[:: self.matrix.shape[0] + 1] = diagonal
         return FullGram(xp.reshape(flat, self.matrix.shape))
 
     @property
